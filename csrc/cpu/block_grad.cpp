@@ -1,0 +1,179 @@
+// block_grad: dV[b] = dy[:, rows_b]^T @ x[:, cols_b].
+//
+// For each stretch of tokens the team copies the used groups of columns of dy and x, widened, into
+// two slabs; then each thread multiplies its share of tiles. A tile is 8 x 16 products (8 x 8 in
+// float64) held in registers over the stretch: the longer side of a block lies along the vector.
+// Every entry is summed over the stretches in order, so threads do not change the result.
+//
+// Count (M tokens, R and C used rows and columns, E entries, float32): reads 4 M (R + C) bytes once
+// from memory; 2 M E operations, one vector load and 8 broadcasts for 8 vector multiply-adds.
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+#include "panel.h"
+#include "parallel.h"
+
+namespace speft {
+namespace {
+
+constexpr int kTileHeight = 8;
+
+// One operand's used groups of `size` neighbouring columns, and where each block's group lies in
+// the slab.
+struct Groups {
+    std::vector<int32_t> used;
+    std::vector<int32_t> place;  // [num_blocks]
+    int64_t size;
+
+    Groups(const int32_t* of_block, int64_t num_blocks, int64_t group_size)
+        : used(of_block, of_block + num_blocks), place(num_blocks), size(group_size) {
+        std::sort(used.begin(), used.end());
+        used.erase(std::unique(used.begin(), used.end()), used.end());
+        for (int64_t b = 0; b < num_blocks; ++b)
+            place[b] =
+                int32_t(std::lower_bound(used.begin(), used.end(), of_block[b]) - used.begin());
+    }
+    int64_t columns() const { return int64_t(used.size()) * size; }
+};
+
+// slab[t, i * size + j] = matrix[t, used[i] * size + j]
+template <class T>
+SPEFT_INLINE void copy(const T* matrix, int64_t stride, Range tokens, const int32_t* used,
+                       int64_t count, int64_t size, int64_t slab_stride, Accumulator<T>* slab) {
+    for (int64_t t = tokens.begin; t < tokens.end; ++t)
+        for (int64_t i = 0; i < count; ++i) {
+            const T* from = matrix + t * stride + used[i] * size;
+            Accumulator<T>* to = slab + t * slab_stride + i * size;
+            for (int64_t j = 0; j < size; ++j)
+                to[j] = widen(from[j]);
+        }
+}
+
+#define SPEFT_DEFINE_COPY(T)                                                              \
+    SPEFT_MULTIVERSION void copy_groups(const T* matrix, int64_t stride, Range tokens,    \
+                                        const int32_t* used, int64_t count, int64_t size, \
+                                        int64_t slab_stride, Accumulator<T>* slab) {      \
+        copy(matrix, stride, tokens, used, count, size, slab_stride, slab);               \
+    }
+SPEFT_DEFINE_COPY(float)
+SPEFT_DEFINE_COPY(double)
+SPEFT_DEFINE_COPY(BFloat16)
+SPEFT_DEFINE_COPY(Float16)
+
+// out[i * row_step + j * lane_step] += sum over t of tall[t, i] * wide[t, j], i < height, j < width
+template <class Acc, int kHeight>
+SPEFT_INLINE void tile(const Acc* tall, int64_t tall_stride, const Acc* wide, int64_t wide_stride,
+                       int tokens, int width, int64_t row_step, int64_t lane_step, Acc* out) {
+    Vector<Acc> sums[kHeight] = {};
+    for (int t = 0; t < tokens; ++t) {
+        Vector<Acc> v;
+        __builtin_memcpy(&v, wide + t * wide_stride, sizeof(v));
+        for (int i = 0; i < kHeight; ++i)
+            sums[i] += tall[t * tall_stride + i] * v;
+    }
+    for (int i = 0; i < kHeight; ++i)
+        for (int j = 0; j < width; ++j)
+            out[i * row_step + j * lane_step] += sums[i][j];
+}
+
+template <class Acc>
+SPEFT_INLINE void tile_of_height(int height, const Acc* tall, int64_t tall_stride, const Acc* wide,
+                                 int64_t wide_stride, int tokens, int width, int64_t row_step,
+                                 int64_t lane_step, Acc* out) {
+    if (height == kTileHeight)
+        return tile<Acc, kTileHeight>(tall, tall_stride, wide, wide_stride, tokens, width, row_step,
+                                      lane_step, out);
+    for (int i = 0; i < height; ++i)
+        tile<Acc, 1>(tall + i, tall_stride, wide, wide_stride, tokens, width, row_step, lane_step,
+                     out + i * row_step);
+}
+
+SPEFT_MULTIVERSION void add_tile(int height, const float* tall, int64_t tall_stride,
+                                 const float* wide, int64_t wide_stride, int tokens, int width,
+                                 int64_t row_step, int64_t lane_step, float* out) {
+    tile_of_height(height, tall, tall_stride, wide, wide_stride, tokens, width, row_step, lane_step,
+                   out);
+}
+SPEFT_MULTIVERSION void add_tile(int height, const double* tall, int64_t tall_stride,
+                                 const double* wide, int64_t wide_stride, int tokens, int width,
+                                 int64_t row_step, int64_t lane_step, double* out) {
+    tile_of_height(height, tall, tall_stride, wide, wide_stride, tokens, width, row_step, lane_step,
+                   out);
+}
+
+template <class T>
+struct Operand {
+    const T* matrix;
+    int64_t stride;
+    Groups groups;
+};
+
+template <class T>
+void run(const Operand<T>& dy, const Operand<T>& x, int64_t tokens, int64_t num_blocks,
+         Accumulator<T>* out, bool accumulate, int threads) {
+    using Acc = Accumulator<T>;
+    constexpr int lanes = VectorOf<Acc>::lanes;
+    const int64_t block_height = dy.groups.size, block_width = x.groups.size;
+    if (!accumulate) std::fill(out, out + num_blocks * block_height * block_width, Acc(0));
+    if (num_blocks == 0 || tokens == 0) return;
+
+    const bool turned = block_height > block_width;
+    const Operand<T>&tall = turned ? x : dy, &wide = turned ? dy : x;
+    const int64_t row_step = turned ? 1 : block_width, lane_step = turned ? block_width : 1;
+    const int64_t tall_columns = tall.groups.columns();
+    // A tile may read up to a vector beyond the last group: those lanes are never stored.
+    const int64_t wide_columns = wide.groups.columns() + lanes;
+    const int stretch = block_tokens<Acc>(tall_columns + wide_columns, tokens);
+    auto tall_slab = scratch<Acc>(tall_columns * stretch);
+    auto wide_slab = scratch<Acc>(wide_columns * stretch);
+    std::fill(wide_slab.get(), wide_slab.get() + wide_columns * stretch, Acc(0));
+
+    const int64_t down = (tall.groups.size + kTileHeight - 1) / kTileHeight;
+    const int64_t across = (wide.groups.size + lanes - 1) / lanes;
+    parallel(threads, [&](Worker worker) {
+        const Range tiles = worker.share(num_blocks * down * across);
+        for (int64_t m = 0; m < tokens; m += stretch) {
+            const int valid = int(std::min<int64_t>(stretch, tokens - m));
+            const Range mine = worker.share(valid);
+            copy_groups(tall.matrix + m * tall.stride, tall.stride, mine, tall.groups.used.data(),
+                        int64_t(tall.groups.used.size()), tall.groups.size, tall_columns,
+                        tall_slab.get());
+            copy_groups(wide.matrix + m * wide.stride, wide.stride, mine, wide.groups.used.data(),
+                        int64_t(wide.groups.used.size()), wide.groups.size, wide_columns,
+                        wide_slab.get());
+            worker.barrier();
+            for (int64_t i = tiles.begin; i < tiles.end; ++i) {
+                const int64_t b = i / (down * across);
+                const int64_t row = i / across % down * kTileHeight, lane = i % across * lanes;
+                add_tile(
+                    int(std::min<int64_t>(kTileHeight, tall.groups.size - row)),
+                    tall_slab.get() + tall.groups.place[b] * tall.groups.size + row, tall_columns,
+                    wide_slab.get() + wide.groups.place[b] * wide.groups.size + lane, wide_columns,
+                    valid, int(std::min<int64_t>(lanes, wide.groups.size - lane)), row_step,
+                    lane_step,
+                    out + b * block_height * block_width + row * row_step + lane * lane_step);
+            }
+            worker.barrier();
+        }
+    });
+}
+
+}  // namespace
+
+void block_grad(const void* dy, int64_t dy_stride, const void* x, int64_t x_stride, int64_t tokens,
+                const int32_t* block_rows, const int32_t* block_cols, int64_t num_blocks,
+                int64_t block_height, int64_t block_width, void* out, bool accumulate, DType dtype,
+                int threads) {
+    dispatch(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        run(Operand<T>{static_cast<const T*>(dy), dy_stride,
+                       Groups(block_rows, num_blocks, block_height)},
+            Operand<T>{static_cast<const T*>(x), x_stride,
+                       Groups(block_cols, num_blocks, block_width)},
+            tokens, num_blocks, static_cast<Accumulator<T>*>(out), accumulate, threads);
+    });
+}
+
+}  // namespace speft

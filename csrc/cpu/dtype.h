@@ -1,0 +1,108 @@
+// The element types of the kernels, and their conversion to and from the accumulator's type.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+
+namespace speft {
+
+// The codes that Python passes (speft_kernels/_native.py).
+enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+// float64 accumulates in float64, everything else in float32.
+template <class T>
+struct AccumulatorOf {
+    using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+    using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+template <class To, class From>
+SPEFT_INLINE To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+    To to;
+    __builtin_memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+SPEFT_INLINE float widen(float x) {
+    return x;
+}
+SPEFT_INLINE double widen(double x) {
+    return x;
+}
+SPEFT_INLINE float widen(BFloat16 x) {
+    return bit_cast<float>(uint32_t(x.bits) << 16);
+}
+SPEFT_INLINE float widen(Float16 x) {
+    // Shift exponent and mantissa into float32's place, then correct the exponent's bias, 127 - 15,
+    // by a multiplication, which also normalises subnormals. Inf and NaN keep a full exponent.
+    const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+    const float scaled = bit_cast<float>(magnitude) * bit_cast<float>(uint32_t(127 + 112) << 23);
+    const uint32_t special = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u | magnitude : 0u;
+    const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+    return bit_cast<float>((special ? special : bit_cast<uint32_t>(scaled)) | sign);
+}
+
+// Rounding is to nearest, ties to even, as torch rounds.
+SPEFT_INLINE void narrow(float x, float* out) {
+    *out = x;
+}
+SPEFT_INLINE void narrow(double x, double* out) {
+    *out = x;
+}
+SPEFT_INLINE void narrow(float x, BFloat16* out) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    out->bits = uint16_t(x != x ? 0x7fc0u : rounded);
+}
+SPEFT_INLINE void narrow(float x, Float16* out) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    uint32_t result;
+    if (magnitude > 0x7f800000u) {
+        result = 0x7e00u;
+    } else if (magnitude >= 0x477ff000u) {  // 65520, the first value that rounds to infinity
+        result = 0x7c00u;
+    } else if (magnitude < 0x38800000u) {
+        // Below 2^-14 the result is subnormal: adding 0.5 puts its last bit, 2^-24, at float32's
+        // last bit, so the addition itself rounds.
+        const float shifted = bit_cast<float>(magnitude) + 0.5f;
+        result = bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(0.5f);
+    } else {
+        const uint32_t odd = (magnitude >> 13) & 1u;
+        result = (magnitude - (uint32_t(112) << 23) + 0xfffu + odd) >> 13;
+    }
+    out->bits = uint16_t(sign | result);
+}
+
+// Calls f with a null pointer of the element type that `dtype` names.
+template <class F>
+void dispatch(DType dtype, F&& f) {
+    switch (dtype) {
+        case DType::kFloat32:
+            return f(static_cast<float*>(nullptr));
+        case DType::kFloat64:
+            return f(static_cast<double*>(nullptr));
+        case DType::kBFloat16:
+            return f(static_cast<BFloat16*>(nullptr));
+        case DType::kFloat16:
+            return f(static_cast<Float16*>(nullptr));
+    }
+}
+
+}  // namespace speft

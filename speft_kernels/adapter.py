@@ -1,0 +1,331 @@
+"""Adapters on disk: a folder with `adapter.safetensors` and `adapter_config.json`.
+
+The tensors are `sparse.<layer>.indices` (int32, int64 only for weights of 2^31 entries or more),
+`sparse.<layer>.values` (float32, float64 for a float64 base) and `dense.<name>` for what trains
+densely, such as a task head. So a single entry takes 8 bytes. The JSON gives each layer's shape,
+block shape and the fingerprint of the base weight under it, and the SHA-256 of the tensor file.
+Names are looked up in the model and never used as paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapter_file import (
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    TENSORS_FILE,
+    AdapterFile,
+    AdapterLayer,
+    read_adapter,
+    shown,
+)
+from .atomic import new_folder
+from .config import SpeftConfig
+from .errors import AdapterError, ConfigError, nearest
+from .install import install, state_of, swap_modules
+from .nn import SparseDeltaLinear
+from .overview import sparse_layers
+from .targets import is_below
+
+__all__ = [
+    "AdapterFile",
+    "AdapterInfo",
+    "AdapterLayer",
+    "load_adapter",
+    "read_adapter",
+    "save_adapter",
+]
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What was loaded: sparse layers, their trained scalars in all, dense tensors."""
+
+    folder: Path
+    layers: tuple[str, ...]
+    nnz: int
+    dense: tuple[str, ...]
+    config: SpeftConfig | None
+    extra: dict[str, Any]
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    config: SpeftConfig | None = None,
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write what `model` learned into `folder`, in one step: it is there as a whole or not at all.
+
+    That is each sparse layer's pattern and values, and the tensors that train densely
+    (`modules_to_train` and whatever else requires grad, with the buffers beside it). Every base
+    weight is read once, for its fingerprint.
+
+    Args:
+        config: kept with the adapter, for people.
+        extra: JSON data kept with the adapter.
+        overwrite: replace an adapter that is there already. Any other folder is refused.
+
+    Raises:
+        AdapterError: the folder exists, cannot be written, or holds something else than an adapter;
+            there is nothing to save, a value is not finite, or `extra` is not JSON.
+    """
+    folder = Path(folder)
+    _check_destination(folder, overwrite)
+    layers = sparse_layers(model)
+    dense = _dense_tensors(model)
+    if not layers and not dense:
+        raise AdapterError(
+            "nothing to save: the model has no sparse layers and nothing that trains"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"sparse.{name}.indices"] = layer.pattern.indices
+        tensors[f"sparse.{name}.values"] = layer.values
+    tensors.update({f"dense.{name}": tensor for name, tensor in dense.items()})
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                f"{name} holds NaN or infinite values: training went wrong, not saved"
+            )
+    described = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "layers": {
+            name: {
+                "shape": list(layer.pattern.shape),
+                "block_shape": list(layer.pattern.block_shape),
+                "base_sha256": fingerprint(layer),
+            }
+            for name, layer in layers.items()
+        },
+        "dense": list(dense),
+        "config": None if config is None else config.to_dict(),
+        "extra": dict(extra or {}),
+    }
+    try:
+        json.dumps(described, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterError(f"extra must be JSON data: {error}") from error
+    try:
+        with new_folder(folder) as draft:
+            # Copies: safetensors refuses views and tensors that share memory.
+            copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+            save_file(copies, draft / TENSORS_FILE, metadata={"format": "pt"})
+            described["tensors_sha256"] = _file_sha256(draft / TENSORS_FILE)
+            text = json.dumps(described, indent=1, allow_nan=False)
+            (draft / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise AdapterError(f"the adapter cannot be written to {str(folder)!r}: {error}") from error
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    mode: str | None = None,
+    check_base: bool = True,
+) -> AdapterInfo:
+    """Load an adapter into `model`, in place. Everything is checked before anything is touched.
+
+    A plain model is made sparse and frozen as by `apply_patterns`. In a model with sparse layers of
+    the same patterns the values are replaced; with other patterns, its base is restored first and
+    the layers are replaced.
+
+    Args:
+        mode: "resident" or "additive". None means resident, or what a sparse layer of the same
+            pattern is already.
+        check_base: refuse a base model other than the one that the adapter was trained on.
+
+    Raises:
+        AdapterError: a file is missing, damaged or hostile, or does not fit the model. The model is
+            as it was.
+        ConfigError: the mode is unknown or does not fit, as for a shared weight in resident mode.
+            Likewise.
+    """
+    file = read_adapter(folder)
+    present = sparse_layers(model)
+    if mode not in (None, "resident", "additive"):
+        raise ConfigError(f"mode must be 'resident' or 'additive', got {mode!r}")
+    _check_layers(model, file, check_base)
+    targets = _check_dense(model, file)
+    patterns = {name: layer.pattern for name, layer in file.layers.items()}
+    with ExitStack() as undo:
+        if list(present) != list(patterns) or any(
+            present[name].pattern != pattern for name, pattern in patterns.items()
+        ):
+            _make_plain(model, present, undo)
+            install(model, patterns, mode or "resident", file.dense, undo)
+        elif mode is not None:
+            for layer in present.values():
+                undo.callback(layer.merge if layer.mode == "resident" else layer.unmerge)
+                (layer.merge if mode == "resident" else layer.unmerge)()
+        layers = sparse_layers(model)
+        _write([(layers[name].values, layer.values) for name, layer in file.layers.items()], undo)
+        _write([(targets[name], tensor) for name, tensor in file.dense.items()], undo)
+        for layer in layers.values():
+            layer.sync()
+        undo.pop_all()
+    return AdapterInfo(
+        folder=file.folder,
+        layers=tuple(file.layers),
+        nnz=sum(pattern.nnz for pattern in patterns.values()),
+        dense=tuple(file.dense),
+        config=file.config,
+        extra=file.extra,
+    )
+
+
+def fingerprint(layer: nn.Module) -> str:
+    """Return the SHA-256 of a linear or sparse layer's base weight: dtype, shape and bytes of W0.
+
+    Of a base that is not a plain linear layer it covers all parameters and buffers.
+    """
+    if isinstance(layer, SparseDeltaLinear) and layer.base is not None:
+        layer = layer.base
+    tensors: Iterable[tuple[str, Tensor]]
+    if isinstance(layer, SparseDeltaLinear):
+        tensors = [("weight", layer.base_weight())]
+    elif type(layer) is nn.Linear:
+        tensors = [("weight", layer.weight)]
+    else:
+        tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_destination(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir():
+        raise AdapterError(f"{str(folder)!r} exists and is not a folder")
+    if not overwrite:
+        raise AdapterError(f"the folder {str(folder)!r} exists: choose another, or overwrite=True")
+    others = sorted({path.name for path in folder.iterdir()} - {TENSORS_FILE, CONFIG_FILE})
+    if others:
+        raise AdapterError(
+            f"the folder {str(folder)!r} holds more than an adapter ({shown(others[0])}): "
+            "overwriting would delete it"
+        )
+
+
+def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what trains outside the sparse layers, and the persistent buffers beside it."""
+    sparse = list(sparse_layers(model))
+    stored = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor) and not is_below(name, sparse)
+    }
+    owners = {name.rpartition(".")[0] for name, tensor in stored.items() if tensor.requires_grad}
+    named = set(state_of(model).dense_tensors)
+    dense: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in stored.items():
+        beside = name.rpartition(".")[0] in owners and not isinstance(tensor, nn.Parameter)
+        if (tensor.requires_grad or beside or name in named) and id(tensor) not in seen:
+            seen.add(id(tensor))  # a tied tensor is stored once
+            dense[name] = tensor
+    return dense
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_layers(model: nn.Module, file: AdapterFile, check_base: bool) -> None:
+    modules = dict(model.named_modules())
+    for name, stored in file.layers.items():
+        module = modules.get(name)
+        if module is None:
+            raise AdapterError(
+                f"the model has no layer {shown(name)}, which the adapter "
+                f"trains.{nearest(name, modules)}"
+            )
+        shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+        if None in shape:
+            raise AdapterError(
+                f"{shown(name)} is a {type(module).__name__} in the model; the adapter trains a "
+                "linear layer there"
+            )
+        if shape != stored.pattern.shape:
+            raise AdapterError(
+                f"layer {shown(name)} has shape {shape} in the model, {stored.pattern.shape} in "
+                "the adapter"
+            )
+        if check_base and fingerprint(module) != stored.base_sha256:
+            raise AdapterError(
+                f"the adapter was trained on another base: the weight of layer {shown(name)} "
+                "differs, in its values or its dtype. Load the base model it was trained on, or "
+                "pass check_base=False"
+            )
+
+
+def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
+    """Return the model's tensors that the adapter's dense tensors go to, by name."""
+    closed = {*file.layers, *sparse_layers(model)}
+    stored = model.state_dict(keep_vars=True)
+    for name, tensor in file.dense.items():
+        target = stored.get(name)
+        if not isinstance(target, Tensor):
+            raise AdapterError(
+                f"the model has no tensor {shown(name)}, which the adapter "
+                f"brings.{nearest(name, stored)}"
+            )
+        if is_below(name, closed):
+            raise AdapterError(f"the adapter brings {shown(name)}, which is part of a sparse layer")
+        if target.shape != tensor.shape:
+            raise AdapterError(
+                f"{shown(name)} has shape {tuple(target.shape)} in the model, "
+                f"{tuple(tensor.shape)} in the adapter"
+            )
+        if target.is_floating_point() != tensor.is_floating_point():
+            raise AdapterError(
+                f"{shown(name)} is {target.dtype} in the model, {tensor.dtype} in the adapter"
+            )
+    return {name: stored[name] for name in file.dense}
+
+
+def _make_plain(model: nn.Module, layers: Mapping[str, SparseDeltaLinear], undo: ExitStack) -> None:
+    """Put plain layers with the exact base back; undone, the sparse ones return as they were."""
+    replacements: dict[nn.Module, nn.Module] = {}
+    for layer in layers.values():
+        undo.callback(layer.merge if layer.mode == "resident" else layer.unmerge)
+        replacements[layer] = layer.to_linear(keep_delta=False)
+    undo.callback(swap_modules, model, {new: old for old, new in replacements.items()})
+    swap_modules(model, replacements)
+
+
+@torch.no_grad()
+def _write(pairs: Iterable[tuple[Tensor, Tensor]], undo: ExitStack) -> None:
+    for target, contents in pairs:
+        undo.callback(_copy, target, target.detach().clone())
+        target.copy_(contents)
+
+
+@torch.no_grad()
+def _copy(target: Tensor, contents: Tensor) -> None:
+    target.copy_(contents)

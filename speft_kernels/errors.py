@@ -1,0 +1,48 @@
+"""The exceptions that this package raises on purpose, all under `SpeftError`.
+
+Each one also derives from the built-in error a caller would expect, so `except ValueError` keeps working.
+The command line turns a `SpeftError` into one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpeftError(Exception):
+    """Base class of every deliberate error of this package."""
+
+
+class ConfigError(SpeftError, ValueError):
+    """A setting is out of range, unknown, or does not fit the model."""
+
+
+class PatternError(SpeftError, ValueError):
+    """Indices, a mask or a block shape do not describe a sparse pattern."""
+
+
+class DataError(SpeftError, ValueError):
+    """A data file cannot be used as it is."""
+
+
+class AdapterError(SpeftError, ValueError):
+    """An adapter file is damaged, hostile, or made for another model."""
+
+
+class SalienceError(SpeftError, ValueError):
+    """A salience score cannot be computed or ranked."""
+
+
+class BackendError(SpeftError, RuntimeError):
+    """A backend was asked for by name and cannot serve the call."""
+
+
+class StaleWeightError(SpeftError, RuntimeError):
+    """`values` changed between a forward pass and its backward pass."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the known name closest to `name`, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,133 @@
+"""Putting sparse layers into a model, and remembering what that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .errors import ConfigError, PatternError, nearest
+from .nn import SparseDeltaLinear
+from .overview import sparse_layers
+from .pattern import SparsePattern
+from .targets import check_layers
+
+_STATE = "_speft_state"
+
+
+@dataclass
+class SparseState:
+    """What a sparse model remembers about itself.
+
+    Attributes:
+        dense_tensors: names of the parameters and buffers that train densely, as in `state_dict()`.
+        switched_off: (module, attribute, former value) of the fused paths that would read weights
+            past the layers.
+    """
+
+    dense_tensors: tuple[str, ...] = ()
+    switched_off: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+
+
+def state_of(model: nn.Module) -> SparseState:
+    """Return what `model` remembers; an empty state where it was not made sparse here."""
+    state: SparseState = vars(model).get(_STATE, SparseState())
+    return state
+
+
+def install(
+    model: nn.Module,
+    patterns: Mapping[str, SparsePattern],
+    mode: str,
+    dense_tensors: Iterable[str],
+    undo: ExitStack,
+) -> None:
+    """Replace the layers, freeze the rest, and remember what is to be saved.
+
+    Each step pushes its reversal on `undo`; the caller unwinds it on an error.
+
+    Raises:
+        ConfigError: see `apply_patterns`.
+    """
+    modules = dict(model.named_modules())
+    for name in patterns:
+        if name not in modules:
+            raise ConfigError(f"the model has no module {name!r}.{nearest(name, modules)}")
+    check_layers(model, {name: modules[name] for name in patterns}, mode)
+
+    undo.callback(_restore_flags, [(p, p.requires_grad, p.grad) for p in model.parameters()])
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, pattern in patterns.items():
+        try:
+            sparse = SparseDeltaLinear.from_linear(modules[name], pattern, mode)
+        except (ConfigError, PatternError) as error:
+            raise ConfigError(f"layer {name!r}: {error}") from error
+        replacements[modules[name]] = sparse.train(modules[name].training)
+    undo.callback(swap_modules, model, {new: old for old, new in replacements.items()})
+    swap_modules(model, replacements)
+
+    state = SparseState(tuple(dense_tensors), _fused_paths(model))
+    for module, attribute, value in state.switched_off:
+        undo.callback(setattr, module, attribute, value)
+        setattr(module, attribute, False)
+    undo.callback(_restore_state, model, vars(model).get(_STATE))
+    setattr(model, _STATE, state)
+
+    trained = {id(layer.values) for layer in sparse_layers(model).values()}
+    tensors = model.state_dict(keep_vars=True)
+    trained |= {id(tensors[name]) for name in state.dense_tensors}
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        elif parameter.is_floating_point() and parameter.numel():
+            parameter.requires_grad_(True)
+
+
+def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace modules wherever they are registered in `model`."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[key] = replacements[child]
+
+
+def _restore_flags(parameters: list[tuple[nn.Parameter, bool, Any]]) -> None:
+    for parameter, flag, gradient in parameters:
+        parameter.requires_grad_(flag)
+        parameter.grad = gradient
+
+
+def _restore_state(model: nn.Module, state: SparseState | None) -> None:
+    vars(model).pop(_STATE, None)
+    if state is not None:
+        setattr(model, _STATE, state)
+
+
+def _fused_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Find the inference paths of nn.TransformerEncoder that read `linear1.weight` themselves.
+
+    They never call the layers: an additive delta would be left out, a resident one be as old as the
+    last call.
+    """
+    paths: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            name = (
+                "use_nested_tensor"
+                if isinstance(module, nn.TransformerEncoder)
+                else "activation_relu_or_gelu"
+            )
+            if sparse_layers(module) and getattr(module, name, False):
+                paths.append((module, name, getattr(module, name)))
+    return paths
+
+
+def forget(model: nn.Module) -> None:
+    """Switch the fused paths on again and drop the state of a model without sparse layers."""
+    for module, attribute, value in state_of(model).switched_off:
+        setattr(module, attribute, value)
+    vars(model).pop(_STATE, None)

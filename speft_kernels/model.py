@@ -1,0 +1,252 @@
+"""Making a whole model sparse, and plain again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import SpeftConfig
+from .errors import ConfigError
+from .install import forget, install, swap_modules
+from .nn import SparseDeltaLinear
+from .overview import Summary, SummaryRow, sparse_layers, summary, trainable_parameters
+from .pattern import SparsePattern
+from .salience import LossFn, SalienceReport, metric_named
+from .salience.borrow import borrowed, undone_on_error
+from .salience.select import select_patterns
+from .salience.warmup import warm_up
+from .targets import (
+    Targets,
+    find_dense_modules,
+    find_targets,
+    is_below,
+    shared_weights,
+    tensors_below,
+)
+
+__all__ = [
+    "SpeftConfig",
+    "Summary",
+    "SummaryRow",
+    "apply_patterns",
+    "desparsify",
+    "merge",
+    "score_and_select",
+    "sparse_layers",
+    "sparsify",
+    "summary",
+    "trainable_parameters",
+    "unmerge",
+]
+
+
+def sparsify(
+    model: nn.Module,
+    config: SpeftConfig,
+    batches: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+) -> SalienceReport:
+    """Score, select what trains, replace the linear layers and freeze the rest; in place.
+
+    Afterwards only the layers' `values` and `config.modules_to_train` require grad.
+
+    Args:
+        batches: what to score with, moved to the model's device batch by batch. An iterable of
+            dicts of tensors, or of whatever `loss_fn` takes; metrics that read no gradient need
+            none.
+        loss_fn: `loss_fn(model, batch)` returns a scalar; by default `model(**batch).loss`.
+
+    Returns:
+        How the selection was made and what it cost.
+
+    Raises:
+        ConfigError: the config does not fit the model (see `targets.find_targets`), the model has
+            sparse layers already, or batches are needed and missing.
+        SalienceError: a loss or gradient is not finite, or a layer received no gradient.
+        On any error, also one out of `loss_fn`, the model is as it was.
+    """
+    targets = _targets_to_score(model, config, batches)
+    with undone_on_error(_head(model, config, targets)):
+        patterns, report = _score(model, config, targets, batches, loss_fn)
+        apply_patterns(model, patterns, config)
+    return report
+
+
+def score_and_select(
+    model: nn.Module,
+    config: SpeftConfig,
+    batches: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+) -> tuple[dict[str, SparsePattern], SalienceReport]:
+    """Return layer name -> pattern, and the report: `sparsify` without replacing the layers.
+
+    With `head_warmup_steps` the task head stays warmed up. Arguments and errors as for `sparsify`.
+    """
+    targets = _targets_to_score(model, config, batches)
+    with undone_on_error(_head(model, config, targets)):
+        return _score(model, config, targets, batches, loss_fn)
+
+
+def apply_patterns(
+    model: nn.Module, patterns: Mapping[str, SparsePattern], config: SpeftConfig
+) -> None:
+    """Replace the linear layers that `patterns` names by sparse ones, and freeze the rest.
+
+    `config` says the mode and the `modules_to_train`. Gradients of frozen parameters are dropped.
+
+    Raises:
+        ConfigError: a name is not a layer of the model or cannot train sparsely, a pattern is for
+            another shape, or the model has sparse layers already. The model is as it was.
+    """
+    _refuse_sparse(model)
+    dense = find_dense_modules(model, config.modules_to_train)
+    for name in patterns:
+        if is_below(name, dense):
+            raise ConfigError(
+                f"layer {name!r} belongs to modules_to_train: it trains densely already"
+            )
+    tensors = tensors_below(model, dense)
+    with ExitStack() as undo:
+        install(model, patterns, config.mode, tensors, undo)
+        undo.pop_all()
+
+
+def merge(model: nn.Module) -> None:
+    """Write every layer's delta into its weight (mode "resident"); the model computes the same.
+
+    Raises:
+        ConfigError: no sparse layers, or one whose weight is shared or cannot hold a delta. Nothing
+            is changed.
+    """
+    layers = _require_sparse(model)
+    _refuse_delta_in_shared(model, layers)
+    for layer in layers.values():
+        layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restore every base weight, bit for bit (mode "additive"); the model computes the same.
+
+    Raises:
+        ConfigError: no sparse layers.
+    """
+    for layer in _require_sparse(model).values():
+        layer.unmerge()
+
+
+def desparsify(model: nn.Module, keep_delta: bool = True) -> None:
+    """Put plain linear layers back: with base plus delta, or without `keep_delta` exactly the base.
+
+    Parameters keep their `requires_grad`: the layers' weights stay frozen.
+
+    Raises:
+        ConfigError: no sparse layers; with `keep_delta`, one whose weight is shared or cannot hold
+            a delta. Nothing is changed.
+    """
+    layers = _require_sparse(model)
+    if keep_delta:
+        _refuse_delta_in_shared(model, layers)
+    swap_modules(model, {layer: layer.to_linear(keep_delta) for layer in layers.values()})
+    forget(model)
+
+
+def _refuse_sparse(model: nn.Module) -> None:
+    present = sparse_layers(model)
+    if present:
+        raise ConfigError(
+            f"the model has sparse layers already, such as {next(iter(present))!r}: call "
+            "desparsify(model) first"
+        )
+
+
+def _require_sparse(model: nn.Module) -> dict[str, SparseDeltaLinear]:
+    layers = sparse_layers(model)
+    if not layers:
+        raise ConfigError(
+            "the model has no sparse layers: call sparsify(model, config) or load an adapter first"
+        )
+    return layers
+
+
+def _refuse_delta_in_shared(model: nn.Module, layers: Mapping[str, SparseDeltaLinear]) -> None:
+    shared = shared_weights(model)
+    for name, layer in layers.items():
+        if layer.pattern.is_empty:
+            continue
+        if layer.base is not None:
+            raise ConfigError(
+                f"the base of layer {name!r} is a {type(layer.base).__name__}, which cannot hold a "
+                "delta; it stays additive"
+            )
+        other = shared.get(f"{name}.weight")
+        if other is not None:
+            raise ConfigError(
+                f"layer {name!r} shares its weight with {other!r}, so writing its delta would "
+                "change both: give the layer a weight of its own first, or keep the delta additive"
+            )
+
+
+def _targets_to_score(
+    model: nn.Module, config: SpeftConfig, batches: Iterable[Any] | None
+) -> Targets:
+    _refuse_sparse(model)
+    targets = find_targets(model, config)
+    if config.head_warmup_steps and not targets.dense_modules:
+        raise ConfigError("head_warmup_steps: no head to warm up; name it in modules_to_train")
+    if batches is None and config.head_warmup_steps:
+        raise ConfigError("head_warmup_steps needs batches")
+    if batches is None and metric_named(config.salience).needs_gradient:
+        raise ConfigError(
+            f"salience {config.salience!r} needs batches to score with; salience='magnitude' needs "
+            "none"
+        )
+    return targets
+
+
+def _head(model: nn.Module, config: SpeftConfig, targets: Targets) -> list[Tensor]:
+    """Return the tensors that the head warm-up writes to."""
+    if not config.head_warmup_steps:
+        return []
+    return list(tensors_below(model, targets.dense_modules).values())
+
+
+def _score(
+    model: nn.Module,
+    config: SpeftConfig,
+    targets: Targets,
+    batches: Iterable[Any] | None,
+    loss_fn: LossFn | None,
+) -> tuple[dict[str, SparsePattern], SalienceReport]:
+    start = time.perf_counter()
+    if config.head_warmup_steps and batches is not None:
+        if iter(batches) is batches:
+            batches = list(batches)  # an iterator passes once, and the scoring comes after
+        head = [
+            parameter
+            for name in targets.dense_modules
+            for parameter in model.get_submodule(name).parameters()
+            if parameter.is_floating_point()
+        ]
+        with borrowed(model, config.seed):
+            warm_up(
+                model,
+                list(dict.fromkeys(head)),
+                batches,
+                loss_fn,
+                steps=config.head_warmup_steps,
+                lr=config.head_warmup_lr,
+            )
+    warmed = time.perf_counter() - start
+    with borrowed(model, config.seed):
+        return select_patterns(
+            model,
+            targets.layers,
+            config,
+            batches,
+            loss_fn,
+            head_warmup_seconds=warmed if config.head_warmup_steps else 0.0,
+        )

@@ -1,0 +1,301 @@
+"""`SparseDeltaLinear`: a linear layer whose weight is frozen but for a sparse set of trained entries."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import ops
+from .autograd import ResidentLinear
+from .errors import ConfigError, PatternError, nearest
+from .ops._checks import accumulator_dtype
+from .pattern import SparsePattern
+from .plan import plan_of
+
+MODES = ("resident", "additive")
+
+
+class SparseDeltaLinear(nn.Module):
+    """`y = x @ (W0 + D)^T + b` with W0 and b frozen and D, non-zero on a static pattern, trained as `values`.
+
+    Build it with `SparseDeltaLinear.from_linear`. Two modes, equal in what they compute:
+
+    - `resident`: D is written into the weight, so a step costs what the frozen layer costs plus the sampled gradient.
+      The write happens on the first forward after `values` changed. Changes are seen through the tensor's version,
+      which every in-place operation and every optimizer raises; after writing through `values.data`, call `sync()`.
+    - `additive`: the base is never written; D is a second, sparse product. For a base that is quantised or shared.
+
+    Parameters: `weight` `[N, K]` and `bias` `[N]`, frozen; `values`, float32 (float64 for a float64 weight),
+    `[nnz]` or `[num_blocks, bh, bw]`, trained. Buffers: `indices`, and `base_values` (W0 at the trained entries).
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    values: nn.Parameter
+    indices: Tensor
+    base_values: Tensor
+
+    def __init__(self, linear: nn.Module, pattern: SparsePattern, mode: str = "resident") -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ConfigError(
+                f"unknown mode {mode!r}.{nearest(mode, MODES)} Known: {', '.join(MODES)}"
+            )
+        self.in_features, self.out_features = _features(linear)
+        if pattern.shape != (self.out_features, self.in_features):
+            raise PatternError(
+                f"the pattern is for a weight of shape {pattern.shape}, the layer's is "
+                f"{(self.out_features, self.in_features)}"
+            )
+        if type(linear) is nn.Linear:
+            self._take_plain(linear, pattern)
+        elif mode == "additive" and type(linear).forward is not nn.Linear.forward:
+            self._take_opaque(linear, pattern)
+        else:
+            raise ConfigError(
+                f"a {type(linear).__name__} is not a plain nn.Linear, so its weight cannot hold the delta; "
+                + (
+                    'use mode="additive"'
+                    if type(linear).forward is not nn.Linear.forward
+                    else "its owner reads the weight without calling it, so no gradient would reach the values"
+                )
+            )
+        self.mode = mode
+        # What the weight's trained entries hold now: (values, weight) by version and address, or None for W0.
+        self._written: tuple[int, ...] | None = None
+
+    def _take_plain(self, linear: nn.Linear, pattern: SparsePattern) -> None:
+        weight = linear.weight
+        if not weight.is_floating_point():
+            raise ConfigError(f"the weight must be floating point, got {weight.dtype}")
+        if not weight.is_contiguous():
+            raise ConfigError(f"the weight must be contiguous, got strides {weight.stride()}")
+        pattern = pattern.to(weight.device)
+        weight.requires_grad_(False)
+        if linear.bias is not None:
+            linear.bias.requires_grad_(False)
+        self.base = None
+        self.weight, self.bias = weight, cast("nn.Parameter | None", linear.bias)
+        base = weight.detach().view(-1)[pattern.entry_indices.long()]
+        self.register_buffer("base_values", base.reshape(pattern.values_shape))
+        self._add_values(pattern, weight.dtype, weight.device)
+
+    def _take_opaque(self, base: nn.Module, pattern: SparsePattern) -> None:
+        tensors = [*base.parameters(), *base.buffers()]
+        device = tensors[0].device if tensors else pattern.device
+        self.base = base.requires_grad_(False)
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        self.register_buffer("base_values", None)
+        self._add_values(pattern.to(device), torch.float32, device)
+
+    def _add_values(self, pattern: SparsePattern, dtype: torch.dtype, device: torch.device) -> None:
+        self._pattern = pattern
+        self.register_buffer("indices", pattern.indices)
+        values = torch.zeros(pattern.values_shape, dtype=accumulator_dtype(dtype), device=device)
+        self.values = nn.Parameter(values, requires_grad=not pattern.is_empty)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, pattern: SparsePattern, mode: str = "resident"
+    ) -> SparseDeltaLinear:
+        """Wrap `linear`, sharing its weight and bias (no copy) and freezing them; `values` starts at zero.
+
+        Args:
+            linear: an `nn.Linear`; in mode "additive" also any module with `in_features` and `out_features` that
+                maps `[..., K]` to `[..., N]`, such as a quantised linear layer.
+
+        Raises:
+            PatternError: the pattern is for another shape.
+            ConfigError: an unknown mode; a layer whose weight cannot hold the delta.
+        """
+        return cls(linear, pattern, mode)
+
+    @property
+    def pattern(self) -> SparsePattern:
+        return self._pattern
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        if self.mode == "additive" and not self._pattern.is_empty:
+            return self._forward_additive(x)
+        if self.base is not None:
+            return self.base(x)
+        self.sync()
+        if self._pattern.is_empty or not (torch.is_grad_enabled() and self.values.requires_grad):
+            return F.linear(x, self.weight, self.bias)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have shape [..., {self.in_features}], got {tuple(x.shape)}")
+        y = ResidentLinear.apply(
+            x.reshape(-1, self.in_features),
+            self.values,
+            self.weight,
+            self.bias,
+            plan_of(self._pattern),
+        )
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _forward_additive(self, x: Tensor) -> Tensor:
+        self._restore()
+        with torch.autocast(x.device.type, enabled=False):
+            if self.base is not None:
+                y = self.base(x)
+                return y + ops.delta_matmul(x.to(y.dtype), self.values, self._pattern)
+            weight, bias = self.weight, self.bias
+            return ops.sparse_delta_matmul(
+                x,
+                weight.to(x.dtype),
+                self.values,
+                self._pattern,
+                None if bias is None else bias.to(x.dtype),
+            )
+
+    def _state(self) -> tuple[int, ...]:
+        values, weight = self.values, self.weight
+        return values._version, values.data_ptr(), weight._version, weight.data_ptr()
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Make the weight hold what the mode says, if it does not yet: W0 + D (resident) or W0 (additive)."""
+        if self.mode == "additive":
+            self._restore()
+        elif not self._pattern.is_empty and self._written != self._state():
+            ops.write_delta(self.weight, self._pattern, self.base_values, self.values)
+            self._written = self._state()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        if self._written is not None:
+            ops.write_delta(self.weight, self._pattern, self.base_values, None)
+            self._written = None
+
+    def merge(self) -> None:
+        """Write D into the weight: mode "resident". What the layer computes stays the same.
+
+        Raises:
+            ConfigError: the base is not a plain `nn.Linear`.
+        """
+        if self.base is not None:
+            raise ConfigError(
+                f"a {type(self.base).__name__} cannot hold the delta; it stays additive"
+            )
+        self.mode = "resident"
+        self.sync()
+
+    def unmerge(self) -> None:
+        """Put W0 back into the weight, bit for bit: mode "additive". What the layer computes stays the same."""
+        self.mode = "additive"
+        self.sync()
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """Return `W0 + D` as a new tensor `[N, K]` of the weight's dtype.
+
+        Raises:
+            ConfigError: the base is not a plain `nn.Linear`.
+        """
+        weight = self.base_weight()
+        if not self._pattern.is_empty:
+            ops.write_delta(weight, self._pattern, self.base_values, self.values)
+        return weight
+
+    @torch.no_grad()
+    def base_weight(self) -> Tensor:
+        """Return W0 as a new tensor `[N, K]`, bit for bit as it was.
+
+        Raises:
+            ConfigError: the base is not a plain `nn.Linear`.
+        """
+        if self.base is not None:
+            raise ConfigError(
+                f"the base is a {type(self.base).__name__}: it has no plain weight to read"
+            )
+        weight = self.weight.detach().clone()
+        if not self._pattern.is_empty:
+            ops.write_delta(weight, self._pattern, self.base_values, None)
+        return weight
+
+    def to_linear(self, keep_delta: bool = True) -> nn.Module:
+        """Return the plain layer, sharing the weight: it holds W0 + D, or exactly W0 without the delta.
+
+        This module must not be used afterwards: it no longer owns the weight.
+
+        Raises:
+            ConfigError: the base is not a plain `nn.Linear` and `keep_delta` is set.
+        """
+        if self.base is not None:
+            if keep_delta and not self._pattern.is_empty:
+                raise ConfigError(f"a {type(self.base).__name__} cannot hold the delta")
+            return self.base
+        (self.merge if keep_delta else self.unmerge)()
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        linear.weight = self.weight
+        linear.bias = self.bias  # type: ignore[assignment]
+        return linear.train(self.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseDeltaLinear:
+        values = self.values.detach()
+        super()._apply(fn, recurse)
+        # `.to(bfloat16)` is about the frozen weight; the trained values stay in the accumulator's dtype, unrounded.
+        dtype = accumulator_dtype(self.weight.dtype if self.weight is not None else torch.float32)
+        if self.values.dtype != dtype:
+            grad = self.values.grad
+            self.values.grad = None
+            self.values.data = values.to(self.values.device, dtype)
+            self.values.grad = None if grad is None else grad.to(dtype)
+        if self.indices.device.type != "meta":
+            self._pattern = self._pattern.to(self.indices.device)
+            self.indices = self._pattern.indices
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # The pattern behind the indices must go through its validation, as from any other source.
+        stored, errors = state_dict.get(prefix + "indices"), args[-1]
+        if isinstance(stored, Tensor) and stored.shape == self.indices.shape:
+            try:
+                loaded = SparsePattern(self._pattern.shape, stored, self._pattern.block_shape)
+            except PatternError as error:
+                errors.append(f"{prefix}indices: {error}")
+                return
+            if loaded != self._pattern:
+                self._restore()
+                self._pattern = loaded.to(self.indices.device)
+                self.indices = self._pattern.indices
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # The loaded weight holds whatever it held when it was saved. Writing is idempotent: the next sync settles it.
+        if self.base is None and not self._pattern.is_empty:
+            with torch.no_grad():
+                ops.write_delta(self.weight, self._pattern, self.base_values, None)
+        self._written = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Addresses mean nothing in a copy.
+        restored = self._written is not None
+        return {**self.__dict__, "_written": () if restored else None}
+
+    def extra_repr(self) -> str:
+        pattern = self._pattern
+        block = f", block_shape={pattern.block_shape}" if pattern.is_block else ""
+        has_bias = self.bias is not None
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, "
+            f"nnz={pattern.nnz}, density={pattern.density:.4%}{block}, mode={self.mode}"
+        )
+
+
+def _features(linear: nn.Module) -> tuple[int, int]:
+    try:
+        return int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
+    except AttributeError:
+        raise ConfigError(
+            f"a {type(linear).__name__} has no in_features and out_features: it is no linear layer"
+        ) from None

@@ -1,0 +1,51 @@
+"""Checks of arguments that several operations share. Each raises a typed error that shows the offending facts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..pattern import SparsePattern
+from .registry import FLOATS
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 accumulates in float64, everything else in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_float(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            known = ", ".join(str(d) for d in FLOATS)
+            raise TypeError(f"{name} must be one of {known}, got {tensor.dtype}")
+
+
+def check_same(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Raise unless the two tensors share dtype and device."""
+    if a.dtype != b.dtype:
+        raise TypeError(f"{first} and {second} must have one dtype, got {a.dtype} and {b.dtype}")
+    check_device(first, a, second, b)
+
+
+def check_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    if a.device != b.device:
+        raise ValueError(
+            f"{first} is on {a.device} and {second} on {b.device}; they must share one device"
+        )
+
+
+def check_pattern_device(pattern: SparsePattern, name: str, tensor: Tensor) -> None:
+    if pattern.device != tensor.device:
+        raise ValueError(
+            f"the pattern is on {pattern.device} and {name} on {tensor.device}; move it once with pattern.to(device)"
+        )
+
+
+def tokens_first(name: str, tensor: Tensor, width: int) -> Tensor:
+    """Return `[..., width]` as `[M, width]`, without a copy wherever strides allow."""
+    if tensor.dim() == 0 or tensor.shape[-1] != width:
+        raise ValueError(f"{name} must have shape [..., {width}], got {tuple(tensor.shape)}")
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.reshape(tensor.shape[:-1].numel(), width)

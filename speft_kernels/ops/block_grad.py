@@ -1,0 +1,174 @@
+"""`block_grad`: the gradient of a weight, computed only in the blocks of a pattern.
+
+    dV[b] = dy[:, rows_b]^T @ x[:, cols_b]
+
+Accumulated in float32 (float64 for float64 inputs), into an existing buffer across micro-batches where asked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..pattern import SparsePattern
+from . import _checks, registry
+from .sampled_grad import _check_out
+
+# Elements that the torch backend gathers at a time, of dy and of x together: 64 MB in float32.
+GATHER_ELEMENTS = 1 << 24
+
+
+def block_grad(
+    dy: Tensor,
+    x: Tensor,
+    pattern: SparsePattern,
+    *,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Return `dV [num_blocks, bh, bw]`: `dy^T @ x` in the blocks of `pattern`.
+
+    Args:
+        dy: `[..., N]`, the gradient of the layer's output.
+        x: `[..., K]`, the layer's input, of dy's dtype.
+        out: `[num_blocks, bh, bw]` of the accumulator's dtype, written in place and returned.
+        accumulate: add to `out` instead of overwriting it.
+
+    Returns:
+        `[num_blocks, bh, bw]` float32 (float64 for float64 inputs). Blocks of (1, 1) are served too.
+
+    Raises:
+        ValueError: shapes or devices do not fit.
+        TypeError: dtypes do not fit.
+        BackendError: the backend that was asked for cannot serve the call.
+    """
+    _checks.check_float(dy=dy, x=x)
+    _checks.check_same("dy", dy, "x", x)
+    _checks.check_pattern_device(pattern, "dy", dy)
+    dy = _checks.tokens_first("dy", dy, pattern.shape[0])
+    x = _checks.tokens_first("x", x, pattern.shape[1])
+    if dy.shape[0] != x.shape[0]:
+        raise ValueError(f"dy has {dy.shape[0]} tokens and x has {x.shape[0]}")
+    bh, bw = pattern.block_shape
+    where = (pattern.block_rows, pattern.block_cols, bh, bw)
+    if out is None:
+        if accumulate:
+            raise ValueError("accumulate=True needs the buffer to accumulate into: pass out=")
+        return torch.ops.speft.block_grad(dy, x, *where, backend)
+    _check_out(out, (pattern.num_blocks, bh, bw), dy)
+    torch.ops.speft.block_grad_(dy, x, *where, out, accumulate, backend)
+    return out
+
+
+def _blocks(tensor: Tensor, size: int, which: Tensor) -> Tensor:
+    """`[M, width]` -> `[M, b, size]`: the named groups of `size` neighbouring columns."""
+    return tensor.reshape(tensor.shape[0], tensor.shape[1] // size, size).index_select(1, which)
+
+
+@registry.implement("block_grad", "reference")
+def _reference(
+    dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor, out: Tensor, accumulate: bool
+) -> None:
+    dense = dy.to(out.dtype).t() @ x.to(out.dtype)
+    bh, bw = out.shape[1:]
+    tiles = dense.reshape(dense.shape[0] // bh, bh, dense.shape[1] // bw, bw)
+    values = tiles[rows.long(), :, cols.long(), :]
+    out.copy_(out + values if accumulate else values)
+
+
+@registry.implement("block_grad", "torch")
+def _torch(
+    dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor, out: Tensor, accumulate: bool
+) -> None:
+    bh, bw = out.shape[1:]
+    step = max(1, GATHER_ELEMENTS // max(1, dy.shape[0] * (bh + bw)))
+    for start in range(0, out.shape[0], step):
+        part = slice(start, start + step)
+        product = torch.einsum(
+            "mbi,mbj->bij",
+            _blocks(dy, bh, rows[part]).to(out.dtype),
+            _blocks(x, bw, cols[part]).to(out.dtype),
+        )
+        if accumulate:
+            out[part] += product
+        else:
+            out[part] = product
+
+
+@registry.implement("block_grad", "cpu")
+def _cpu(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor, out: Tensor, accumulate: bool) -> None:
+    dy, x = _native.rows_contiguous(dy), _native.rows_contiguous(x)
+    _native.kernels().block_grad(
+        *(dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0)),
+        *(dy.shape[0], rows.data_ptr(), cols.data_ptr(), rows.numel()),
+        *(out.shape[1], out.shape[2], out.data_ptr(), accumulate),
+        *(_native.dtype_code(dy), torch.get_num_threads()),
+    )
+
+
+@torch.library.custom_op("speft::block_grad_", mutates_args=("out",))
+def _block_grad_out(
+    dy: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    bh: int,
+    bw: int,
+    out: Tensor,
+    accumulate: bool,
+    backend: str | None,
+) -> None:
+    serve = registry.resolve("block_grad", dy.device, dy.dtype, backend).function
+    serve(dy, x, rows, cols, out, accumulate)
+
+
+@_block_grad_out.register_fake
+def _(dy, x, rows, cols, bh, bw, out, accumulate, backend):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _allocate(dy: Tensor, rows: Tensor, bh: int, bw: int) -> Tensor:
+    return dy.new_empty((rows.shape[0], bh, bw), dtype=_checks.accumulator_dtype(dy.dtype))
+
+
+@torch.library.custom_op("speft::block_grad", mutates_args=())
+def _block_grad(
+    dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor, bh: int, bw: int, backend: str | None
+) -> Tensor:
+    out = _allocate(dy, rows, bh, bw)
+    serve = registry.resolve("block_grad", dy.device, dy.dtype, backend).function
+    serve(dy, x, rows, cols, out, False)
+    return out
+
+
+@_block_grad.register_fake
+def _(dy, x, rows, cols, bh, bw, backend):  # type: ignore[no-untyped-def]
+    return _allocate(dy, rows, bh, bw)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    dy, x, rows, cols, ctx.bh, ctx.bw, _ = inputs
+    ctx.save_for_backward(dy, x, rows, cols)
+
+
+def _spread(blocks: Tensor, size: int, which: Tensor, like: Tensor) -> Tensor:
+    """Add `[M, b, size]` into the groups of columns they were taken from: the inverse of `_blocks`."""
+    total = blocks.new_zeros(like.shape[0], like.shape[1] // size, size)
+    return total.index_add(1, which.long(), blocks).reshape(like.shape).to(like.dtype)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    dy, x, rows, cols = ctx.saved_tensors
+    d_dy = d_x = None
+    if ctx.needs_input_grad[0]:
+        x_blocks = _blocks(x, ctx.bw, cols).to(grad.dtype)
+        d_dy = _spread(torch.einsum("mbj,bij->mbi", x_blocks, grad), ctx.bh, rows, dy)
+    if ctx.needs_input_grad[1]:
+        dy_blocks = _blocks(dy, ctx.bh, rows).to(grad.dtype)
+        d_x = _spread(torch.einsum("mbi,bij->mbj", dy_blocks, grad), ctx.bw, cols, x)
+    return d_dy, d_x, None, None, None, None, None
+
+
+_block_grad.register_autograd(_backward, setup_context=_save)

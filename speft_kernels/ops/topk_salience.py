@@ -1,0 +1,320 @@
+"""`topk_salience`: the indices of the k largest salience scores, over one matrix or over all of them.
+
+The score is computed on the fly from `(w, g)`, entry by entry, in float32 (float64 for float64 inputs):
+
+    magnitude |w|      gradient |g|      snip |w*g|      force -w*g      taylor_fo (w*g)^2      raw g
+
+Exact; ties go to the lowest index (in global scope: the first matrix, then the lowest index), so the result is the
+same on every backend and for any number of threads. `taylor_fo` is ranked by |w*g|, which has the same order and
+neither underflows nor overflows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..errors import SalienceError, nearest
+from . import _checks, registry
+
+# metric -> (code in csrc/cpu/topk_salience.cpp, needs the weight, needs the gradient)
+_METRICS = {
+    "magnitude": (0, True, False),
+    "gradient": (1, False, True),
+    "snip": (2, True, True),
+    "force": (3, True, True),
+    "taylor_fo": (2, True, True),
+    "raw": (4, False, True),
+}
+METRICS = tuple(_METRICS)
+
+_INT32_LIMIT = 2**31
+
+
+def topk_salience(
+    weights: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    k: int | float,
+    *,
+    metric: str = "gradient",
+    scope: str = "layer",
+    backend: str | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """Return the flat row-major indices of the `k` entries with the highest score, sorted, a tensor a matrix.
+
+    Args:
+        weights: matrices `[N_i, K_i]`, ragged; entries may be None for a metric that reads no weight.
+        grads: matrices of the same shapes; entries may be None for a metric that reads no gradient. For `raw` they
+            are the scores themselves.
+        k: a number of entries, or a density in (0, 1). Per matrix in scope "layer" (a density keeps at least one
+            entry of each), in all in scope "global".
+        names: how errors call the matrices; by default "matrix i".
+
+    Returns:
+        A list as long as the input: int32 indices (int64 for a matrix of 2^31 entries or more). In scope "global"
+        some may be empty.
+
+    Raises:
+        SalienceError: a score is NaN or infinite; the message names the matrix. (Also a ValueError.)
+        ValueError: an unknown metric or scope, a density outside (0, 1), k larger than a matrix or than all of
+            them, shapes that do not fit.
+        TypeError: dtypes that are not floating point or do not fit.
+        BackendError: the backend that was asked for cannot serve the call.
+    """
+    if metric not in _METRICS:
+        raise ValueError(
+            f"unknown metric {metric!r}.{nearest(metric, METRICS)} Known: {', '.join(METRICS)}"
+        )
+    if scope not in ("layer", "global"):
+        raise ValueError(
+            f"unknown scope {scope!r}.{nearest(scope, ('layer', 'global'))} Known: layer, global"
+        )
+    pairs = _operands(weights, grads, metric, names)
+    if not pairs:
+        return []
+    labels = list(names) if names is not None else [f"matrix {i}" for i in range(len(pairs))]
+    if len(labels) != len(pairs):
+        raise ValueError(f"{len(labels)} names for {len(pairs)} matrices")
+    groups = [[i] for i in range(len(pairs))] if scope == "layer" else [list(range(len(pairs)))]
+    result: list[Tensor] = []
+    for group in groups:
+        matrices = [_first(pairs[i]) for i in group]
+        count = _budget(k, sum(m.numel() for m in matrices), scope, labels[group[0]])
+        members = [pairs[i] for i in group]
+        try:
+            indices, counts = torch.ops.speft.topk_salience(
+                [w for w, _ in members if w is not None],
+                [g for _, g in members if g is not None],
+                *(count, metric, backend),
+            )
+        except NonFiniteScore as error:
+            raise SalienceError(
+                f"the {metric} score of {labels[group[error.matrix]]} has NaN or infinite entries: its weight or "
+                "gradient is not finite"
+            ) from None
+        parts = indices.split(counts.tolist())
+        result += [
+            part.to(_index_dtype(matrix), copy=True)
+            for part, matrix in zip(parts, matrices, strict=True)
+        ]
+    return result
+
+
+class NonFiniteScore(Exception):
+    """A score of matrix number `matrix` is NaN or infinite. The caller knows the matrix's name."""
+
+    def __init__(self, matrix: int) -> None:
+        super().__init__(f"matrix {matrix}")
+        self.matrix = matrix
+
+
+Pair = tuple[Tensor | None, Tensor | None]
+
+
+def _first(pair: Pair) -> Tensor:
+    present = pair[0] if pair[0] is not None else pair[1]
+    assert present is not None  # _operands has seen to it
+    return present
+
+
+def _operands(
+    weights: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    metric: str,
+    names: Sequence[str] | None,
+) -> list[Pair]:
+    """Return (w, g) for each matrix with only what the metric reads, checked and contiguous."""
+    _, needs_weight, needs_grad = _METRICS[metric]
+    if len(weights) != len(grads):
+        raise ValueError(f"{len(weights)} weights and {len(grads)} gradients")
+    pairs: list[Pair] = []
+    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+        label = names[i] if names is not None and i < len(names) else f"matrix {i}"
+        for role, tensor, needed in (
+            ("weight", weight, needs_weight),
+            ("gradient", grad, needs_grad),
+        ):
+            if needed and tensor is None:
+                raise ValueError(f"metric {metric!r} needs a {role} for {label}, got None")
+            if needed and tensor is not None and tensor.dim() != 2:
+                raise ValueError(
+                    f"the {role} of {label} must be 2-D, got shape {tuple(tensor.shape)}"
+                )
+            if needed and tensor is not None:
+                _checks.check_float(**{f"the {role} of {label}": tensor})
+        if weight is not None and grad is not None and needs_weight and needs_grad:
+            if weight.shape != grad.shape:
+                raise ValueError(
+                    f"{label}: weight has shape {tuple(weight.shape)}, gradient {tuple(grad.shape)}"
+                )
+            _checks.check_device("weight", weight, "gradient", grad)
+            if weight.dtype != grad.dtype:
+                # A float32 accumulator beside a bf16 weight is ordinary: the score is computed in float32 anyway.
+                wide = torch.promote_types(weight.dtype, grad.dtype)
+                weight, grad = weight.to(wide), grad.to(wide)
+        pairs.append(
+            (
+                weight.detach().contiguous() if needs_weight and weight is not None else None,
+                grad.detach().contiguous() if needs_grad and grad is not None else None,
+            )
+        )
+    for pair in pairs[1:]:
+        first, this = _first(pairs[0]), _first(pair)
+        if this.dtype != first.dtype or this.device != first.device:
+            raise ValueError(
+                f"the matrices must share dtype and device, got {first.dtype} on {first.device} and "
+                f"{this.dtype} on {this.device}"
+            )
+    return pairs
+
+
+def _budget(k: int | float, total: int, scope: str, label: str) -> int:
+    where = f"{label}, which has" if scope == "layer" else "all matrices together, which have"
+    if isinstance(k, bool) or not isinstance(k, (int, float)):
+        raise TypeError(f"k must be an int or a density as a float, got {type(k).__name__}")
+    if isinstance(k, float):
+        if not 0.0 < k < 1.0:
+            raise ValueError(f"a density must lie in (0, 1), got {k}")
+        return min(max(1, round(k * total)), total)
+    if k < 0 or k > total:
+        raise ValueError(f"k = {k} does not fit {where} {total} entries")
+    return k
+
+
+def _index_dtype(matrix: Tensor) -> torch.dtype:
+    return torch.int32 if matrix.numel() < _INT32_LIMIT else torch.int64
+
+
+def _score(pair: Pair, metric: str) -> Tensor:
+    """The flat score of one matrix; adding 0.0 makes -0.0 and 0.0 one value."""
+    weight, grad = (
+        None if t is None else t.flatten().to(_checks.accumulator_dtype(t.dtype)) for t in pair
+    )
+    if weight is None:
+        assert grad is not None
+        return (grad if metric == "raw" else grad.abs()) + 0.0
+    if grad is None:
+        return weight.abs()
+    return -(weight * grad) + 0.0 if metric == "force" else (weight * grad).abs()
+
+
+# The chosen indices of all matrices, one after the other, int64 [k]; and how many each matrix has, int64.
+Selection = tuple[Tensor, Tensor]
+
+
+@registry.implement("topk_salience", "reference")
+def _reference(pairs: list[Pair], k: int, metric: str) -> Selection:
+    scores = [_score(pair, metric) for pair in pairs]
+    for i, score in enumerate(scores):
+        if not bool(torch.isfinite(score).all()):
+            raise NonFiniteScore(i)
+    best = torch.argsort(torch.cat(scores), descending=True, stable=True)[:k].sort().values
+    ends = torch.tensor([score.numel() for score in scores], device=best.device).cumsum(0)
+    matrix = torch.searchsorted(ends, best, right=True)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    return best - starts[matrix], torch.bincount(matrix, minlength=len(pairs))
+
+
+def _ordered_bits(score: Tensor) -> Tensor:
+    """Map floats to int64 >= 0 of the same order."""
+    if score.dtype == torch.float64:
+        bits = score.view(torch.int64)
+        # Flip the magnitude of negatives; then the sign bit is handled by the first digit, see _digit.
+        return bits ^ ((bits >> 63) & 0x7FFF_FFFF_FFFF_FFFF)
+    bits = score.view(torch.int32).long()
+    return bits ^ ((bits >> 31) & 0x7FFF_FFFF)
+
+
+def _digit(keys: Tensor, shift: int, width: int, top: bool) -> Tensor:
+    digit = keys >> shift
+    return digit + (1 << (width - 1)) if top else digit & ((1 << width) - 1)
+
+
+@registry.implement("topk_salience", "torch")
+def _torch(pairs: list[Pair], k: int, metric: str) -> Selection:
+    """Radix select: one histogram pass a digit. The score of one matrix at a time exists, never all of them."""
+    total_bits, width = (64, 16) if _first(pairs[0]).dtype == torch.float64 else (32, 16)
+    prefix: int | None = None  # the high bits of the k-th largest key found so far
+    above = 0  # entries whose high bits are larger
+    for level, shift in enumerate(range(total_bits - width, -1, -width)):
+        counts = None
+        for i, pair in enumerate(pairs):
+            score = _score(pair, metric)
+            if level == 0 and not bool(torch.isfinite(score).all()):
+                raise NonFiniteScore(i)
+            keys = _ordered_bits(score)
+            if prefix is not None:
+                keys = keys[(keys >> (shift + width)) == prefix]
+            histogram = torch.bincount(_digit(keys, shift, width, level == 0), minlength=1 << width)
+            counts = histogram if counts is None else counts + histogram
+        assert counts is not None
+        from_top = counts.flip(0).cumsum(0)
+        place = int((from_top < k - above).sum())  # digits wholly above the boundary
+        above += int(from_top[place - 1]) if place else 0
+        digit = counts.numel() - 1 - place
+        digit = digit - (1 << (width - 1)) if level == 0 else digit
+        prefix = digit if prefix is None else (prefix << width) | digit
+    ties = k - above
+    selected = []
+    for pair in pairs:
+        keys = _ordered_bits(_score(pair, metric))
+        equal = (keys == prefix).nonzero().flatten()[:ties]
+        ties -= equal.numel()
+        selected.append(torch.cat([(keys > prefix).nonzero().flatten(), equal]).sort().values)
+    counts = torch.tensor([s.numel() for s in selected], device=selected[0].device)
+    return torch.cat(selected), counts
+
+
+@registry.implement("topk_salience", "cpu")
+def _cpu(pairs: list[Pair], k: int, metric: str) -> Selection:
+    first = _first(pairs[0])
+    sizes = (ctypes.c_int64 * len(pairs))(*[_first(pair).numel() for pair in pairs])
+    pointers = [
+        (ctypes.c_void_p * len(pairs))(*[t.data_ptr() if t is not None else None for t in side])
+        for side in zip(*pairs, strict=True)
+    ]
+    indices = torch.empty(k, dtype=torch.int64)
+    counts = torch.empty(len(pairs), dtype=torch.int64)
+    bad = _native.kernels().topk_salience(
+        *(ctypes.addressof(pointers[0]), ctypes.addressof(pointers[1])),
+        *(ctypes.addressof(sizes), len(pairs), k, _METRICS[metric][0]),
+        *(indices.data_ptr(), counts.data_ptr()),
+        *(_native.dtype_code(first), torch.get_num_threads()),
+    )
+    if bad >= 0:
+        raise NonFiniteScore(bad)
+    return indices, counts
+
+
+@torch.library.custom_op("speft::topk_salience", mutates_args=())
+def _topk_salience(
+    weights: list[Tensor], grads: list[Tensor], k: int, metric: str, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    _, needs_weight, needs_grad = _METRICS[metric]
+    number = len(weights or grads)
+    pairs: list[Pair] = [
+        (weights[i] if needs_weight else None, grads[i] if needs_grad else None)
+        for i in range(number)
+    ]
+    first = _first(pairs[0])
+    if k == 0:
+        return _allocate_selection(first, 0, number)
+    serve = registry.resolve("topk_salience", first.device, first.dtype, backend).function
+    return serve(pairs, k, metric)
+
+
+def _allocate_selection(first: Tensor, k: int, number: int) -> Selection:
+    return (
+        first.new_zeros(k, dtype=torch.int64),
+        first.new_zeros(number, dtype=torch.int64),
+    )
+
+
+@_topk_salience.register_fake
+def _(weights, grads, k, metric, backend):  # type: ignore[no-untyped-def]
+    return _allocate_selection((weights or grads)[0], k, len(weights or grads))

@@ -1,0 +1,300 @@
+"""Which modules of a model a config means: those that train sparsely, those that train densely."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .config import ALL_LINEAR, SpeftConfig
+from .errors import ConfigError, nearest
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The modules of one model that a config means.
+
+    Attributes:
+        layers: name -> the linear layer that trains sparsely, in the model's order.
+        dense_modules: names of the modules that train densely.
+    """
+
+    layers: dict[str, nn.Linear]
+    dense_modules: tuple[str, ...]
+
+
+def find_targets(model: nn.Module, config: SpeftConfig) -> Targets:
+    """Find the modules that `config` means in `model`; nothing is changed.
+
+    Raises:
+        ConfigError: a name matches nothing (the message gives the nearest), a layer cannot train
+            sparsely, a target's weight is shared in resident mode, the blocks do not tile a weight,
+            or no layer is left.
+    """
+    dense = find_dense_modules(model, config.modules_to_train)
+    closed = [*dense, *_named_below(model, config.exclude_modules, "exclude_modules")]
+    if config.target_modules == ALL_LINEAR:
+        wanted = _all_linear(model, closed)
+    else:
+        wanted = _listed(model, config.target_modules, closed)
+    for name, layer in wanted.items():
+        reason = _not_served(layer)
+        if reason is not None:
+            raise ConfigError(f"layer {name!r} cannot train sparsely: {reason}")
+    check_layers(model, wanted, config.mode)
+    bh, bw = config.block_shape
+    for name, layer in wanted.items():
+        if layer.out_features % bh or layer.in_features % bw:
+            raise ConfigError(
+                f"blocks of {(bh, bw)} do not tile layer {name!r} of shape "
+                f"{tuple(layer.weight.shape)}: choose a block_shape that divides it, or name the "
+                "layer in exclude_modules"
+            )
+    return Targets(wanted, dense)
+
+
+def find_dense_modules(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the topmost modules that `names` mean; None means a transformers model's task head.
+
+    Raises:
+        ConfigError: a name matches no module, or only modules without parameters.
+    """
+    if names is None:
+        return tuple(_task_head(model))
+    found = _named_below(model, names, "modules_to_train")
+    for name in found:
+        if next(model.get_submodule(name).parameters(), None) is None:
+            raise ConfigError(f"modules_to_train: module {name!r} has no parameters to train")
+    return tuple(name for name in found if not is_below(name, [n for n in found if n != name]))
+
+
+def is_below(name: str, roots: Iterable[str]) -> bool:
+    """Return whether a module or parameter name is one of `roots` or lies below one."""
+    return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+def tensors_below(model: nn.Module, roots: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return the parameters and persistent buffers of modules, named as in `state_dict()`."""
+    stored = model.state_dict(keep_vars=True)
+    return {
+        name: tensor
+        for name, tensor in stored.items()
+        if isinstance(tensor, torch.Tensor) and is_below(name, roots)
+    }
+
+
+def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -> None:
+    """Check that each of `layers` can be replaced by a sparse layer in `mode`.
+
+    Raises:
+        ConfigError: one cannot; the message names it, the reason and the remedy.
+    """
+    shared = shared_weights(model) if mode == "resident" else {}
+    for name, layer in layers.items():
+        if name == "":
+            raise ConfigError(
+                "the model itself is a linear layer, which cannot replace itself: wrap it in an "
+                "nn.Sequential, or use SparseDeltaLinear.from_linear"
+            )
+        opaque = mode == "additive" and _is_opaque(layer)
+        reason = (None if opaque else _not_served(layer)) or _not_ready(layer)
+        if reason is not None:
+            raise ConfigError(f"layer {name!r} cannot train sparsely: {reason}")
+        other = shared.get(f"{name}.weight")
+        if other is not None:
+            raise ConfigError(
+                f"layer {name!r} shares its weight with {other!r}, so a delta inside the weight "
+                "would change both: "
+                'use mode="additive", or name the layer in exclude_modules'
+            )
+
+
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """Return name -> another name for each parameter or buffer that shares memory with another.
+
+    A module that is registered twice shows up too: it has two names for one weight.
+    """
+    spans: list[tuple[int, int, str]] = []
+    for name, tensor in _named_tensors(model):
+        if tensor.numel() and not tensor.is_meta and tensor.layout == torch.strided:
+            reach = sum(
+                (size - 1) * stride
+                for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            start = tensor.data_ptr()
+            spans.append((start, start + (reach + 1) * tensor.element_size(), name))
+    shared: dict[str, str] = {}
+    furthest: tuple[int, int, str] | None = None
+    for span in sorted(spans):
+        if furthest is not None and span[0] < furthest[1]:
+            shared[span[2]] = furthest[2]
+            shared.setdefault(furthest[2], span[2])
+        if furthest is None or span[1] > furthest[1]:
+            furthest = span
+    return shared
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name == pattern or name.endswith("." + pattern) or _regex(pattern, name)
+
+
+def _regex(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except (re.error, RecursionError) as error:
+        raise ConfigError(
+            f"{pattern!r} is neither a module's name nor a regular expression: {error}"
+        ) from error
+
+
+def _no_match(setting: str, pattern: str, names: Iterable[str], kind: str) -> ConfigError:
+    known = dict.fromkeys(part for name in names for part in (name, name.rpartition(".")[2]))
+    hint = nearest(pattern, known)
+    return ConfigError(f"{setting}: {pattern!r} matches no {kind} of the model.{hint}")
+
+
+def _named_below(model: nn.Module, patterns: Sequence[str], setting: str) -> list[str]:
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        matched = [name for name in names if _matches(pattern, name)]
+        if not matched:
+            raise _no_match(setting, pattern, names, "module")
+        found.update(dict.fromkeys(matched))
+    return list(found)
+
+
+def _all_linear(model: nn.Module, closed: list[str]) -> dict[str, nn.Linear]:
+    skipped: dict[str, str] = {}
+    layers: dict[str, nn.Linear] = {}
+    head = _output_embeddings(model)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is head or is_below(name, closed):
+            continue
+        reason = _not_served(module)
+        if reason is None:
+            layers[name] = module
+        else:
+            skipped[name] = reason
+    if not layers:
+        reasons = "".join(f"; {name!r}: {reason}" for name, reason in list(skipped.items())[:3])
+        raise ConfigError(
+            f"{ALL_LINEAR!r} found no linear layer to train in {type(model).__name__} besides its "
+            f"output head and the excluded modules{reasons}"
+        )
+    return layers
+
+
+def _listed(model: nn.Module, patterns: Sequence[str], closed: list[str]) -> dict[str, nn.Linear]:
+    # A module registered under several names is listed under the first of them, whichever one was
+    # matched.
+    canonical = {id(module): name for name, module in model.named_modules()}
+    modules = list(model.named_modules(remove_duplicate=False))
+    chosen: dict[str, nn.Linear] = {}
+    for pattern in patterns:
+        matched = [(name, module) for name, module in modules if _matches(pattern, name)]
+        linear = {canonical[id(m)]: m for _, m in matched if isinstance(m, nn.Linear)}
+        if not linear:
+            if matched:
+                name, module = matched[0]
+                raise ConfigError(
+                    f"target_modules: {pattern!r} matches {name!r}, which is a "
+                    f"{type(module).__name__}; sparse training serves nn.Linear: name the linear "
+                    "layers in it"
+                )
+            known = [name for name, module in modules if isinstance(module, nn.Linear)]
+            raise _no_match("target_modules", pattern, known, "linear layer")
+        left = {name: module for name, module in linear.items() if not is_below(name, closed)}
+        if not left:
+            raise ConfigError(
+                f"target_modules: {pattern!r} matches only layers that exclude_modules or "
+                f"modules_to_train already name, such as {next(iter(linear))!r}"
+            )
+        chosen.update(left)
+    return {name: chosen[name] for name, _ in model.named_modules() if name in chosen}
+
+
+def _not_served(module: nn.Module) -> str | None:
+    """Why the weight of this kind of module cannot be scored and written to; None where it can."""
+    if not isinstance(module, nn.Linear):
+        return f"it is a {type(module).__name__}, not an nn.Linear"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return (
+            "its weight is computed (parametrised, weight-normed): remove the parametrisation first"
+        )
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return (
+            f"it ({type(module).__name__}) computes in a way of its own, not as a plain nn.Linear"
+        )
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}, not floating point"
+    return None
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    """Whether only an additive delta fits this linear layer: it is quantised, or the like."""
+    return (
+        type(module).forward is not nn.Linear.forward
+        and hasattr(module, "in_features")
+        and hasattr(module, "out_features")
+    )
+
+
+def _not_ready(module: nn.Module) -> str | None:
+    """Why this layer cannot be replaced as it is now; None where it can."""
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return "it has hooks, which would be lost: remove them, and register them again afterwards"
+    weight = module._parameters.get("weight")
+    if weight is None or _is_opaque(module):
+        return None
+    if weight.is_meta:
+        return "its weight is on the meta device: load the weights first"
+    if weight.numel() == 0:
+        return f"its weight is empty, of shape {tuple(weight.shape)}: name it in exclude_modules"
+    if not weight.is_contiguous():
+        return (
+            f"its weight is not contiguous (strides {weight.stride()}): give it a contiguous copy"
+        )
+    return None
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def _task_head(model: nn.Module) -> Iterator[str]:
+    """Yield the topmost modules outside a transformers model's backbone that own parameters.
+
+    A model with output embeddings predicts tokens: its head is part of what was pre-trained, and
+    stays frozen.
+    """
+    backbone = getattr(model, "base_model", None)
+    if not getattr(model, "base_model_prefix", "") or not isinstance(backbone, nn.Module):
+        return
+    if backbone is model or _output_embeddings(model) is not None:
+        return
+    inside = {id(parameter) for parameter in backbone.parameters()}
+    pending = list(model.named_children())
+    while pending:
+        name, module = pending.pop(0)
+        if any(below is backbone for below in module.modules()):
+            if module is not backbone:
+                pending.extend(
+                    (f"{name}.{child}", below) for child, below in module.named_children()
+                )
+        elif any(id(parameter) not in inside for parameter in module.parameters()):
+            yield name
