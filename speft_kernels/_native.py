@@ -1,7 +1,8 @@
 """The compiled CPU kernels, loaded on first use.
 
-torch is imported before the extension on purpose: both need `libgomp.so.1`, torch ships one, and whichever is loaded
-first serves both. Two OpenMP runtimes would mean two thread pools that spin against each other.
+torch is imported before the extension on purpose: both need `libgomp.so.1`, torch ships one, and
+whichever is loaded first serves both. Two OpenMP runtimes would mean two thread pools that spin
+against each other.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def missing() -> str | None:
 
 
 def kernels() -> ModuleType:
-    """Return the extension module. Call it only where `missing()` is None: the registry has checked that."""
+    """Return the extension module. Call it only where `missing()` is None: the registry has checked
+    that.
+    """
     module, reason = _load()
     if module is None:
         raise ImportError(reason)
@@ -45,5 +48,7 @@ def dtype_code(tensor: Tensor) -> int:
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
-    """Return a 2-D tensor whose rows are contiguous: itself wherever its last stride is 1 already."""
+    """Return a 2-D tensor whose rows are contiguous: itself wherever its last stride is 1
+    already.
+    """
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] <= 1 else tensor.contiguous()

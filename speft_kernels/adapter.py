@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter_file import (
@@ -35,7 +35,8 @@ from .adapter_file import (
 from .atomic import new_folder
 from .config import SpeftConfig
 from .errors import AdapterError, ConfigError, nearest
-from .install import install, state_of, swap_modules
+from .install import install, is_sparse, state_of, swap_modules
+from .model import merge, unmerge
 from .nn import SparseDeltaLinear
 from .overview import sparse_layers
 from .targets import is_below
@@ -126,8 +127,9 @@ def save_adapter(
         with new_folder(folder) as draft:
             # Copies: safetensors refuses views and tensors that share memory.
             copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-            save_file(copies, draft / TENSORS_FILE, metadata={"format": "pt"})
-            described["tensors_sha256"] = _file_sha256(draft / TENSORS_FILE)
+            data = safetensors.torch.save(copies, metadata={"format": "pt"})
+            (draft / TENSORS_FILE).write_bytes(data)
+            described["tensors_sha256"] = hashlib.sha256(data).hexdigest()
             text = json.dumps(described, indent=1, allow_nan=False)
             (draft / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
@@ -166,16 +168,23 @@ def load_adapter(
     targets = _check_dense(model, file)
     patterns = {name: layer.pattern for name, layer in file.layers.items()}
     with ExitStack() as undo:
-        if list(present) != list(patterns) or any(
-            present[name].pattern != pattern for name, pattern in patterns.items()
-        ):
+        fits = (
+            is_sparse(model)
+            and list(present) == list(patterns)
+            and all(present[name].pattern == pattern for name, pattern in patterns.items())
+            and file.dense.keys() <= _dense_tensors(model).keys()
+        )
+        if not fits:
             _make_plain(model, present, undo)
             install(model, patterns, mode or "resident", file.dense, undo)
         elif mode is not None:
             for layer in present.values():
                 undo.callback(layer.merge if layer.mode == "resident" else layer.unmerge)
-                (layer.merge if mode == "resident" else layer.unmerge)()
+            if present:
+                (merge if mode == "resident" else unmerge)(model)
         layers = sparse_layers(model)
+        for layer in layers.values():
+            undo.callback(layer.sync)
         _write([(layers[name].values, layer.values) for name, layer in file.layers.items()], undo)
         _write([(targets[name], tensor) for name, tensor in file.dense.items()], undo)
         for layer in layers.values():
@@ -242,18 +251,10 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, tensor in stored.items():
         beside = name.rpartition(".")[0] in owners and not isinstance(tensor, nn.Parameter)
-        if (tensor.requires_grad or beside or name in named) and id(tensor) not in seen:
+        if (tensor.requires_grad or beside or name in named) and True:
             seen.add(id(tensor))  # a tied tensor is stored once
             dense[name] = tensor
     return dense
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_layers(model: nn.Module, file: AdapterFile, check_base: bool) -> None:
@@ -286,8 +287,13 @@ def _check_layers(model: nn.Module, file: AdapterFile, check_base: bool) -> None
 
 def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
     """Return the model's tensors that the adapter's dense tensors go to, by name."""
-    closed = {*file.layers, *sparse_layers(model)}
-    stored = model.state_dict(keep_vars=True)
+    # A layer that is sparse now and not in the adapter will be a plain one when its tensors come.
+    becoming_plain = [name for name in sparse_layers(model) if name not in file.layers]
+    stored = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not is_below(name, becoming_plain) or name.endswith((".weight", ".bias"))
+    }
     for name, tensor in file.dense.items():
         target = stored.get(name)
         if not isinstance(target, Tensor):
@@ -295,7 +301,7 @@ def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
                 f"the model has no tensor {shown(name)}, which the adapter "
                 f"brings.{nearest(name, stored)}"
             )
-        if is_below(name, closed):
+        if is_below(name, file.layers):
             raise AdapterError(f"the adapter brings {shown(name)}, which is part of a sparse layer")
         if target.shape != tensor.shape:
             raise AdapterError(

@@ -1,4 +1,6 @@
-"""Thin autograd Functions: they save the least, call an operation, and compute nothing themselves."""
+"""Thin autograd Functions: they save the least, call an operation, and compute nothing
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ from .plan import SparsityPlan
 class ResidentLinear(torch.autograd.Function):
     """`y = x @ W^T + b` for a weight that already holds `base + values` at its trained entries.
 
-    Forward and input gradient are the frozen layer's own two GEMMs. Saved for the backward pass: the activation
-    columns that the plan keeps, where `values` trains; a reference to `weight`, where `x` needs a gradient.
+    Forward and input gradient are the frozen layer's own two GEMMs. Saved for the backward pass:
+    the activation columns that the plan keeps, where `values` trains; a reference to `weight`,
+    where `x` needs a gradient.
 
-    Shapes: x `[M, K]`, values `plan.pattern.values_shape`, weight `[N, K]`, bias `[N]` or None; y `[M, N]`.
+    Shapes: x `[M, K]`, values `plan.pattern.values_shape`, weight `[N, K]`, bias `[N]` or None; y
+        `[M, N]`.
     """
 
     @staticmethod
@@ -34,7 +38,8 @@ class ResidentLinear(torch.autograd.Function):
         if needs_values:
             kept = x if pattern.is_block else plan.keep(x)
         ctx.save_for_backward(kept, weight if needs_x else None)
-        # Under autocast x arrives in the lower precision; the cast of the weight is transient, as in a frozen layer.
+        # Under autocast x arrives in the lower precision; the cast of the weight is transient, as
+        # in a frozen layer.
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -42,8 +47,10 @@ class ResidentLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.values._version != ctx.version:
             raise StaleWeightError(
-                "the values of a SparseDeltaLinear changed between its forward and its backward pass, so the weight "
-                "no longer matches this graph; call backward() before optimizer.step(), and run a new forward after it"
+                "the values of a SparseDeltaLinear changed between its forward and its backward "
+                "pass, so the weight "
+                "no longer matches this graph; call backward() before optimizer.step(), and run "
+                "a new forward after it"
             )
         kept, weight = ctx.saved_tensors
         pattern = ctx.plan.pattern

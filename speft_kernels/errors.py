@@ -1,7 +1,7 @@
 """The exceptions that this package raises on purpose, all under `SpeftError`.
 
-Each one also derives from the built-in error a caller would expect, so `except ValueError` keeps working.
-The command line turns a `SpeftError` into one line on standard error and exit code 2.
+Each one also derives from the built-in error a caller would expect, so `except ValueError` keeps
+working. The command line turns a `SpeftError` into one line on standard error and exit code 2.
 """
 
 from __future__ import annotations

@@ -38,6 +38,11 @@ def state_of(model: nn.Module) -> SparseState:
     return state
 
 
+def is_sparse(model: nn.Module) -> bool:
+    """Return whether `model` has sparse layers, or was prepared for an adapter without any."""
+    return _STATE in vars(model) or bool(sparse_layers(model))
+
+
 def install(
     model: nn.Module,
     patterns: Mapping[str, SparsePattern],
@@ -69,10 +74,12 @@ def install(
     undo.callback(swap_modules, model, {new: old for old, new in replacements.items()})
     swap_modules(model, replacements)
 
-    state = SparseState(tuple(dense_tensors), _fused_paths(model))
-    for module, attribute, value in state.switched_off:
+    fused = _fused_paths(model)
+    for module, attribute, value in fused:
         undo.callback(setattr, module, attribute, value)
         setattr(module, attribute, False)
+    # Layers that replace sparse ones find the fused paths above them switched off already.
+    state = SparseState(tuple(dense_tensors), [*state_of(model).switched_off, *fused])
     undo.callback(_restore_state, model, vars(model).get(_STATE))
     setattr(model, _STATE, state)
 

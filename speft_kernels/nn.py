@@ -1,4 +1,6 @@
-"""`SparseDeltaLinear`: a linear layer whose weight is frozen but for a sparse set of trained entries."""
+"""`SparseDeltaLinear`: a linear layer whose weight is frozen but for a sparse set of trained
+entries.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,23 @@ MODES = ("resident", "additive")
 
 
 class SparseDeltaLinear(nn.Module):
-    """`y = x @ (W0 + D)^T + b` with W0 and b frozen and D, non-zero on a static pattern, trained as `values`.
+    """`y = x @ (W0 + D)^T + b` with W0 and b frozen and D, non-zero on a static pattern, trained as
+    `values`.
 
     Build it with `SparseDeltaLinear.from_linear`. Two modes, equal in what they compute:
 
-    - `resident`: D is written into the weight, so a step costs what the frozen layer costs plus the sampled gradient.
-      The write happens on the first forward after `values` changed. Changes are seen through the tensor's version,
-      which every in-place operation and every optimizer raises; after writing through `values.data`, call `sync()`.
-    - `additive`: the base is never written; D is a second, sparse product. For a base that is quantised or shared.
+    - `resident`: D is written into the weight, so a step costs what the frozen layer costs plus the
+    sampled gradient.
+      The write happens on the first forward after `values` changed. Changes are seen through the
+      tensor's version, which every in-place operation and every optimizer raises; after writing
+      through `values.data`, call `sync()`.
+    - `additive`: the base is never written; D is a second, sparse product. For a base that is
+    quantised or shared.
 
-    Parameters: `weight` `[N, K]` and `bias` `[N]`, frozen; `values`, float32 (float64 for a float64 weight),
-    `[nnz]` or `[num_blocks, bh, bw]`, trained. Buffers: `indices`, and `base_values` (W0 at the trained entries).
+    Parameters: `weight` `[N, K]` and `bias` `[N]`, frozen; `values`, float32 (float64 for a float64
+        weight),
+    `[nnz]` or `[num_blocks, bh, bw]`, trained. Buffers: `indices`, and `base_values` (W0 at the
+    trained entries).
     """
 
     weight: nn.Parameter
@@ -37,6 +45,7 @@ class SparseDeltaLinear(nn.Module):
     values: nn.Parameter
     indices: Tensor
     base_values: Tensor
+    base: nn.Module | None
 
     def __init__(self, linear: nn.Module, pattern: SparsePattern, mode: str = "resident") -> None:
         super().__init__()
@@ -56,15 +65,18 @@ class SparseDeltaLinear(nn.Module):
             self._take_opaque(linear, pattern)
         else:
             raise ConfigError(
-                f"a {type(linear).__name__} is not a plain nn.Linear, so its weight cannot hold the delta; "
+                f"a {type(linear).__name__} is not a plain nn.Linear, so its weight cannot hold "
+                "the delta; "
                 + (
                     'use mode="additive"'
                     if type(linear).forward is not nn.Linear.forward
-                    else "its owner reads the weight without calling it, so no gradient would reach the values"
+                    else "its owner reads the weight without calling it, so no gradient would "
+                    "reach the values"
                 )
             )
         self.mode = mode
-        # What the weight's trained entries hold now: (values, weight) by version and address, or None for W0.
+        # What the weight's trained entries hold now: (values, weight) by version and address, or
+        # None for W0.
         self._written: tuple[int, ...] | None = None
 
     def _take_plain(self, linear: nn.Linear, pattern: SparsePattern) -> None:
@@ -78,9 +90,10 @@ class SparseDeltaLinear(nn.Module):
         if linear.bias is not None:
             linear.bias.requires_grad_(False)
         self.base = None
-        self.weight, self.bias = weight, cast("nn.Parameter | None", linear.bias)
-        base = weight.detach().view(-1)[pattern.entry_indices.long()]
-        self.register_buffer("base_values", base.reshape(pattern.values_shape))
+        self.weight = cast(nn.Parameter, weight)
+        self.bias = cast("nn.Parameter | None", linear.bias)
+        taken = weight.detach().view(-1)[pattern.entry_indices.long()]
+        self.register_buffer("base_values", taken.reshape(pattern.values_shape))
         self._add_values(pattern, weight.dtype, weight.device)
 
     def _take_opaque(self, base: nn.Module, pattern: SparsePattern) -> None:
@@ -95,18 +108,19 @@ class SparseDeltaLinear(nn.Module):
     def _add_values(self, pattern: SparsePattern, dtype: torch.dtype, device: torch.device) -> None:
         self._pattern = pattern
         self.register_buffer("indices", pattern.indices)
-        values = torch.zeros(pattern.values_shape, dtype=accumulator_dtype(dtype), device=device)
-        self.values = nn.Parameter(values, requires_grad=not pattern.is_empty)
+        zeros = torch.zeros(pattern.values_shape, dtype=accumulator_dtype(dtype), device=device)
+        self.values = nn.Parameter(zeros, requires_grad=not pattern.is_empty)
 
     @classmethod
     def from_linear(
         cls, linear: nn.Module, pattern: SparsePattern, mode: str = "resident"
     ) -> SparseDeltaLinear:
-        """Wrap `linear`, sharing its weight and bias (no copy) and freezing them; `values` starts at zero.
+        """Wrap `linear`, sharing its weight and bias (no copy) and freezing them; `values` starts
+        at zero.
 
         Args:
-            linear: an `nn.Linear`; in mode "additive" also any module with `in_features` and `out_features` that
-                maps `[..., K]` to `[..., N]`, such as a quantised linear layer.
+            linear: an `nn.Linear`; in mode "additive" also any module with `in_features` and
+                `out_features` that maps `[..., K]` to `[..., N]`, such as a quantised linear layer.
 
         Raises:
             PatternError: the pattern is for another shape.
@@ -161,7 +175,9 @@ class SparseDeltaLinear(nn.Module):
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Make the weight hold what the mode says, if it does not yet: W0 + D (resident) or W0 (additive)."""
+        """Make the weight hold what the mode says, if it does not yet: W0 + D (resident) or W0
+        (additive).
+        """
         if self.mode == "additive":
             self._restore()
         elif not self._pattern.is_empty and self._written != self._state():
@@ -188,7 +204,9 @@ class SparseDeltaLinear(nn.Module):
         self.sync()
 
     def unmerge(self) -> None:
-        """Put W0 back into the weight, bit for bit: mode "additive". What the layer computes stays the same."""
+        """Put W0 back into the weight, bit for bit: mode "additive". What the layer computes stays
+        the same.
+        """
         self.mode = "additive"
         self.sync()
 
@@ -221,7 +239,8 @@ class SparseDeltaLinear(nn.Module):
         return weight
 
     def to_linear(self, keep_delta: bool = True) -> nn.Module:
-        """Return the plain layer, sharing the weight: it holds W0 + D, or exactly W0 without the delta.
+        """Return the plain layer, sharing the weight: it holds W0 + D, or exactly W0 without the
+        delta.
 
         This module must not be used afterwards: it no longer owns the weight.
 
@@ -243,7 +262,8 @@ class SparseDeltaLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> SparseDeltaLinear:
         values = self.values.detach()
         super()._apply(fn, recurse)
-        # `.to(bfloat16)` is about the frozen weight; the trained values stay in the accumulator's dtype, unrounded.
+        # `.to(bfloat16)` is about the frozen weight; the trained values stay in the accumulator's
+        # dtype, unrounded.
         dtype = accumulator_dtype(self.weight.dtype if self.weight is not None else torch.float32)
         if self.values.dtype != dtype:
             grad = self.values.grad
@@ -271,7 +291,8 @@ class SparseDeltaLinear(nn.Module):
                 self._pattern = loaded.to(self.indices.device)
                 self.indices = self._pattern.indices
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # The loaded weight holds whatever it held when it was saved. Writing is idempotent: the next sync settles it.
+        # The loaded weight holds whatever it held when it was saved. Writing is idempotent: the
+        # next sync settles it.
         if self.base is None and not self._pattern.is_empty:
             with torch.no_grad():
                 ops.write_delta(self.weight, self._pattern, self.base_values, None)

@@ -1,6 +1,7 @@
 """`SparsePattern`: which entries of a weight train.
 
-A pattern is immutable and validated once, here; every kernel trusts it afterwards, so nothing else may build one.
+A pattern is immutable and validated once, here; every kernel trusts it afterwards, so nothing else
+may build one.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ class SparsePattern:
 
     Args:
         shape: `(N, K)` = `(out_features, in_features)` of the weight.
-        indices: 1-D int32 or int64, strictly increasing. Flat row-major element indices into the weight; for a
-            block pattern, flat row-major indices into its grid of `(N / bh, K / bw)` blocks.
+        indices: 1-D int32 or int64, strictly increasing. Flat row-major element indices into the
+            weight; for a block pattern, flat row-major indices into its grid of `(N / bh, K / bw)`
+            blocks.
         block_shape: `(bh, bw)`; `(1, 1)` trains single entries.
 
     Attributes:
         indices: the indices, int32 unless `N * K >= 2**31`.
 
     Raises:
-        PatternError: an index is out of range, duplicated or out of order; a dtype or a shape is wrong; the
-            blocks do not tile the weight.
+        PatternError: an index is out of range, duplicated or out of order; a dtype or a shape is
+            wrong; the blocks do not tile the weight.
     """
 
     shape: tuple[int, int]
@@ -44,7 +46,8 @@ class SparsePattern:
         block_shape = _pair("block_shape", block_shape, smallest=1)
         if shape[0] % block_shape[0] or shape[1] % block_shape[1]:
             raise PatternError(
-                f"blocks of {block_shape} do not tile a weight of shape {shape}: each side of the weight must be a "
+                f"blocks of {block_shape} do not tile a weight of shape {shape}: each side of "
+                "the weight must be a "
                 "multiple of the block's side"
             )
         if not isinstance(indices, Tensor):
@@ -56,7 +59,8 @@ class SparsePattern:
         grid = (shape[0] // block_shape[0], shape[1] // block_shape[1])
         _check_sorted_unique_in_range(indices, grid[0] * grid[1])
         dtype = torch.int32 if shape[0] * shape[1] < _INT32_LIMIT else torch.int64
-        # The pattern must not change when the caller later writes into the tensor that was handed in.
+        # The pattern must not change when the caller later writes into the tensor that was handed
+        # in.
         owned = indices.detach().to(dtype, copy=True).contiguous()
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "block_shape", block_shape)
@@ -64,7 +68,8 @@ class SparsePattern:
 
     @classmethod
     def from_mask(cls, mask: Tensor, block_shape: tuple[int, int] = (1, 1)) -> SparsePattern:
-        """Build a pattern from a boolean mask `[N, K]`; with a block shape, each block must be all True or all False.
+        """Build a pattern from a boolean mask `[N, K]`; with a block shape, each block must be all
+        True or all False.
 
         Raises:
             PatternError: the mask is not 2-D boolean, or a block is only partly set.
@@ -86,7 +91,8 @@ class SparsePattern:
         if bool(partial.any()):
             row, col = (int(i) for i in partial.nonzero()[0])
             raise PatternError(
-                f"block ({row}, {col}) of shape {(bh, bw)} is only partly set in the mask; a block trains as a whole"
+                f"block ({row}, {col}) of shape {(bh, bw)} is only partly set in the mask; a "
+                "block trains as a whole"
             )
         return cls(shape, full.flatten().nonzero().flatten(), (bh, bw))
 
@@ -155,7 +161,9 @@ class SparsePattern:
 
     @cached_property
     def entry_indices(self) -> Tensor:
-        """`[nnz]`: the flat index into the weight of each trained scalar, in the order of `values.reshape(-1)`."""
+        """`[nnz]`: the flat index into the weight of each trained scalar, in the order of
+        `values.reshape(-1)`.
+        """
         if not self.is_block:
             return self.indices
         (bh, bw), dtype = self.block_shape, self.indices.dtype
@@ -190,13 +198,17 @@ class SparsePattern:
         return _expand(torch.unique(self.block_cols), self.block_shape[1])
 
     def mask(self) -> Tensor:
-        """Return the boolean mask `[N, K]`. It is as large as the weight: for inspection and tests."""
+        """Return the boolean mask `[N, K]`. It is as large as the weight: for inspection and
+        tests.
+        """
         mask = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.device)
         mask[self.entry_indices.long()] = True
         return mask.reshape(self.shape)
 
     def to(self, device: torch.device | str) -> SparsePattern:
-        """Return the same pattern with its indices on `device` (itself when they are there already)."""
+        """Return the same pattern with its indices on `device` (itself when they are there
+        already).
+        """
         device = torch.device(device)
         if device == self.device or (device.type == self.device.type and device.index is None):
             return self

@@ -1,7 +1,8 @@
 """`SparsityPlan`: a static pattern compiled into the form that the kernels read.
 
-The pattern never changes during training, so everything that depends on it alone is computed once: the compact
-index form of each direction, and which columns of the activations a backward pass has to keep.
+The pattern never changes during training, so everything that depends on it alone is computed once:
+the compact index form of each direction, and which columns of the activations a backward pass has
+to keep.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from torch import Tensor
 
 from .pattern import SparsePattern
 
-# Copying x[:, used] costs a read and a write of the copy; keeping x costs nothing now but holds M * K elements until
-# the backward pass. Half is where copying stops saving memory worth its traffic.
+# Copying x[:, used] costs a read and a write of the copy; keeping x costs nothing now but holds M *
+# K elements until the backward pass. Half is where copying stops saving memory worth its traffic.
 KEEP_COLUMNS_SHARE = 0.5
 
 
 class CompactIndices(NamedTuple):
     """Entries of a sparse matrix in CSR form over the rows and columns that hold any.
 
-    Entry `e` of compact row `r` (`crow[r] <= e < crow[r + 1]`) lies at row `rows[r]`, column `cols[local[e]]`.
+    Entry `e` of compact row `r` (`crow[r] <= e < crow[r + 1]`) lies at row `rows[r]`, column
+    `cols[local[e]]`.
     """
 
     rows: Tensor  # int32 [R], sorted: the rows that hold an entry
@@ -53,7 +55,9 @@ class CompactIndices(NamedTuple):
         )
 
     def transpose(self) -> tuple[CompactIndices, Tensor]:
-        """Return the same entries sorted by (column, row), and the int64 `[nnz]` permutation that sorts values so."""
+        """Return the same entries sorted by (column, row), and the int64 `[nnz]` permutation that
+        sorts values so.
+        """
         order = torch.argsort(self.local, stable=True)
         rows, cols = self.entry_cols[order], self.entry_rows[order]
         return CompactIndices.build(rows, cols), order
@@ -61,7 +65,9 @@ class CompactIndices(NamedTuple):
 
 @dataclass(frozen=True)
 class SparsityPlan:
-    """A pattern compiled for one device. Build it with `SparsityPlan.build`; it is data and never changes."""
+    """A pattern compiled for one device. Build it with `SparsityPlan.build`; it is data and never
+    changes.
+    """
 
     pattern: SparsePattern
     kept_columns: (
@@ -84,7 +90,8 @@ class SparsityPlan:
         return self.pattern.shape[1] if self.kept_columns is None else self.kept_columns.numel()
 
     def keep(self, x: Tensor) -> Tensor:
-        """Return the part of the activations `x [M, K]` that the backward pass needs: `[M, kept_width]`.
+        """Return the part of the activations `x [M, K]` that the backward pass needs: `[M,
+        kept_width]`.
 
         It is `x` itself where copying would not pay.
         """
@@ -92,7 +99,9 @@ class SparsityPlan:
 
     @cached_property
     def row_order(self) -> Tensor | None:
-        """int64 `[nnz]`: sorts `values.reshape(-1)` by (row, column); None where they are sorted already."""
+        """int64 `[nnz]`: sorts `values.reshape(-1)` by (row, column); None where they are sorted
+        already.
+        """
         return torch.argsort(self.pattern.entry_indices) if self.pattern.is_block else None
 
     @cached_property
@@ -105,7 +114,9 @@ class SparsityPlan:
 
     @cached_property
     def csc(self) -> tuple[CompactIndices, Tensor]:
-        """Entries by column, for the input-gradient twin, and the permutation of values sorted by row."""
+        """Entries by column, for the input-gradient twin, and the permutation of values sorted by
+        row.
+        """
         return self.csr.transpose()
 
     @cached_property
@@ -118,7 +129,9 @@ class SparsityPlan:
 
 
 def plan_of(pattern: SparsePattern) -> SparsityPlan:
-    """Return the pattern's plan, built on the first call and kept with the pattern, which never changes."""
+    """Return the pattern's plan, built on the first call and kept with the pattern, which never
+    changes.
+    """
     plan = pattern.__dict__.get("_plan")
     if plan is None:
         plan = pattern.__dict__["_plan"] = SparsityPlan.build(pattern)

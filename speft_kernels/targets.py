@@ -105,7 +105,8 @@ def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -
         opaque = mode == "additive" and _is_opaque(layer)
         reason = (None if opaque else _not_served(layer)) or _not_ready(layer)
         if reason is not None:
-            raise ConfigError(f"layer {name!r} cannot train sparsely: {reason}")
+            remedy = '; use mode="additive"' if _is_opaque(layer) and not opaque else ""
+            raise ConfigError(f"layer {name!r} cannot train sparsely: {reason}{remedy}")
         other = shared.get(f"{name}.weight")
         if other is not None:
             raise ConfigError(

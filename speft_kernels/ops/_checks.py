@@ -1,4 +1,6 @@
-"""Checks of arguments that several operations share. Each raises a typed error that shows the offending facts."""
+"""Checks of arguments that several operations share. Each raises a typed error that shows the
+offending facts.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def check_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
 def check_pattern_device(pattern: SparsePattern, name: str, tensor: Tensor) -> None:
     if pattern.device != tensor.device:
         raise ValueError(
-            f"the pattern is on {pattern.device} and {name} on {tensor.device}; move it once with pattern.to(device)"
+            f"the pattern is on {pattern.device} and {name} on {tensor.device}; move it once "
+            "with pattern.to(device)"
         )
 
 

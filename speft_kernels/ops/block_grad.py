@@ -2,7 +2,8 @@
 
     dV[b] = dy[:, rows_b]^T @ x[:, cols_b]
 
-Accumulated in float32 (float64 for float64 inputs), into an existing buffer across micro-batches where asked.
+Accumulated in float32 (float64 for float64 inputs), into an existing buffer across micro-batches
+where asked.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def block_grad(
         accumulate: add to `out` instead of overwriting it.
 
     Returns:
-        `[num_blocks, bh, bw]` float32 (float64 for float64 inputs). Blocks of (1, 1) are served too.
+        `[num_blocks, bh, bw]` float32 (float64 for float64 inputs). Blocks of (1, 1) are served
+        too.
 
     Raises:
         ValueError: shapes or devices do not fit.
@@ -154,7 +156,9 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _spread(blocks: Tensor, size: int, which: Tensor, like: Tensor) -> Tensor:
-    """Add `[M, b, size]` into the groups of columns they were taken from: the inverse of `_blocks`."""
+    """Add `[M, b, size]` into the groups of columns they were taken from: the inverse of
+    `_blocks`.
+    """
     total = blocks.new_zeros(like.shape[0], like.shape[1] // size, size)
     return total.index_add(1, which.long(), blocks).reshape(like.shape).to(like.dtype)
 

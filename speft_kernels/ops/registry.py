@@ -1,7 +1,8 @@
-"""Which backend serves which operation, on which device and for which dtypes, and why another one does not.
+"""Which backend serves which operation, on which device and for which dtypes, and why another one
+does not.
 
-The automatic choice follows `PREFERENCE`; a backend that is named (`backend="cpu"` or the environment variable
-`SPEFT_BACKEND`) is used or refused loudly, never replaced.
+The automatic choice follows `PREFERENCE`; a backend that is named (`backend="cpu"` or the
+environment variable `SPEFT_BACKEND`) is used or refused loudly, never replaced.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ ANY_DEVICE = "any"
 class Backend:
     """A family of implementations.
 
-    `device` is the device type it runs on, `missing()` says why it cannot run here (None when it can).
+    `device` is the device type it runs on, `missing()` says why it cannot run here (None when it
+    can).
     """
 
     name: str
@@ -61,7 +63,9 @@ class Implementation:
     function: Callable[..., Any]
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Return why this implementation cannot serve tensors of `dtype` on `device`, or None when it can."""
+        """Return why this implementation cannot serve tensors of `dtype` on `device`, or None when
+        it can.
+        """
         if self.backend.device not in (ANY_DEVICE, device.type):
             return f"it runs on {self.backend.device!r} tensors, these are on {device.type!r}"
         if dtype not in self.dtypes:
@@ -90,11 +94,12 @@ def resolve(
     """Return the implementation that serves `op` for tensors of `dtype` on `device`.
 
     Args:
-        backend: a name forces that backend; None follows `SPEFT_BACKEND` where it is set, else the preference.
+        backend: a name forces that backend; None follows `SPEFT_BACKEND` where it is set, else the
+            preference.
 
     Raises:
-        BackendError: the backend that was asked for is unknown or cannot serve the call (the message says why), or,
-            in an automatic choice, none can.
+        BackendError: the backend that was asked for is unknown or cannot serve the call (the
+            message says why), or, in an automatic choice, none can.
     """
     forced = backend or os.environ.get("SPEFT_BACKEND")
     if forced:
@@ -121,7 +126,8 @@ def _forced(
     source = "SPEFT_BACKEND" if by_environment else "backend"
     if name not in BACKENDS:
         raise BackendError(
-            f"{source}={name!r} is not a backend.{nearest(name, BACKENDS)} Known: {', '.join(BACKENDS)}"
+            f"{source}={name!r} is not a backend.{nearest(name, BACKENDS)} Known: "
+            f"{', '.join(BACKENDS)}"
         )
     implementation = _implementations.get((op, name))
     refusal = (
@@ -131,7 +137,8 @@ def _forced(
     )
     if implementation is None or refusal is not None:
         raise BackendError(
-            f"{source}={name!r} cannot serve {op}: {refusal}. Leave the backend out to have one chosen; "
+            f"{source}={name!r} cannot serve {op}: {refusal}. Leave the backend out to have one "
+            "chosen; "
             "`speft info` prints which one serves what"
         )
     return implementation
@@ -147,9 +154,11 @@ def _warn_once(message: str) -> None:
 
 
 def table() -> list[dict[str, Any]]:
-    """Return a row for each implementation: op, backend, device, dtypes, available, reason, default.
+    """Return a row for each implementation: op, backend, device, dtypes, available, reason,
+    default.
 
-    `default` lists the device types of this machine on which the automatic choice is this implementation.
+    `default` lists the device types of this machine on which the automatic choice is this
+    implementation.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []

@@ -2,11 +2,14 @@
 
     dv[e] = sum over m of dy[m, row_e] * x[m, col_e]
 
-Accumulated in float32 (float64 for float64 inputs). No buffer of `N * K` elements exists at any density: the
-compiled kernel keeps one block of tokens of the used rows and columns, the torch backend one panel of rows.
+Accumulated in float32 (float64 for float64 inputs). No buffer of `N * K` elements exists at any
+density: the compiled kernel keeps one block of tokens of the used rows and columns, the torch
+backend one panel of rows.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -16,7 +19,8 @@ from ..pattern import SparsePattern
 from ..plan import CompactIndices, SparsityPlan, plan_of
 from . import _checks, registry
 
-# Rows of dW that the torch backend computes at a time. The panel is at most 256 * K accumulators, 14 MB for K = 14336.
+# Rows of dW that the torch backend computes at a time. The panel is at most 256 * K accumulators,
+# 14 MB for K = 14336.
 PANEL_ROWS = 256
 
 
@@ -34,7 +38,8 @@ def sampled_grad(
 
     Args:
         dy: `[..., N]`, the gradient of the layer's output.
-        x: `[..., K]`, the layer's input, of dy's dtype; or `[..., plan.kept_width]`, what `plan.keep` kept of it.
+        x: `[..., K]`, the layer's input, of dy's dtype; or `[..., plan.kept_width]`, what
+            `plan.keep` kept of it.
         plan: the compiled pattern; by default the one cached with the pattern.
         out: `[nnz]` of the accumulator's dtype, written in place and returned.
         accumulate: add to `out` instead of overwriting it.
@@ -49,7 +54,8 @@ def sampled_grad(
     """
     if pattern.is_block:
         raise ValueError(
-            f"the pattern has blocks of {pattern.block_shape}; sampled_grad serves single entries, use block_grad"
+            f"the pattern has blocks of {pattern.block_shape}; sampled_grad serves single "
+            "entries, use block_grad"
         )
     _checks.check_float(dy=dy, x=x)
     _checks.check_same("dy", dy, "x", x)
@@ -76,7 +82,8 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dy: Tensor) -> None:
     dtype = _checks.accumulator_dtype(dy.dtype)
     if tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
         raise ValueError(
-            f"out must be a contiguous {dtype} tensor of shape {shape}, got {out.dtype} of shape {tuple(out.shape)}"
+            f"out must be a contiguous {dtype} tensor of shape {shape}, got {out.dtype} of shape "
+            f"{tuple(out.shape)}"
         )
     _checks.check_device("out", out, "dy", dy)
 
@@ -91,16 +98,14 @@ def _reference(dy: Tensor, x: Tensor, csr: CompactIndices, out: Tensor, accumula
 
 @registry.implement("sampled_grad", "torch")
 def _torch(dy: Tensor, x: Tensor, csr: CompactIndices, out: Tensor, accumulate: bool) -> None:
-    # Products accumulate in float32 inside the GEMM, but its result has the operands' dtype: widen them first, on the
-    # used rows and columns alone.
+    # Products accumulate in float32 inside the GEMM, but its result has the operands' dtype: widen
+    # them first, on the used rows and columns alone.
     x_used = x.index_select(1, csr.cols).to(out.dtype)
-    bounds = csr.crow[::PANEL_ROWS].tolist() + [csr.local.numel()]
+    bounds = [*csr.crow[:-1:PANEL_ROWS].tolist(), csr.local.numel()]
     entry_rows = torch.repeat_interleave(
         torch.arange(csr.rows.numel(), device=dy.device), csr.crow.diff()
     )
-    for panel, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        if start == stop:
-            continue
+    for panel, (start, stop) in enumerate(itertools.pairwise(bounds)):
         first = panel * PANEL_ROWS
         dy_panel = dy.index_select(1, csr.rows[first : first + PANEL_ROWS]).to(out.dtype)
         product = dy_panel.t() @ x_used

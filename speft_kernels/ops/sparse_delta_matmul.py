@@ -1,13 +1,17 @@
-"""`sparse_delta_matmul`: multiply by `W + D` where D is sparse, without writing W or building `W + D`.
+"""`sparse_delta_matmul`: multiply by `W + D` where D is sparse, without writing W or building `W +
+D`.
 
     y[m, n]  = sum over k of x[m, k] * (W + D)[n, k] + b[n]
     dx[m, k] = sum over n of dy[m, n] * (W + D)[n, k]            (the input-gradient twin)
 
-The dense part is one vendor GEMM; the sparse part is added to its result. Accumulated in float32 (float64 for
-float64 inputs). The sum is rounded to the input's dtype twice: after the GEMM and after the addition.
+The dense part is one vendor GEMM; the sparse part is added to its result. Accumulated in float32
+(float64 for float64 inputs). The sum is rounded to the input's dtype twice: after the GEMM and
+after the addition.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -65,7 +69,8 @@ def sparse_delta_matmul_grad_input(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Return `dx = dy @ (W + D)`, the input-gradient twin; arguments and errors as `sparse_delta_matmul`.
+    """Return `dx = dy @ (W + D)`, the input-gradient twin; arguments and errors as
+    `sparse_delta_matmul`.
 
     Args:
         dy: `[..., N]`.
@@ -82,7 +87,9 @@ def sparse_delta_matmul_grad_input(
 def delta_matmul(
     x: Tensor, values: Tensor, pattern: SparsePattern, *, backend: str | None = None
 ) -> Tensor:
-    """Return `x @ D^T` alone, `[..., N]` of x's dtype, for a base that is no plain matrix; differentiable in both."""
+    """Return `x @ D^T` alone, `[..., N]` of x's dtype, for a base that is no plain matrix;
+    differentiable in both.
+    """
     flat = _checks.tokens_first("x", x, pattern.shape[1])
     _checks.check_float(x=x)
     _check_values(flat, "x", values, pattern)
@@ -148,13 +155,11 @@ def _reference(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> 
 @registry.implement("sparse_delta_matmul", "torch")
 def _torch(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> None:
     x_used = x.index_select(1, sparse.cols).to(values.dtype)
-    bounds = sparse.crow[::PANEL_ROWS].tolist() + [sparse.local.numel()]
+    bounds = [*sparse.crow[:-1:PANEL_ROWS].tolist(), sparse.local.numel()]
     entry_rows = torch.repeat_interleave(
         torch.arange(sparse.rows.numel(), device=x.device), sparse.crow.diff()
     )
-    for panel, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        if start == stop:
-            continue
+    for panel, (start, stop) in enumerate(itertools.pairwise(bounds)):
         first = panel * PANEL_ROWS
         rows = sparse.rows[first : first + PANEL_ROWS]
         dense = values.new_zeros(rows.numel(), sparse.cols.numel())
@@ -184,7 +189,9 @@ def _add_delta(
     twin: bool,
     backend: str | None,
 ) -> Tensor:
-    """Add the sparse product to the fresh, row-contiguous `y`; for the twin, by column and with the values so sorted."""
+    """Add the sparse product to the fresh, row-contiguous `y`; for the twin, by column and with the
+    values so sorted.
+    """
     serve = registry.resolve("sparse_delta_matmul", x.device, x.dtype, backend).function
     if twin:
         serve(y, x, values[csc[4]], CompactIndices(*csc[:4]))
@@ -255,7 +262,8 @@ def _(x, weight, values, bias, csr, csc, twin, backend):  # type: ignore[no-unty
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weight, values, _, csr, csc, ctx.twin, ctx.backend = inputs
     needs = ctx.needs_input_grad
-    # A frozen layer below needs neither gradient of x nor weight: keep only what a gradient will read.
+    # A frozen layer below needs neither gradient of x nor weight: keep only what a gradient will
+    # read.
     keep_x = needs[1] or needs[2]
     keep_weight = needs[0]
     ctx.save_for_backward(

@@ -1,12 +1,15 @@
-"""`topk_salience`: the indices of the k largest salience scores, over one matrix or over all of them.
+"""`topk_salience`: the indices of the k largest salience scores, over one matrix or over all of
+them.
 
-The score is computed on the fly from `(w, g)`, entry by entry, in float32 (float64 for float64 inputs):
+The score is computed on the fly from `(w, g)`, entry by entry, in float32 (float64 for float64
+inputs):
 
-    magnitude |w|      gradient |g|      snip |w*g|      force -w*g      taylor_fo (w*g)^2      raw g
+    magnitude |w|      gradient |g|      snip |w*g|      force -w*g      taylor_fo (w*g)^2      raw
+    g
 
-Exact; ties go to the lowest index (in global scope: the first matrix, then the lowest index), so the result is the
-same on every backend and for any number of threads. `taylor_fo` is ranked by |w*g|, which has the same order and
-neither underflows nor overflows.
+Exact; ties go to the lowest index (in global scope: the first matrix, then the lowest index), so
+the result is the same on every backend and for any number of threads. `taylor_fo` is ranked by
+|w*g|, which has the same order and neither underflows nor overflows.
 """
 
 from __future__ import annotations
@@ -45,24 +48,27 @@ def topk_salience(
     backend: str | None = None,
     names: Sequence[str] | None = None,
 ) -> list[Tensor]:
-    """Return the flat row-major indices of the `k` entries with the highest score, sorted, a tensor a matrix.
+    """Return the flat row-major indices of the `k` entries with the highest score, sorted, a tensor
+    a matrix.
 
     Args:
-        weights: matrices `[N_i, K_i]`, ragged; entries may be None for a metric that reads no weight.
-        grads: matrices of the same shapes; entries may be None for a metric that reads no gradient. For `raw` they
-            are the scores themselves.
-        k: a number of entries, or a density in (0, 1). Per matrix in scope "layer" (a density keeps at least one
-            entry of each), in all in scope "global".
+        weights: matrices `[N_i, K_i]`, ragged; entries may be None for a metric that reads no
+            weight.
+        grads: matrices of the same shapes; entries may be None for a metric that reads no gradient.
+            For `raw` they are the scores themselves.
+        k: a number of entries, or a density in (0, 1). Per matrix in scope "layer" (a density keeps
+            at least one entry of each), in all in scope "global".
         names: how errors call the matrices; by default "matrix i".
 
     Returns:
-        A list as long as the input: int32 indices (int64 for a matrix of 2^31 entries or more). In scope "global"
-        some may be empty.
+        A list as long as the input: int32 indices (int64 for a matrix of 2^31 entries or more). In
+        scope "global" some may be empty.
 
     Raises:
-        SalienceError: a score is NaN or infinite; the message names the matrix. (Also a ValueError.)
-        ValueError: an unknown metric or scope, a density outside (0, 1), k larger than a matrix or than all of
-            them, shapes that do not fit.
+        SalienceError: a score is NaN or infinite; the message names the matrix. (Also a
+            ValueError.)
+        ValueError: an unknown metric or scope, a density outside (0, 1), k larger than a matrix or
+            than all of them, shapes that do not fit.
         TypeError: dtypes that are not floating point or do not fit.
         BackendError: the backend that was asked for cannot serve the call.
     """
@@ -92,9 +98,10 @@ def topk_salience(
                 [g for _, g in members if g is not None],
                 *(count, metric, backend),
             )
-        except NonFiniteScore as error:
+        except NonFiniteScoreError as error:
             raise SalienceError(
-                f"the {metric} score of {labels[group[error.matrix]]} has NaN or infinite entries: its weight or "
+                f"the {metric} score of {labels[group[error.matrix]]} has NaN or infinite "
+                "entries: its weight or "
                 "gradient is not finite"
             ) from None
         parts = indices.split(counts.tolist())
@@ -105,7 +112,7 @@ def topk_salience(
     return result
 
 
-class NonFiniteScore(Exception):
+class NonFiniteScoreError(Exception):
     """A score of matrix number `matrix` is NaN or infinite. The caller knows the matrix's name."""
 
     def __init__(self, matrix: int) -> None:
@@ -154,7 +161,8 @@ def _operands(
                 )
             _checks.check_device("weight", weight, "gradient", grad)
             if weight.dtype != grad.dtype:
-                # A float32 accumulator beside a bf16 weight is ordinary: the score is computed in float32 anyway.
+                # A float32 accumulator beside a bf16 weight is ordinary: the score is computed in
+                # float32 anyway.
                 wide = torch.promote_types(weight.dtype, grad.dtype)
                 weight, grad = weight.to(wide), grad.to(wide)
         pairs.append(
@@ -167,7 +175,8 @@ def _operands(
         first, this = _first(pairs[0]), _first(pair)
         if this.dtype != first.dtype or this.device != first.device:
             raise ValueError(
-                f"the matrices must share dtype and device, got {first.dtype} on {first.device} and "
+                f"the matrices must share dtype and device, got {first.dtype} on {first.device} "
+                "and "
                 f"{this.dtype} on {this.device}"
             )
     return pairs
@@ -203,7 +212,8 @@ def _score(pair: Pair, metric: str) -> Tensor:
     return -(weight * grad) + 0.0 if metric == "force" else (weight * grad).abs()
 
 
-# The chosen indices of all matrices, one after the other, int64 [k]; and how many each matrix has, int64.
+# The chosen indices of all matrices, one after the other, int64 [k]; and how many each matrix has,
+# int64.
 Selection = tuple[Tensor, Tensor]
 
 
@@ -212,7 +222,7 @@ def _reference(pairs: list[Pair], k: int, metric: str) -> Selection:
     scores = [_score(pair, metric) for pair in pairs]
     for i, score in enumerate(scores):
         if not bool(torch.isfinite(score).all()):
-            raise NonFiniteScore(i)
+            raise NonFiniteScoreError(i)
     best = torch.argsort(torch.cat(scores), descending=True, stable=True)[:k].sort().values
     ends = torch.tensor([score.numel() for score in scores], device=best.device).cumsum(0)
     matrix = torch.searchsorted(ends, best, right=True)
@@ -224,7 +234,8 @@ def _ordered_bits(score: Tensor) -> Tensor:
     """Map floats to int64 >= 0 of the same order."""
     if score.dtype == torch.float64:
         bits = score.view(torch.int64)
-        # Flip the magnitude of negatives; then the sign bit is handled by the first digit, see _digit.
+        # Flip the magnitude of negatives; then the sign bit is handled by the first digit, see
+        # _digit.
         return bits ^ ((bits >> 63) & 0x7FFF_FFFF_FFFF_FFFF)
     bits = score.view(torch.int32).long()
     return bits ^ ((bits >> 31) & 0x7FFF_FFFF)
@@ -237,7 +248,9 @@ def _digit(keys: Tensor, shift: int, width: int, top: bool) -> Tensor:
 
 @registry.implement("topk_salience", "torch")
 def _torch(pairs: list[Pair], k: int, metric: str) -> Selection:
-    """Radix select: one histogram pass a digit. The score of one matrix at a time exists, never all of them."""
+    """Radix select: one histogram pass a digit. The score of one matrix at a time exists, never all
+    of them.
+    """
     total_bits, width = (64, 16) if _first(pairs[0]).dtype == torch.float64 else (32, 16)
     prefix: int | None = None  # the high bits of the k-th largest key found so far
     above = 0  # entries whose high bits are larger
@@ -246,7 +259,7 @@ def _torch(pairs: list[Pair], k: int, metric: str) -> Selection:
         for i, pair in enumerate(pairs):
             score = _score(pair, metric)
             if level == 0 and not bool(torch.isfinite(score).all()):
-                raise NonFiniteScore(i)
+                raise NonFiniteScoreError(i)
             keys = _ordered_bits(score)
             if prefix is not None:
                 keys = keys[(keys >> (shift + width)) == prefix]
@@ -259,6 +272,7 @@ def _torch(pairs: list[Pair], k: int, metric: str) -> Selection:
         digit = counts.numel() - 1 - place
         digit = digit - (1 << (width - 1)) if level == 0 else digit
         prefix = digit if prefix is None else (prefix << width) | digit
+    assert prefix is not None
     ties = k - above
     selected = []
     for pair in pairs:
@@ -287,7 +301,7 @@ def _cpu(pairs: list[Pair], k: int, metric: str) -> Selection:
         *(_native.dtype_code(first), torch.get_num_threads()),
     )
     if bad >= 0:
-        raise NonFiniteScore(bad)
+        raise NonFiniteScoreError(bad)
     return indices, counts
 
 

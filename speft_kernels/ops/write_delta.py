@@ -3,8 +3,9 @@
     W[idx] = cast(base + values)        values given
     W[idx] = base                       values None
 
-Idempotent and exact: `base` is what the entries held before the first write, so taking the values out restores
-the weight bit for bit. The sum is computed in float32 (float64 for a float64 weight) and rounded once.
+Idempotent and exact: `base` is what the entries held before the first write, so taking the values
+out restores the weight bit for bit. The sum is computed in float32 (float64 for a float64 weight)
+and rounded once.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ def write_delta(
     *,
     backend: str | None = None,
 ) -> None:
-    """Write `base_values + values` into the entries of `weight` that `pattern` names; only `nnz` elements are touched.
+    """Write `base_values + values` into the entries of `weight` that `pattern` names; only `nnz`
+    elements are touched.
 
     Args:
         weight: `[N, K]`, contiguous; written in place.
         base_values: `pattern.values_shape` of weight's dtype: the entries without the delta.
-        values: `pattern.values_shape`, float32 (float64 for a float64 weight); None writes `base_values` back.
+        values: `pattern.values_shape`, float32 (float64 for a float64 weight); None writes
+            `base_values` back.
 
     Raises:
         ValueError: shapes or devices do not fit, or the weight is not contiguous.

@@ -1,0 +1,101 @@
+"""The command `speft`. Each subcommand lives in `commands`; torch is loaded when one runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ._version import __version__
+from .errors import SpeftError, nearest
+
+COMMANDS = {
+    "finetune": "fine-tune a model; without arguments: a demo that needs nothing but this computer",
+    "merge": "fold an adapter into its base model and write a plain model",
+    "info": "versions and backends of this machine, or what a run's or adapter's folder holds",
+    "salience": "score a model's weights and write the mask that would train",
+}
+# Modules of the optional extras, by the extra that brings them.
+_EXTRAS = {
+    "transformers": "finetune",
+    "accelerate": "finetune",
+    "datasets": "finetune",
+    "rich": "finetune",
+    "yaml": "finetune",
+    "peft": "peft",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviated flags, and answers an unknown flag with the nearest one."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})  # type: ignore[arg-type]
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = parsed.parser._option_string_actions
+            flag = next((item for item in unknown if item.startswith("-")), unknown[0])
+            parsed.parser.error(f"unknown argument {flag!r}.{nearest(flag.split('=')[0], known)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n(see {self.prog} --help)\n")
+
+
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The whole parser; `only` names the one subcommand whose flags are wanted."""
+    parser = Parser(
+        prog="speft",
+        description="Sparse parameter-efficient fine-tuning at the price of the frozen model.",
+    )
+    parser.add_argument("--version", action="version", version=f"speft {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        subparser.set_defaults(parser=subparser)
+        if only in (None, name):
+            command = importlib.import_module(f".commands.{name}", __package__)
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    0: done. 2: the user can put it right; one line on standard error says how. 130 or 143: stopped
+    by Ctrl-C or SIGTERM. Whatever else goes wrong is a fault of this package: it is not caught.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = next((word for word in argv if word in COMMANDS), None)
+    parser = build_parser(command or "")
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(args.run(args))
+    except SpeftError as error:
+        print(f"speft: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(
+            f"speft: error: this needs the library {error.name!r}: "
+            f"pip install 'speft-kernels[{extra}]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("speft: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

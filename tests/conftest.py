@@ -1,0 +1,50 @@
+"""Settings for every test; they must be made before torch is imported."""
+
+import os
+
+# oneDNN picks AMX instructions by the processor's name, and a hypervisor may mask them: bf16
+# products then die with SIGILL.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    """Each test starts from the same seed and leaves the number of threads as it was."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real datasets: $SPEFT_DATA, else ../shared/data beside the project."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SPEFT_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no datasets: {folder} does not exist; set SPEFT_DATA to their folder")
+    return folder
+
+
+@pytest.fixture
+def memory_high_water():
+    """A function that runs another and returns by how many bytes the process's peak grew."""
+    from speft_kernels.salience.memory import PeakMemory
+
+    def grown(function) -> int:
+        function()  # the first call may load libraries and start threads
+        peak = PeakMemory([torch.device("cpu")])
+        if "since its start" in peak.source:
+            pytest.skip("this system does not let a process reset its peak memory")
+        before = peak.bytes()
+        function()
+        return peak.bytes() - before
+
+    return grown

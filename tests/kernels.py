@@ -1,0 +1,88 @@
+"""What the kernel tests share: the cases, the backends, and the rule for errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speft_kernels import SparsePattern
+from speft_kernels.ops import registry
+from speft_kernels.testing import realistic_pattern, uniform_pattern
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# (M, N, K): one token, no token, sizes below and beside every vector width, several token blocks.
+SHAPES = ((0, 8, 6), (1, 5, 7), (3, 33, 17), (50, 64, 48), (613, 96, 130))
+
+KINDS = ("uniform", "realistic", "empty", "full", "row", "column", "single")
+
+
+def make_pattern(kind: str, n: int, k: int) -> SparsePattern:
+    mask = torch.zeros(n, k, dtype=torch.bool)
+    if kind == "uniform":
+        return uniform_pattern((n, k), 0.1)
+    if kind == "realistic":
+        return realistic_pattern((n, k), 0.05)
+    if kind == "full":
+        mask[:] = True
+    elif kind == "row":
+        mask[n // 2] = True
+    elif kind == "column":
+        mask[:, k // 2] = True
+    elif kind == "single":
+        mask[n - 1, k - 1] = True
+    return SparsePattern.from_mask(mask)
+
+
+def backends(op: str) -> list[str]:
+    """The backends that serve `op` on this machine's CPU."""
+    return [row["backend"] for row in registry.table() if row["op"] == op and row["available"]]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exact_product(a: Tensor, b: Tensor) -> np.ndarray:
+    """`a @ b` at a precision beyond the inputs': float64, or 80-bit for float64 inputs."""
+    wide = np.longdouble if a.dtype == torch.float64 else np.float64
+    return a.detach().double().numpy().astype(wide) @ b.detach().double().numpy().astype(wide)
+
+
+def assert_as_exact_as_torch(ours: Tensor, theirs: Tensor, exact: np.ndarray) -> None:
+    """The numbers contract: at most twice torch's own error in the same dtype, plus one rounding.
+
+    `exact` comes from `exact_product` on the same (already rounded) inputs. One rounding of the
+    largest result is what any implementation may lose by writing its output.
+    """
+    assert ours.shape == theirs.shape == exact.shape
+    if exact.size == 0:
+        return
+
+    def error(result: Tensor) -> float:
+        return float(np.abs(result.detach().double().numpy().astype(exact.dtype) - exact).max())
+
+    rounding = torch.finfo(ours.dtype).eps * float(np.abs(exact).max())
+    assert error(ours) <= 2 * error(theirs) + rounding, (error(ours), error(theirs), rounding)
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the elements of the largest new tensor that a torch operation returns in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves
+        known = {t.untyped_storage().data_ptr() for t in leaves((args, kwargs)) if _is_tensor(t)}
+        for leaf in leaves(result):
+            if _is_tensor(leaf) and leaf.untyped_storage().data_ptr() not in known:
+                self.numel = max(self.numel, leaf.numel())
+        return result
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)

@@ -1,0 +1,116 @@
+import json
+import math
+
+import pytest
+import torch
+from tiny_text import save_llama, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from speft_kernels.adapter import load_adapter
+from speft_kernels.cli import main
+from speft_kernels.errors import DataError
+from speft_kernels.finetune.data import read_examples
+from speft_kernels.finetune.models import load_tokenizer
+from speft_kernels.finetune.tasks import IGNORED, CausalLM
+
+
+@pytest.fixture
+def gsm8k(data_dir, tmp_path_factory):
+    """A folder with a tiny Llama, its tokenizer, and the shortest examples of GSM8K."""
+    folder = tmp_path_factory.mktemp("gsm8k")
+    lines = (data_dir / "gsm8k" / "train.jsonl").read_text("utf-8").splitlines()
+    records = sorted(map(json.loads, lines), key=lambda r: len(r["question"] + r["answer"]))[:240]
+    texts = [text for record in records for text in record.values()]
+    save_llama(folder / "model", texts)
+    write_jsonl(folder / "train.jsonl", records[::2])
+    write_jsonl(folder / "eval.jsonl", records[1::4])
+    return folder
+
+
+def flags(folder, output, *more):
+    return [
+        "finetune",
+        *("--task", "causal-lm", "--model", str(folder / "model")),
+        *("--train", str(folder / "train.jsonl"), "--eval", str(folder / "eval.jsonl")),
+        *("--output", str(output), "--max-length", "128", "--batch-size", "8"),
+        *("--scoring-examples", "16", "--scoring-batches", "2"),
+        *more,
+    ]
+
+
+def test_sparse_training_lowers_the_loss_on_gsm8k(gsm8k, tmp_path):
+    output = tmp_path / "run"
+    more = ("--density", "0.05", "--epochs", "4", "--lr", "2e-2", "--grad-accumulation", "2")
+    assert main(flags(gsm8k, output, *more)) == 0
+    result = json.loads((output / "result.json").read_text())
+    assert result["metric"] == "loss"
+    assert result["before"] > 0.95 * math.log(800)  # random weights know nothing
+    assert result["after"] < 0.8 * result["before"]
+    assert result["eval"]["perplexity"] == pytest.approx(math.exp(result["after"]))
+    assert result["head_parameters"] == 0
+    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+    merged = tmp_path / "merged"
+    assert main(["merge", "--adapter", str(output), "--output", str(merged)]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(merged).eval()
+    sparse = AutoModelForCausalLM.from_pretrained(gsm8k / "model").eval()
+    ids = torch.arange(40).view(1, -1)
+    with torch.no_grad():
+        untrained = sparse(ids).logits
+        load_adapter(sparse, output / "adapter")
+        torch.testing.assert_close(plain(ids).logits, sparse(ids).logits)
+        assert not torch.allclose(untrained, sparse(ids).logits)
+
+
+def test_lora_trains_the_same_layers(gsm8k, tmp_path):
+    output = tmp_path / "run"
+    assert main(flags(gsm8k, output, "--method", "lora", "--lora-rank", "2", "--max-steps", "4")) == 0
+    result = json.loads((output / "result.json").read_text())
+    layer = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)
+    assert result["trainable_parameters"] == 2 * 2 * layer
+
+
+def test_only_the_response_is_learnt(gsm8k, tmp_path):
+    tokenizer = load_tokenizer(str(gsm8k / "model"))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "One two", "response": "three"}] * 2)
+    task = CausalLM(tokenizer, 128)
+    item = task.encode(read_examples(str(path), "causal-lm"))[0]
+    ids, labels = item.inputs["input_ids"], item.labels
+    learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    assert tokenizer.decode(learnt) == "three</s>"
+    assert tokenizer.decode(ids) == "<s>One two\nthree</s>"
+    assert [label for label in labels if label != IGNORED] == learnt
+
+
+def test_the_loss_is_the_mean_over_response_tokens(gsm8k):
+    model = AutoModelForCausalLM.from_pretrained(gsm8k / "model").eval()
+    task = CausalLM(load_tokenizer(str(gsm8k / "model")), 128)
+    encoded = task.encode(read_examples(str(gsm8k / "eval.jsonl"), "causal-lm"))[:6]
+    batch = task.collate(encoded)
+    with torch.no_grad():
+        total, _ = task.loss(model, batch.inputs)
+        expected = model(**batch.inputs).loss
+    torch.testing.assert_close(total / batch.count, expected)
+    assert batch.tokens == sum(item.length for item in encoded)
+    assert batch.count < batch.tokens
+
+
+def test_plain_text_is_learnt_whole(gsm8k, tmp_path):
+    tokenizer = load_tokenizer(str(gsm8k / "model"))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "One two three"}])
+    item = CausalLM(tokenizer, 128).encode(read_examples(str(path), "causal-lm"))[0]
+    assert item.labels == item.inputs["input_ids"]
+    assert tokenizer.decode(item.labels) == "<s>One two three</s>"
+
+
+def test_responses_that_do_not_fit_are_left_out_or_refused(gsm8k, tmp_path):
+    tokenizer = load_tokenizer(str(gsm8k / "model"))
+    records = [{"prompt": "word " * 50, "response": "x"}, {"prompt": "w", "response": "x " * 50}]
+    examples = read_examples(str(write_jsonl(tmp_path / "a.jsonl", records)), "causal-lm")
+    encoded = CausalLM(tokenizer, 16).encode(examples)
+    assert [item.length for item in encoded] == [16]
+    alone = read_examples(str(write_jsonl(tmp_path / "b.jsonl", records[:1])), "causal-lm")
+    with pytest.raises(DataError, match="max_length = 16 leaves no token to learn"):
+        CausalLM(tokenizer, 16).encode(alone)

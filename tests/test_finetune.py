@@ -1,0 +1,494 @@
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_text import save_bert, sentences, write_tsv
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+
+from speft_kernels.adapter import load_adapter
+from speft_kernels.errors import ConfigError, SalienceError, SpeftError
+from speft_kernels.finetune import RunConfig, load_classifier, load_tokenizer
+from speft_kernels.finetune import loop as loop_module
+from speft_kernels.finetune.batches import epoch_order, length_order
+from speft_kernels.finetune.config import load_yaml
+from speft_kernels.finetune.data import read_examples
+from speft_kernels.finetune.loop import TrainingError
+from speft_kernels.finetune.models import MeanPoolClassifier, pooling_of
+from speft_kernels.finetune.progress import Display
+from speft_kernels.finetune.run import finetune
+from speft_kernels.finetune.signals import Interrupted
+from speft_kernels.finetune.tasks import Classification, classification_scores
+from speft_kernels.model import sparse_layers
+
+METHODS = ("speft", "lora", "full", "head")
+LR = {"speft": 2e-2, "lora": 2e-2, "full": 2e-3, "head": 5e-2}
+
+
+class Silent(Display):
+    """Shows nothing; at step `at`, does `act`."""
+
+    def __init__(self, at=None, act=None):
+        super().__init__(Console(file=open(os.devnull, "w"), force_terminal=False))  # noqa: SIM115
+        self.at, self.act = at, act
+
+    def step(self, step, loss, tokens_per_second):
+        if step == self.at:
+            self.act()
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, 96 rows to train on and 40 others."""
+    folder = tmp_path_factory.mktemp("place")
+    train, held_out = sentences(96, seed=1), sentences(40, seed=2)
+    write_tsv(folder / "train.tsv", train)
+    write_tsv(folder / "eval.tsv", held_out)
+    save_bert(folder / "model", [text for text, _ in train])
+    return folder
+
+
+def settings(place, output, method="speft", **others):
+    return {
+        "model": str(place / "model"),
+        "train": str(place / "train.tsv"),
+        "eval": str(place / "eval.tsv"),
+        "output": str(output),
+        "method": method,
+        "pooling": "mean",
+        "density": 0.05,
+        "lora_rank": 2,
+        "scoring_examples": 32,
+        "scoring_batches": 2,
+        "lr": LR.get(method),
+        "epochs": 3,
+        "batch_size": 8,
+        **others,
+    }
+
+
+def run(place, output, method="speft", *, display=None, resume=False, overwrite=False, **others):
+    config = RunConfig.from_dict(settings(place, output, method, **others))
+    return finetune(config, display=display or Silent(), resume=resume, overwrite=overwrite)
+
+
+def lines(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(output):
+    """Every tensor in the adapter folder."""
+    from safetensors.torch import load_file
+
+    return {k: v for path in (output / "adapter").glob("*.safetensors")
+            for k, v in load_file(path).items()}
+
+
+def accuracy_of(model, place):
+    tokenizer = load_tokenizer(str(place / "model"))
+    examples = read_examples(str(place / "eval.tsv"), "classification")
+    task = Classification(tokenizer, {"bad": 0, "good": 1}, 128)
+    batch = task.collate(task.encode(examples))
+    model.eval()
+    with torch.no_grad():
+        _, predicted = task.loss(model, batch.inputs)
+    return (predicted == batch.inputs["labels"]).float().mean().item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_learns_writes_its_folder_and_can_be_loaded_again(place, tmp_path, method):
+    output = tmp_path / "run"
+    result = run(place, output, method, test=str(place / "eval.tsv"), head_warmup_steps=2)
+
+    assert result["after"] >= 0.8 > result["before"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "adapter",
+        "config.json",
+        "metrics.jsonl",
+        "result.json",
+    ]
+    assert json.loads((output / "result.json").read_text()) == result
+    assert result["test"]["accuracy"] == result["after"] == result["eval"]["accuracy"]
+    assert (result["method"], result["metric"], result["seed"]) == (method, "accuracy", 0)
+    assert result["majority"] == 0.5
+    assert result["steps"] == 36
+    assert result["trainable_parameters"] == (
+        result["trainable_parameters_without_head"] + result["head_parameters"]
+    )
+    assert result["head_parameters"] == 2 * 32 + 2
+    assert result["step_ms_median"] > 0
+    assert result["tokens_per_second"] > 0
+    assert result["peak_memory_bytes"] > 2**20
+    assert result["train_seconds"] > 0
+    assert (result["salience_seconds"] > 0) == (method == "speft")
+    assert result["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in (
+        result["versions"]["torch"]
+    )
+    evaluations = [line["eval"]["accuracy"] for line in lines(output) if "eval" in line]
+    assert len(evaluations) == 3
+    assert max(evaluations) == result["after"]
+
+    if method == "full":
+        model = load_classifier(str(output / "adapter"), ("bad", "good"))
+        assert isinstance(model, MeanPoolClassifier)
+    else:
+        model = load_classifier(str(place / "model"), ("bad", "good"), pooling="mean")
+    if method == "lora":
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, output / "adapter")
+    elif method != "full":
+        load_adapter(model, output / "adapter")
+    assert accuracy_of(model, place) == pytest.approx(result["after"])
+
+
+def test_the_budget_is_counted_without_the_head(place, tmp_path):
+    sparse = run(place, tmp_path / "a", max_steps=1)
+    lora = run(place, tmp_path / "b", "lora", max_steps=1)
+    elements = 2 * (4 * 32 * 32 + 2 * 32 * 48)
+    assert sparse["trainable_parameters_without_head"] == 2 * (4 * 51 + 2 * 77)
+    assert sparse["density"] == sparse["trainable_parameters_without_head"] / elements
+    assert lora["trainable_parameters_without_head"] == 2 * 2 * (4 * 64 + 2 * 80)
+    assert sparse["head_parameters"] == lora["head_parameters"]
+    assert run(place, tmp_path / "c", "head", max_steps=1)["density"] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(place, tmp_path, method):
+    more = {"eval_every": 5, "save_every": 100, "grad_accumulation": 2, "epochs": 2}
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    expected = run(place, straight, method, **more)
+    with pytest.raises(Interrupted) as caught:
+        run(place, stopped, method, display=Silent(7, terminate), **more)
+    assert caught.value.signum == signal.SIGTERM
+    assert caught.value.folder == stopped
+    assert not (stopped / "result.json").exists()
+    result = run(place, stopped, method, resume=True, **more)
+
+    for key in ("before", "after", "eval", "best_step", "steps", "trainable_parameters", "density"):
+        assert result[key] == expected[key], key
+    assert [line.get("loss") for line in lines(stopped)] == [
+        line.get("loss") for line in lines(straight)
+    ]
+    ours, theirs = tensors(stopped), tensors(straight)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(place, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    more = {"eval_every": 4, "save_every": 6, "epochs": 1}
+    expected = run(place, straight, **more)
+    with pytest.raises(Killed):
+        run(place, killed, display=Silent(9, kill), **more)
+    assert lines(killed)[-1]["step"] == 9
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "lo')
+    result = run(place, killed, resume=True, **more)
+    assert result["eval"] == expected["eval"]
+    assert [line["step"] for line in lines(killed)] == [line["step"] for line in lines(straight)]
+
+
+def test_a_signal_before_training_leaves_nothing(place, tmp_path, monkeypatch):
+    display = Silent()
+    monkeypatch.setattr(display, "note", lambda text: terminate())
+    with pytest.raises(Interrupted) as caught:
+        run(place, tmp_path / "run", display=display)
+    assert caught.value.folder is None
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_resuming_needs_the_same_settings_and_data(place, tmp_path):
+    output, data = tmp_path / "run", tmp_path / "train.tsv"
+    data.write_bytes((place / "train.tsv").read_bytes())
+    with pytest.raises(Interrupted):
+        run(place, output, display=Silent(2, terminate), train=str(data))
+    with pytest.raises(ConfigError, match="lr = 0.02 and cannot go on with 0.03"):
+        run(place, output, resume=True, train=str(data), lr=0.03)
+    data.write_text(data.read_text() + "a new row\tgood\n")
+    with pytest.raises(ConfigError, match="data has changed"):
+        run(place, output, resume=True, train=str(data))
+    (output / "checkpoint" / "state.pt").write_bytes(b"damaged")
+    data.write_bytes((place / "train.tsv").read_bytes())
+    with pytest.raises(ConfigError, match="checkpoint is damaged"):
+        run(place, output, resume=True, train=str(data))
+
+
+def test_output_folders_are_protected(place, tmp_path):
+    output = tmp_path / "run"
+    with pytest.raises(ConfigError, match="no run to resume"):
+        run(place, output, resume=True)
+    first = run(place, output, max_steps=2)
+    with pytest.raises(ConfigError, match=r"exists already.*--overwrite"):
+        run(place, output, max_steps=2)
+    with pytest.raises(ConfigError, match="is finished"):
+        run(place, output, max_steps=2, resume=True)
+    assert json.loads((output / "result.json").read_text()) == first
+    run(place, output, max_steps=1, overwrite=True)
+    assert json.loads((output / "result.json").read_text())["steps"] == 1
+    precious = tmp_path / "home" / "letter.txt"
+    precious.parent.mkdir()
+    precious.write_text("dear")
+    with pytest.raises(ConfigError, match="not a run of this command"):
+        run(place, precious.parent, overwrite=True)
+    with pytest.raises(ConfigError, match="not a writable folder"):
+        run(place, precious / "run")
+    assert precious.read_text() == "dear"
+
+
+def test_accumulation_changes_the_memory_and_not_the_steps(tmp_path, monkeypatch):
+    rows = sentences(48, seed=1)
+    write_tsv(tmp_path / "train.tsv", rows)
+    write_tsv(tmp_path / "eval.tsv", sentences(12, seed=2))
+    save_bert(tmp_path / "model", [text for text, _ in rows], dropout=0.0)
+    batches = epoch_order([1] * 48, 16, 0, 0)
+    monkeypatch.setattr(loop_module, "epoch_order", lambda *_: batches)
+    run(tmp_path, tmp_path / "whole", batch_size=16, epochs=1)
+    # Pieces of unequal size: the mean must be over examples, not over batches.
+    pieces = [piece for b in batches for piece in (b[:1], b[1:4], b[4:9], b[9:])]
+    monkeypatch.setattr(loop_module, "epoch_order", lambda *_: pieces)
+    monkeypatch.setattr(loop_module.math, "ceil", lambda x: 3)
+    run(tmp_path, tmp_path / "pieces", batch_size=4, grad_accumulation=4, epochs=1)
+    whole, parts = (
+        [line["loss"] for line in lines(tmp_path / name) if "loss" in line]
+        for name in ("whole", "pieces")
+    )
+    assert len(whole) == 3
+    # Only the order of the sums differs. Weights by batch instead of by example are 1e-2 off.
+    assert parts == pytest.approx(whole, rel=1e-4)
+
+
+def test_the_best_model_is_the_one_that_is_kept(place, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.5, 0.9, 0.9, 0.2])
+    seen = []
+
+    def scripted(model, *rest):
+        seen.append(model.state_dict()["classifier.weight"].clone())
+        score = next(scores)
+        return {"accuracy": score, "f1": 0.0, "matthews": 0.0, "loss": 1.0}
+
+    monkeypatch.setattr(loop_module, "evaluate", scripted)
+    output = tmp_path / "run"
+    result = run(place, output, "head", max_steps=10, eval_every=2)
+    assert result["after"] == 0.9
+    assert result["best_step"] == 6  # a tie keeps the earlier one
+    assert torch.equal(tensors(output)["dense.classifier.weight"], seen[2])
+    assert not torch.equal(seen[2], seen[4])
+
+
+def test_a_lower_loss_is_the_better_one_and_metrics_can_be_chosen(place, tmp_path):
+    result = run(place, tmp_path / "run", metric="matthews")
+    assert result["metric"] == "matthews"
+    assert result["after"] == result["eval"]["matthews"]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(place, tmp_path):
+    first, again, other = (
+        (run(place, tmp_path / name, max_steps=5, seed=seed), lines(tmp_path / name))[1]
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
+    assert [x.get("loss") for x in first] == [x.get("loss") for x in again]
+    assert [x.get("loss") for x in first] != [x.get("loss") for x in other]
+
+
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+def test_the_loss_curve_is_that_of_the_reference(place, tmp_path, monkeypatch, mode):
+    run(place, tmp_path / "kernels", mode=mode, epochs=5, max_steps=50)
+    monkeypatch.setenv("SPEFT_BACKEND", "reference")
+    run(place, tmp_path / "reference", mode=mode, epochs=5, max_steps=50)
+    ours = [x["loss"] for x in lines(tmp_path / "kernels") if "loss" in x]
+    theirs = [x["loss"] for x in lines(tmp_path / "reference") if "loss" in x]
+    assert len(ours) == 50
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours[-1] < 0.8 * ours[0]
+
+
+def test_loss_that_is_no_number_stops_the_run(place, tmp_path):
+    with pytest.raises(TrainingError, match="at step 2; lower --lr"):
+        run(place, tmp_path / "run", lr=1e38, warmup_ratio=0, clip=0)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_nan_in_a_weight_is_found_while_scoring_and_nothing_is_written(place, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(place / "model")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] = math.nan
+    model.bert.save_pretrained(tmp_path / "model")
+    load_tokenizer(str(place / "model")).save_pretrained(tmp_path / "model")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SalienceError):
+        run(place, tmp_path / "run", model=str(tmp_path / "model"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"density": 1.0}, "density = 1.0 must be less than 1"),
+        ({"density": 0}, "density = 0.0 must be greater than 0"),
+        ({"salience": "gradent"}, "Did you mean 'gradient'"),
+        ({"scope": "local"}, "scope"),
+        ({"method": "lorra"}, "Did you mean 'lora'"),
+        ({"task": "classify"}, "Did you mean 'classification'"),
+        ({"target_modules": ["querry"]}, "Did you mean 'query'"),
+        ({"exclude_modules": ["backbone"]}, "no linear layer"),
+        ({"block_shape": [5, 5]}, "do not tile layer"),
+        ({"block_shape": "16"}, "is not like 16x16"),
+        ({"metric": "loss"}, "choose one of accuracy, f1, matthews"),
+        ({"epochs": 2.5}, "epochs = 2.5 is not a whole number"),
+        ({"epochs": 0}, "at least 1"),
+        ({"batch_size": True}, "not a whole number"),
+        ({"lr": -1}, "greater than 0"),
+        ({"lr": math.nan}, "lr = nan"),
+        ({"scoring_examples": 4, "scoring_batches": 8}, "a batch needs one example"),
+        ({"dtype": "float16"}, "CUDA GPUs only"),
+        ({"eval": ""}, "--eval is missing"),
+        ({"model": "./nowhere"}, "no such folder"),
+        ({"learning_rate": 1e-3}, "setting 'learning_rate' is unknown"),
+        ({"scheduler": "linaer"}, "Did you mean 'linear'"),
+    ],
+)
+def test_wrong_settings_are_named_and_leave_nothing(place, tmp_path, setting, message):
+    if setting.get("dtype") == "float16" and torch.cuda.is_available():
+        pytest.skip("float16 is refused on a CPU only")
+    with pytest.raises(SpeftError, match=message):
+        run(place, tmp_path / "run", **setting)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_yaml_values_are_read_as_the_settings_types(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("lr: 1e-3\nbatch-size: '16'\nblock_shape: 4x8\ntarget_modules: [query]\nclip: 1\n")
+    assert load_yaml(path) == {
+        "lr": 1e-3,
+        "batch_size": 16,
+        "block_shape": (4, 8),
+        "target_modules": ("query",),
+        "clip": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rate: 1", "key 'learning_rate' is unknown"),
+        ("densty: 0.1", "Did you mean 'density'"),
+        ("- a", "must hold keys"),
+        ("a: [", "cannot be read as YAML"),
+        ("epochs: many", "epochs = 'many' is not a whole number"),
+    ],
+)
+def test_broken_yaml_is_refused(tmp_path, content, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_yaml(path)
+
+
+def test_the_models_own_head_trains_too(place, tmp_path):
+    result = run(place, tmp_path / "run", pooling="model")
+    assert result["after"] >= 0.8
+    model = load_classifier(str(place / "model"), ("bad", "good"), pooling="model")
+    assert isinstance(model, BertForSequenceClassification)
+    load_adapter(model, tmp_path / "run" / "adapter")
+    assert any("pooler" in name for name in sparse_layers(model))
+    assert accuracy_of(model, place) == pytest.approx(result["after"])
+
+
+def test_pooling_follows_the_models_folder(place, tmp_path):
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    for path in (place / "model").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert pooling_of(str(folder)) == "model"
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    assert pooling_of(str(folder)) == "mean"
+    model = load_classifier(str(folder), ("a", "b", "c"))
+    model.save_pretrained(tmp_path / "saved")
+    assert pooling_of(str(tmp_path / "saved")) == "mean"
+    again = load_classifier(str(tmp_path / "saved"), ("a", "b", "c"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_mean_pooling_does_not_see_the_padding(place):
+    model = load_classifier(str(place / "model"), ("a", "b"), pooling="mean").eval()
+    ids = torch.tensor([[2, 5, 6, 3]])
+    padded = torch.tensor([[2, 5, 6, 3, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, model(padded, mask).logits)
+
+
+def test_every_example_occurs_once_an_epoch_and_lengths_are_alike():
+    lengths = [(7 * i) % 50 + 1 for i in range(500)]
+    batches = epoch_order(lengths, 8, seed=1, epoch=2)
+    assert sorted(i for batch in batches for i in batch) == list(range(500))
+    assert batches == epoch_order(lengths, 8, seed=1, epoch=2)
+    assert batches != epoch_order(lengths, 8, seed=1, epoch=3)
+    assert batches != epoch_order(lengths, 8, seed=2, epoch=2)
+    padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+    assert padded < 1.15 * sum(lengths)
+    assert sorted(i for batch in length_order(lengths, 8) for i in batch) == list(range(500))
+
+
+def test_scores_against_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = torch.Generator().manual_seed(0)
+    for classes in (2, 3):
+        true, predicted = torch.randint(classes, (2, 200), generator=generator).tolist()
+        scores = classification_scores(predicted, true, classes)
+        assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(true, predicted))
+        if classes == 2:
+            assert scores["f1"] == pytest.approx(metrics.f1_score(true, predicted))
+            expected = metrics.matthews_corrcoef(true, predicted)
+            assert scores["matthews"] == pytest.approx(expected)
+    assert classification_scores([0, 0], [0, 1], 2) == {"accuracy": 0.5, "f1": 0, "matthews": 0}
+
+
+def test_weight_decay_spares_the_sparse_values(place, tmp_path, monkeypatch):
+    groups = []
+    original = torch.optim.AdamW
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda params, **kw: groups.extend(params) or original(params, **kw)
+    )
+    run(place, tmp_path / "run", max_steps=1, weight_decay=0.1, head_lr=0.5)
+    described = {
+        (group["lr"], group["weight_decay"]): sum(p.numel() for p in group["params"])
+        for group in groups
+    }
+    assert described == {(2e-2, 0.0): 2 * (4 * 51 + 2 * 77), (0.5, 0.1): 64, (0.5, 0.0): 2}
+
+
+def test_a_fused_step_reaches_the_weights(place, tmp_path, monkeypatch):
+    """Fused optimizers write parameters without raising their version."""
+    seen = []
+
+    class Spy(loop_module.Loop):
+        def _step(self, window):
+            super()._step(window)
+            layer = next(iter(sparse_layers(self.model).values()))
+            layer(torch.zeros(1, layer.in_features))
+            seen.append(layer.weight.detach().clone())
+            assert all(group["fused"] for group in self.optimizer.param_groups)
+
+    monkeypatch.setattr("speft_kernels.finetune.run.Loop", Spy)
+    run(place, tmp_path / "run", max_steps=3)
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])

@@ -1,0 +1,605 @@
+"""Scoring and selection: exact against dense autograd, frugal, and leaving no trace."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    Snapshot,
+    bert_classifier,
+    llama,
+    mlp,
+    pair_batches,
+    pair_loss,
+    token_batches,
+)
+from torch import Tensor, nn
+
+from speft_kernels import ops
+from speft_kernels.errors import ConfigError, SalienceError
+from speft_kernels.model import SpeftConfig, score_and_select, sparsify
+from speft_kernels.salience import METRICS, metric_named
+from speft_kernels.salience.accumulate import GradientSums, stream_gradients
+from speft_kernels.salience.borrow import borrowed
+from speft_kernels.salience.memory import PeakMemory
+
+# The formulas of the paper's table, on their own.
+FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "magnitude": lambda w, g: w.abs(),
+    "gradient": lambda w, g: g.abs(),
+    "snip": lambda w, g: (w * g).abs(),
+    "force": lambda w, g: -w * g,
+    "taylor_fo": lambda w, g: (w * g) ** 2,
+}
+MLP_LAYERS = ("first", "second")
+
+
+def mlp_config(**settings: Any) -> SpeftConfig:
+    defaults = {"density": 0.1, "target_modules": MLP_LAYERS, "modules_to_train": ("head",)}
+    return SpeftConfig(**{**defaults, **settings})
+
+
+def summed_gradients(
+    model: nn.Module, names: list[str], batches: list[Any], loss_fn: Any
+) -> dict[str, Tensor]:
+    """The gradients of a dense backward pass over all batches, in evaluation mode."""
+    model.eval()
+    weights = [model.get_submodule(name).weight for name in names]
+    total = sum(loss_fn(model, batch) for batch in batches)
+    return dict(zip(names, torch.autograd.grad(total, weights), strict=True))
+
+
+def best(scores: list[Tensor], density: float, scope: str) -> list[list[int]]:
+    """Sorted flat indices of the top scores; ties go to the lowest index."""
+    flat = [score.reshape(-1) for score in scores]
+    if scope == "layer":
+        return [
+            sorted(
+                score.argsort(descending=True, stable=True)[: max(1, round(density * len(score)))]
+                .tolist()
+            )
+            for score in flat
+        ]  # fmt: skip
+    sizes = [len(score) for score in flat]
+    everything = torch.cat(flat)
+    count = max(1, round(density * len(everything)))
+    chosen = everything.argsort(descending=True, stable=True)[:count].sort().values
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        [int(i) - start for i in chosen if start <= int(i) < start + size]
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("metric", list(FORMULAS))
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("device", ["model", "cpu"])
+def test_selection_equals_dense_scores(metric: str, scope: str, count: int, device: str) -> None:
+    model = mlp(dtype=torch.float64)
+    batches = pair_batches(count, dtype=torch.float64)
+    config = mlp_config(salience=metric, scope=scope, accumulator_device=device)
+    gradients = summed_gradients(model, list(MLP_LAYERS), batches, pair_loss)
+    weights = [model.get_submodule(name).weight.detach() for name in MLP_LAYERS]
+    scores = [
+        FORMULAS[metric](weight, gradients[name])
+        for name, weight in zip(MLP_LAYERS, weights, strict=True)
+    ]
+    expected = best(scores, config.density, scope)
+
+    patterns, report = score_and_select(model, config, batches, pair_loss)
+
+    assert [patterns[name].indices.tolist() for name in MLP_LAYERS] == expected
+    assert [layer.nnz for layer in report.layers] == [len(indices) for indices in expected]
+    assert report.nnz == sum(map(len, expected))
+
+
+@pytest.mark.parametrize("metric", list(FORMULAS))
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("block_shape", [(2, 2), (1, 5), (10, 1)])
+def test_block_selection_sums_entry_scores(
+    metric: str, scope: str, count: int, block_shape: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 20), nn.Tanh(), nn.Linear(20, 10)).double()
+    inputs = [torch.randn(7, 10, dtype=torch.float64) for _ in range(count)]
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().sum()
+
+    gradients = summed_gradients(model, ["0", "2"], inputs, loss_fn)
+    bh, bw = block_shape
+    scores = []
+    for name, gradient in gradients.items():
+        entries = FORMULAS[metric](model.get_submodule(name).weight.detach(), gradient)
+        rows, cols = entries.shape
+        blocks = [
+            entries[i : i + bh, j : j + bw].sum()
+            for i in range(0, rows, bh)
+            for j in range(0, cols, bw)
+        ]
+        scores.append(torch.stack(blocks))
+    config = SpeftConfig(density=0.2, salience=metric, scope=scope, block_shape=block_shape)
+    patterns, _ = score_and_select(model, config, inputs, loss_fn)
+
+    assert [p.indices.tolist() for p in patterns.values()] == best(scores, 0.2, scope)
+    assert all(p.block_shape == block_shape for p in patterns.values())
+
+
+@pytest.mark.parametrize("build", [bert_classifier, llama])
+def test_transformers_selection_equals_dense_scores(build: Callable[[], nn.Module]) -> None:
+    model = build().double()
+    batches = token_batches(2, causal=build is llama)
+    config = SpeftConfig(density=0.05, salience="snip", scope="global")
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in ("classifier", "lm_head")
+    ]
+    gradients = summed_gradients(model, names, batches, lambda model, batch: model(**batch).loss)
+    scores = [(model.get_submodule(n).weight.detach() * gradients[n]).abs() for n in names]
+
+    patterns, report = score_and_select(model, config, batches)
+
+    assert list(patterns) == names
+    assert [p.indices.tolist() for p in patterns.values()] == best(scores, 0.05, "global")
+    assert (report.batches, report.examples) == (2, 8)
+
+
+@pytest.mark.parametrize("accumulator_dtype", ["float32", "weight"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("metric", ["magnitude", "gradient", "snip"])
+def test_bf16_model(accumulator_dtype: str, scope: str, metric: str) -> None:
+    model = mlp(dtype=torch.bfloat16)
+    batches = pair_batches(3, dtype=torch.bfloat16)
+    config = mlp_config(salience=metric, scope=scope, accumulator_dtype=accumulator_dtype)
+    wide = torch.float32 if accumulator_dtype == "float32" else torch.bfloat16
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        for name, g in summed_gradients(model, list(MLP_LAYERS), [batch], pair_loss).items():
+            sums[name] = sums[name] + g.to(wide) if name in sums else g.to(wide)
+    scores = [
+        FORMULAS[metric](model.get_submodule(n).weight.detach().float(), sums[n].float())
+        for n in MLP_LAYERS
+    ]
+
+    patterns, report = score_and_select(model, config, batches, pair_loss)
+
+    expected = best(scores, config.density, scope)
+    assert [patterns[name].indices.tolist() for name in MLP_LAYERS] == expected
+    if metric == "magnitude":
+        assert report.accumulator_bytes == 0
+    else:
+        assert report.accumulator_bytes == (6 * 10 + 10 * 8) * wide.itemsize
+
+
+def test_layers_of_different_dtypes_rank_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6).bfloat16())
+    config = SpeftConfig(density=0.2, salience="magnitude", scope="global")
+    patterns, _ = score_and_select(model, config)
+    scores = [model[i].weight.detach().float().abs() for i in (0, 1)]
+    assert [p.indices.tolist() for p in patterns.values()] == best(scores, 0.2, "global")
+
+
+def test_at_least_one_entry_of_each_layer() -> None:
+    patterns, _ = score_and_select(mlp(), mlp_config(density=1e-4), pair_batches(1), pair_loss)
+    assert [pattern.nnz for pattern in patterns.values()] == [1, 1]
+
+
+def test_metrics_table_agrees_with_the_fused_ranking() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, g = (torch.randn(9, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    assert {*METRICS, "raw"} == set(ops.METRICS)
+    for key, metric in METRICS.items():
+        fused = ops.topk_salience([w], [g], 6, metric=key)[0]
+        plain = ops.topk_salience([None], [metric.score(w, g)], 6, metric="raw")[0]
+        assert torch.equal(fused, plain), key
+        assert metric.needs_gradient or key == "magnitude"
+
+
+def test_unknown_metric_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unknown salience metric 'gradeint'.*'gradient'"):
+        metric_named("gradeint")
+    with pytest.raises(ConfigError, match="snip"):
+        SpeftConfig(salience="snipp")
+
+
+# What the pass costs
+
+
+def test_one_gradient_at_a_time() -> None:
+    model = mlp()
+    layers = {name: model.get_submodule(name) for name in (*MLP_LAYERS, "head")}
+    given: list[weakref.ref[Tensor]] = []
+
+    def consume(name: str, gradient: Tensor) -> None:
+        assert all(layer.weight.grad is None for layer in layers.values())
+        assert all(earlier() is None for earlier in given)
+        assert gradient.shape == layers[name].weight.shape
+        given.append(weakref.ref(gradient))
+
+    with borrowed(model, 0):
+        statistics = stream_gradients(model, layers, pair_batches(2), pair_loss, consume)
+    assert len(given) == 6
+    assert statistics.arrived == set(layers)
+    assert statistics.largest_gradient_bytes == 80 * 4
+
+
+def test_single_batch_per_layer_selection_keeps_no_accumulators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches = pair_batches(1)
+    accumulated, report = score_and_select(
+        mlp(), mlp_config(), [*batches, *batches], pair_loss
+    )  # twice the same batch: twice the gradient, the same ranks
+    assert report.accumulator_bytes == (60 + 80) * 4
+
+    def refuse(self: GradientSums, name: str, gradient: Tensor) -> None:
+        raise AssertionError("accumulated")
+
+    monkeypatch.setattr(GradientSums, "add", refuse)
+    patterns, report = score_and_select(mlp(), mlp_config(), iter(batches), pair_loss)
+    assert patterns == accumulated
+    assert report.accumulator_bytes == 0
+    assert report.largest_gradient_bytes == 80 * 4
+
+
+def _resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_peak_memory_of_the_pass() -> None:
+    torch.manual_seed(0)
+    layers, side = 24, 1024
+    model = nn.Sequential(*(nn.Linear(side, side, bias=False) for _ in range(layers)))
+    one = side * side * 4
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    x = torch.randn(2, side)
+    config = SpeftConfig(density=0.001)
+    score_and_select(model, config, [x], loss_fn)  # first use allocates what stays
+    before = _resident_bytes()
+    _, report = score_and_select(model, config, [x], loss_fn)
+    if report.peak_memory_source != "process high-water mark":
+        pytest.skip("the kernel does not let the high-water mark be reset")
+    assert report.peak_memory_bytes is not None
+    # All gradients at once would be 24 of them; selecting one layer takes less than 12 in any backend.
+    assert report.peak_memory_bytes - before < 12 * one
+    assert (
+        report.peak_memory_bytes > layers * one
+    )  # the weights are resident: the number means something
+
+
+def test_peak_memory_says_when_it_counts_from_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from speft_kernels.salience import memory
+
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "none" / "clear_refs")
+    peak = PeakMemory([torch.device("cpu")])
+    assert peak.source == "process high-water mark since its start"
+    assert (peak.bytes() or 0) > 2**20
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    assert (peak.bytes() or 0) > 2**20  # out of getrusage
+
+
+# What the pass leaves behind
+
+
+def trained_mlp() -> nn.Module:
+    """An MLP in a state that is easy to disturb: mixed modes and flags, gradients, batch norm."""
+    model = mlp().train()
+    model.second.eval()
+    model.first.bias.requires_grad_(False)
+    model.norm.weight.grad = torch.full((10,), 2.0)
+    model.first.weight.grad = torch.ones(10, 6)
+    return model
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("metric", ["magnitude", "gradient"])
+def test_scoring_leaves_the_model_alone(count: int, metric: str) -> None:
+    model = trained_mlp()
+    before, random = Snapshot(model), torch.get_rng_state()
+    score_and_select(model, mlp_config(salience=metric), pair_batches(count), pair_loss)
+    before.assert_untouched()
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_selection_ignores_dropout_the_callers_seed_and_grad_mode() -> None:
+    chosen = []
+    for seed in (1, 2):
+        model = mlp().train()
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(seed == 1):
+            chosen.append(score_and_select(model, mlp_config(), pair_batches(3), pair_loss)[0])
+    assert chosen[0] == chosen[1]
+
+
+def failing_losses() -> dict[str, tuple[Callable[..., Tensor], type[Exception], str]]:
+    def raising(model: nn.Module, batch: Any) -> Tensor:
+        pair_loss(model, batch)
+        raise RuntimeError("out of luck")
+
+    def after_first(bad: Callable[[Tensor], Any]) -> Callable[..., Any]:
+        seen: list[int] = []
+
+        def loss_fn(model: nn.Module, batch: Any) -> Any:
+            seen.append(1)
+            loss = pair_loss(model, batch)
+            return loss if len(seen) == 1 else bad(loss)
+
+        return loss_fn
+
+    def nan_gradient(model: nn.Module, batch: Any) -> Tensor:
+        # The loss is finite, its gradient by way of `second` is 0 * inf.
+        hidden = model.second(torch.tanh(model.first(batch[0])).detach())
+        return pair_loss(model, batch) + (hidden * 0).sum().square().sqrt()
+
+    def unused(model: nn.Module, batch: Any) -> Tensor:
+        return model.first(batch[0]).sum()
+
+    return {
+        "raises": (raising, RuntimeError, "out of luck"),
+        "nan": (after_first(lambda loss: loss * float("nan")), SalienceError, "batch 2 is nan"),
+        "inf": (after_first(lambda loss: loss / 0), SalienceError, "batch 2 is inf"),
+        "vector": (lambda m, b: m(b[0]), SalienceError, r"scalar tensor, got shape \(5, 3\)"),
+        "number": (after_first(lambda loss: loss.item()), SalienceError, "got float"),
+        "detached": (after_first(lambda loss: loss.detach()), SalienceError, "does not depend"),
+        "nan gradient": (nan_gradient, SalienceError, "layer 'second'"),
+        "unused": (unused, SalienceError, "layer 'second' received no gradient.*exclude_modules"),
+    }
+
+
+@pytest.mark.parametrize("fault", list(failing_losses()))
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_errors_leave_the_model_alone(fault: str, scope: str, warmup: int) -> None:
+    loss_fn, error, message = failing_losses()[fault]
+    model = trained_mlp()
+    before, random = Snapshot(model), torch.get_rng_state()
+    config = mlp_config(scope=scope, head_warmup_steps=warmup)
+    with pytest.raises(error, match=message if not warmup else None):
+        sparsify(model, config, pair_batches(2), loss_fn)
+    before.assert_untouched()
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_gradient_that_is_not_finite_names_the_layer_in_a_single_batch() -> None:
+    loss_fn, error, message = failing_losses()["nan gradient"]
+    model = trained_mlp()
+    before = Snapshot(model)
+    with pytest.raises(error, match=message):
+        sparsify(model, mlp_config(), pair_batches(1), loss_fn)
+    before.assert_untouched()
+
+
+@pytest.mark.parametrize(
+    ("build", "batches", "message"),
+    [
+        (mlp, None, "needs batches"),
+        (mlp, [], "batches is empty"),
+        (mlp, pair_batches(1), r"batch 1 is a tuple.*pass loss_fn"),
+        (mlp, [{"x": torch.zeros(5, 6)}], "Tensor without a loss: pass loss_fn"),
+        (bert_classifier, [{"input_ids": torch.ones(1, 3).long()}], "add labels.*input_ids"),
+    ],
+)
+def test_unusable_batches(build: Callable[[], nn.Module], batches: Any, message: str) -> None:
+    model = build()
+    before = Snapshot(model)
+    with pytest.raises((ConfigError, SalienceError), match=message):
+        sparsify(model, SpeftConfig(), batches)
+    before.assert_untouched()
+
+
+# Warming the head up
+
+
+def test_head_warmup_trains_the_head_alone() -> None:
+    model = bert_classifier().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = token_batches(2)
+    config = SpeftConfig(head_warmup_steps=5, head_warmup_lr=1e-2)
+    with torch.no_grad():
+        start = sum(model.eval()(**batch).loss for batch in batches)
+    model.train()
+    _, report = score_and_select(model, config, iter(batches))
+    after = model.state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    assert report.head_warmup_seconds > 0
+    assert report.batches == 2  # an iterator serves the warm-up and the scoring
+    with torch.no_grad():
+        assert sum(model.eval()(**batch).loss for batch in batches) < start
+
+
+def test_head_warmup_changes_what_is_selected_as_training_by_hand_does() -> None:
+    by_hand, warmed = mlp(), mlp()
+    batches = pair_batches(2)
+    by_hand.eval()
+    optimizer = torch.optim.AdamW(by_hand.head.parameters(), lr=0.05)
+    for step in range(5):
+        by_hand.zero_grad()
+        pair_loss(by_hand, batches[step % 2]).backward()
+        optimizer.step()
+    config = mlp_config(head_warmup_steps=5, head_warmup_lr=0.05)
+    patterns, _ = score_and_select(warmed, config, batches, pair_loss)
+    assert torch.equal(warmed.head.weight, by_hand.head.weight)
+    assert patterns == score_and_select(by_hand, mlp_config(), batches, pair_loss)[0]
+    assert patterns != score_and_select(mlp(), mlp_config(), batches, pair_loss)[0]
+
+
+def test_head_warmup_needs_a_head_and_batches() -> None:
+    with pytest.raises(ConfigError, match="no head to warm up"):
+        sparsify(mlp(), SpeftConfig(head_warmup_steps=1), pair_batches(1), pair_loss)
+    with pytest.raises(ConfigError, match="needs batches"):
+        sparsify(mlp(), mlp_config(head_warmup_steps=1, salience="magnitude"))
+    with pytest.raises(SalienceError, match="batches is empty"):
+        sparsify(mlp(), mlp_config(head_warmup_steps=1), [], pair_loss)
+
+
+# Models that need care
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_gradient_checkpointing_stays_on_and_selects_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches = token_batches(2, causal=True)
+    plain, _ = score_and_select(llama(), SpeftConfig(density=0.05), batches)
+    model = llama()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    calls: list[int] = []
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            original = module._gradient_checkpointing_func
+            monkeypatch.setattr(
+                module,
+                "_gradient_checkpointing_func",
+                lambda *a, original=original, **k: calls.append(1) or original(*a, **k),
+            )
+    model.eval()
+    checkpointed, _ = score_and_select(model, SpeftConfig(density=0.05), batches)
+    assert len(calls) == 4  # 2 layers, 2 batches
+    assert checkpointed == plain
+    assert not any(module.training for module in model.modules())
+
+
+def test_tied_head_is_scored_by_its_own_gradient() -> None:
+    tied = llama(tie_word_embeddings=True).double()
+    untied = llama().double()
+    untied.load_state_dict(tied.state_dict())
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    config = SpeftConfig(density=0.05, target_modules=("lm_head",), mode="additive")
+    batches = token_batches(2, causal=True)
+    before = Snapshot(tied)
+    patterns, _ = score_and_select(tied, config, batches)
+    assert patterns == score_and_select(untied, config, batches)[0]
+    before.assert_untouched()
+
+
+def test_a_layer_used_twice_is_scored_by_the_sum() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.cell(torch.tanh(self.cell(x)))
+
+    torch.manual_seed(0)
+    model, x = Loop().double(), torch.randn(3, 6, dtype=torch.float64)
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().sum()
+
+    gradient = summed_gradients(model, ["cell"], [x], loss_fn)["cell"]
+    patterns, _ = score_and_select(model, SpeftConfig(density=0.2), [x], loss_fn)
+    assert patterns["cell"].indices.tolist() == best([gradient.abs()], 0.2, "layer")[0]
+
+
+# Several processes
+
+_WORKER = """
+import json
+import sys
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from tiny_models import mlp, pair_batches, pair_loss
+from speft_kernels.model import SpeftConfig, score_and_select
+
+rank = int(sys.argv[3])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+
+
+def run(batches, warmup=0, nan_in=None):
+    def loss_fn(model, batch):
+        loss = pair_loss(model, batch)
+        return loss * float("nan") if rank == nan_in else loss
+
+    config = SpeftConfig(
+        density=0.1, target_modules=("first", "second"), modules_to_train=("head",),
+        head_warmup_steps=warmup,
+    )
+    model = mlp()
+    try:
+        patterns, report = score_and_select(model, config, pair_batches(batches)[rank::2], loss_fn)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return {
+        "indices": [pattern.indices.tolist() for pattern in patterns.values()],
+        "counts": [report.batches, report.examples],
+        "head": model.head.weight.tolist(),
+    }
+
+
+print(json.dumps({
+    "several": run(4), "one each": run(2), "uneven": run(3), "one without": run(1),
+    "warmup": run(4, warmup=3), "nan": run(4, nan_in=1), "after nan": run(4),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes with half of the batches each came to, in a few situations."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "worker.py").write_text(_WORKER)
+    workers = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                folder / "worker.py",
+                Path(__file__).parent,
+                folder / "meeting",
+                str(rank),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert all(worker.returncode == 0 for worker in workers)
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+@pytest.mark.parametrize(
+    ("situation", "count"),
+    [("several", 4), ("one each", 2), ("uneven", 3), ("one without", 1), ("after nan", 4)],
+)
+def test_processes_select_what_one_would(
+    two_processes: list[dict[str, Any]], situation: str, count: int
+) -> None:
+    patterns, report = score_and_select(mlp(), mlp_config(), pair_batches(count), pair_loss)
+    for process in two_processes:
+        found = process[situation]
+        assert found["indices"] == [pattern.indices.tolist() for pattern in patterns.values()]
+        assert found["counts"] == [report.batches, report.examples]
+
+
+def test_processes_warm_the_same_head_up(two_processes: list[dict[str, Any]]) -> None:
+    first, second = (process["warmup"] for process in two_processes)
+    assert first == second
+    assert first["head"] != mlp().head.weight.tolist()
+
+
+def test_an_error_in_one_process_ends_all(two_processes: list[dict[str, Any]]) -> None:
+    first, second = (process["nan"] for process in two_processes)
+    assert "SalienceError: scoring failed in another process" in first
+    assert "SalienceError: the loss of batch 1 is nan" in second
