@@ -1,0 +1,393 @@
+"""SparseDeltaLinear: what it computes, what it saves, and that the base is never lost."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from kernels import LargestTensor, make_pattern
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from speft_kernels import SparseDeltaLinear, SparsePattern, ops
+from speft_kernels.autograd import ResidentLinear
+from speft_kernels.errors import ConfigError, PatternError, StaleWeightError
+from speft_kernels.plan import plan_of
+from speft_kernels.testing import realistic_pattern
+
+BLOCKS = SparsePattern.from_blocks((32, 48), (4, 8), torch.tensor([1, 7, 20, 33]))
+MODES = ("resident", "additive")
+
+
+def make_layer(pattern=None, mode="resident", dtype=torch.float32, bias=True, fill=True):
+    pattern = make_pattern("realistic", 32, 48) if pattern is None else pattern
+    n, k = pattern.shape
+    layer = SparseDeltaLinear.from_linear(nn.Linear(k, n, bias=bias, dtype=dtype), pattern, mode)
+    if fill:
+        with torch.no_grad():
+            layer.values.normal_()
+    return layer
+
+
+def dense_twin(layer):
+    """A trainable dense layer with the weight W0 + D."""
+    twin = nn.Linear(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=layer.weight.dtype
+    )
+    twin.weight.data.copy_(layer.effective_weight())
+    if layer.bias is not None:
+        twin.bias.data.copy_(layer.bias)
+    return twin
+
+
+def at_entries(dense, layer):
+    return dense.reshape(-1)[layer.pattern.entry_indices.long()].reshape(layer.values.shape)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "pattern", [make_pattern("realistic", 32, 48), make_pattern("full", 32, 48), BLOCKS]
+)
+def test_output_and_gradients_equal_the_dense_layers(pattern, mode, bias):
+    layer = make_layer(pattern, mode, torch.float64, bias)
+    twin = dense_twin(layer)
+    x = torch.randn(2, 7, 48, dtype=torch.float64, requires_grad=True)
+    x_twin = x.detach().clone().requires_grad_()
+    y, y_twin = layer(x), twin(x_twin)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    y_twin.backward(dy)
+    # float64, sums of at most 48 products of unit normals in another order.
+    close = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(y, y_twin, **close)
+    torch.testing.assert_close(x.grad, x_twin.grad, **close)
+    torch.testing.assert_close(layer.values.grad, at_entries(twin.weight.grad, layer), **close)
+    assert layer.weight.grad is None
+    assert layer.bias is None or layer.bias.grad is None
+
+
+def test_gradcheck_of_the_autograd_function():
+    pattern = make_pattern("uniform", 6, 5)
+    plan = plan_of(pattern)
+    base, bias = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+
+    def resident(x, values):
+        weight = base.clone()
+        weight.view(-1)[pattern.indices.long()] += values.detach()
+        return ResidentLinear.apply(x, values, weight, bias, plan)
+
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(pattern.nnz, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(resident, (x, values))
+
+
+def test_the_weight_is_written_only_when_values_changed(monkeypatch):
+    writes = []
+    real = ops.write_delta
+    monkeypatch.setattr(ops, "write_delta", lambda *a, **k: (writes.append(a[3]), real(*a, **k)))
+    layer = make_layer()
+    x = torch.randn(3, 48)
+    for _ in range(3):
+        layer(x)
+    assert len(writes) == 1
+    with torch.no_grad():
+        layer.values.add_(1.0)
+    layer(x), layer(x)
+    assert len(writes) == 2
+    # Someone else wrote to the weight, as a sharded gather does: the delta is put back.
+    layer.weight.data = layer.weight.data.clone()
+    layer(x)
+    assert len(writes) == 3
+    torch.testing.assert_close(layer(x), dense_twin(layer)(x))
+
+
+def test_a_write_through_data_needs_sync():
+    layer = make_layer(fill=False)
+    layer.sync()
+    layer.values.data = torch.randn_like(layer.values)
+    layer.sync()
+    assert torch.equal(layer.weight, layer.effective_weight())
+
+
+def test_stale_weights_are_refused():
+    layer = make_layer()
+    optimizer = torch.optim.SGD([layer.values], lr=0.1)
+    x = torch.randn(3, 48, requires_grad=True)
+    first, second = layer(x).sum(), layer(x).sum()
+    first.backward()
+    optimizer.step()
+    with pytest.raises(StaleWeightError, match="call backward\\(\\) before optimizer.step"):
+        second.backward()
+    layer(x).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merge_and_unmerge_are_exact_and_change_no_output(dtype):
+    linear = nn.Linear(48, 32, dtype=dtype)
+    original = linear.weight.detach().clone()
+    layer = SparseDeltaLinear.from_linear(linear, make_pattern("realistic", 32, 48))
+    x = torch.randn(5, 48, dtype=dtype)
+    torch.nn.init.normal_(layer.values)
+    resident = layer(x)
+    assert not torch.equal(layer.weight, original)
+    layer.unmerge()
+    assert torch.equal(layer.weight, original)
+    assert layer.mode == "additive"
+    # The additive path rounds after the base product and again after the sum; the resident one
+    # rounds W + D. Each is half a unit in the last place of a result of up to 8.
+    tolerance = 3 * 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(layer(x), resident, rtol=0, atol=tolerance)
+    assert torch.equal(layer.weight, original)
+    layer.merge()
+    assert torch.equal(layer(x), resident)
+    assert torch.equal(layer.base_weight(), original)
+    assert torch.equal(layer.to_linear(keep_delta=False).weight, original)
+
+
+def test_to_linear_shares_the_weight():
+    layer = make_layer()
+    merged = layer.effective_weight()
+    linear = layer.to_linear()
+    assert type(linear) is nn.Linear
+    assert linear.weight is layer.weight
+    assert torch.equal(linear.weight, merged)
+
+
+def test_from_linear_copies_nothing_and_freezes():
+    linear = nn.Linear(48, 32)
+    layer = SparseDeltaLinear.from_linear(linear, make_pattern("uniform", 32, 48))
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    trains = [name for name, p in layer.named_parameters() if p.requires_grad]
+    assert trains == ["values"]
+    assert layer.values.dtype == torch.float32
+    assert int(layer.values.count_nonzero()) == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_pattern_is_a_frozen_linear(mode):
+    layer = make_layer(make_pattern("empty", 32, 48), mode)
+    x = torch.randn(3, 48, requires_grad=True)
+    assert saved_bytes(layer, x) == 0
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 48))
+    assert not layer.values.requires_grad
+
+
+def saved_bytes(layer, x):
+    """Bytes that autograd saves beside the layer's own parameters; each storage counts once."""
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = layer(x)
+    del result
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("needs_dx", [False, True])
+def test_only_the_used_columns_of_the_activations_are_saved(needs_dx):
+    pattern = realistic_pattern((384, 384), 0.005)
+    layer = SparseDeltaLinear.from_linear(nn.Linear(384, 384), pattern)
+    x = torch.randn(512, 384, requires_grad=needs_dx)
+    size = saved_bytes(layer, x)
+    assert size == 512 * pattern.used_cols.numel() * 4
+    assert size <= 0.30 * x.untyped_storage().nbytes()
+    assert saved_bytes(dense_twin(layer), x) >= x.untyped_storage().nbytes()
+
+
+def test_without_gradients_nothing_is_saved_or_copied():
+    layer = make_layer()
+    x = torch.randn(512, 48)
+    with torch.no_grad():
+        assert saved_bytes(layer, x) == 0
+    layer.values.requires_grad_(False)
+    assert saved_bytes(layer, x) == 0
+
+
+def test_no_tensor_of_the_weights_shape_in_forward_or_backward():
+    for density in (0.005, 0.25):
+        pattern = realistic_pattern((1024, 768), density)
+        layer = SparseDeltaLinear.from_linear(nn.Linear(768, 1024), pattern)
+        x = torch.randn(16, 768, requires_grad=True)
+        layer(x).sum().backward()
+        with LargestTensor() as largest:
+            layer(x).sum().backward()
+        assert largest.numel <= max(16 * 1024, pattern.nnz)
+
+
+@pytest.mark.parametrize("pattern", [make_pattern("realistic", 32, 48), BLOCKS])
+@pytest.mark.parametrize("mode", MODES)
+def test_state_dict_round_trip(pattern, mode):
+    layer = make_layer(pattern, mode)
+    x = torch.randn(3, 48)
+    expected = layer(x)
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    assert set(state) == {"weight", "bias", "values", "indices", "base_values"}
+
+    # Another base and another pattern of the same size: all of it comes from the state.
+    other = SparsePattern(pattern.shape, torch.arange(pattern.num_blocks), pattern.block_shape)
+    fresh = make_layer(other, mode)
+    fresh(x)
+    fresh.load_state_dict(state)
+    assert fresh.pattern == layer.pattern
+    assert torch.equal(fresh(x), expected)
+    fresh.unmerge(), layer.unmerge()
+    assert torch.equal(fresh.weight, layer.weight)
+
+
+def test_a_state_dict_with_bad_indices_is_refused():
+    layer = make_layer()
+    state = layer.state_dict()
+    state["indices"] = state["indices"].flip(0)
+    with pytest.raises(RuntimeError, match="indices: indices must be strictly increasing"):
+        make_layer().load_state_dict(state)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_independent(copier):
+    layer = make_layer()
+    x = torch.randn(3, 48)
+    before = layer(x)
+    twin = copier(layer)
+    assert torch.equal(twin(x), before)
+    with torch.no_grad():
+        twin.values.add_(1.0)
+    assert not torch.equal(twin(x), before)
+    assert torch.equal(layer(x), before)
+    twin.unmerge()
+    layer.unmerge()
+    assert torch.equal(twin.weight, layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_to_dtype_keeps_values_unrounded(dtype):
+    layer = make_layer()
+    original, values = layer.base_weight(), layer.values.detach().clone()
+    layer(torch.randn(2, 48)).sum().backward()
+    layer.to(dtype)
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    assert layer.values.dtype == layer.values.grad.dtype == wanted
+    assert torch.equal(layer.values.detach().float(), values)
+    x = torch.randn(2, 48, dtype=dtype, requires_grad=True)
+    layer(x).sum().backward()
+    layer.unmerge()
+    assert torch.equal(layer.weight, original.to(dtype))
+
+
+@pytest.mark.parametrize("pattern", [make_pattern("realistic", 32, 48), BLOCKS])
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(mode, pattern):
+    layer = make_layer(pattern, mode)
+    x = torch.randn(6, 48, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert layer.values.grad.dtype == torch.float32
+    assert x.grad.dtype == torch.float32
+    reference = dense_twin(layer)
+    x2 = x.detach().clone().requires_grad_()
+    reference(x2).square().sum().backward()
+    # bfloat16 keeps 8 bits: dy, x and W are each off by 2^-9, sums of 6 to 32 terms average it.
+    scale = reference.weight.grad.abs().max()
+    error = (layer.values.grad - at_entries(reference.weight.grad, layer)).abs().max()
+    assert error <= 4 * 2**-9 * scale
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    layer = make_layer()
+    x = torch.randn(6, 48, requires_grad=True)
+    layer(x).square().sum().backward()
+    plain, dx = layer.values.grad.clone(), x.grad.clone()
+    layer.values.grad = x.grad = None
+    checkpoint(layer, x, use_reentrant=use_reentrant).square().sum().backward()
+    assert torch.equal(layer.values.grad, plain)
+    assert torch.equal(x.grad, dx)
+
+
+class Int8Linear(nn.Module):
+    """A weight-only quantised layer, as libraries for quantised models have them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale.to(x.dtype)).t()
+
+
+def test_a_quantised_base_is_additive():
+    base = Int8Linear(nn.Linear(48, 32))
+    stored = base.weight.clone()
+    pattern = make_pattern("realistic", 32, 48)
+    with pytest.raises(ConfigError, match='Int8Linear is not a plain nn.Linear.*mode="additive"'):
+        SparseDeltaLinear.from_linear(base, pattern)
+    layer = SparseDeltaLinear.from_linear(base, pattern, mode="additive")
+    x = torch.randn(5, 48)
+    assert torch.equal(layer(x), base(x))
+    nn.init.normal_(layer.values)
+    delta = torch.zeros(32, 48)
+    delta.view(-1)[pattern.indices.long()] = layer.values.detach()
+    torch.testing.assert_close(layer(x), base(x) + x @ delta.t())
+    layer(x).sum().backward()
+    assert layer.values.grad is not None
+    assert torch.equal(base.weight, stored)
+    with pytest.raises(ConfigError, match="cannot hold the delta"):
+        layer.merge()
+    with pytest.raises(ConfigError, match="cannot hold the delta"):
+        layer.to_linear()
+    assert layer.to_linear(keep_delta=False) is base
+
+
+def test_wrong_layers_patterns_and_modes_are_refused():
+    pattern = make_pattern("uniform", 32, 48)
+    with pytest.raises(PatternError, match=r"\(32, 48\), the layer's is \(48, 32\)"):
+        SparseDeltaLinear.from_linear(nn.Linear(32, 48), pattern)
+    with pytest.raises(ConfigError, match="unknown mode 'residant'. Did you mean 'resident'"):
+        SparseDeltaLinear.from_linear(nn.Linear(48, 32), pattern, mode="residant")
+    with pytest.raises(ConfigError, match="a ReLU has no in_features"):
+        SparseDeltaLinear.from_linear(nn.ReLU(), pattern)
+    attention = nn.MultiheadAttention(48, 2)
+    with pytest.raises(ConfigError, match="no gradient would reach the values"):
+        SparseDeltaLinear.from_linear(attention.out_proj, make_pattern("uniform", 48, 48))
+    with pytest.raises(ValueError, match=r"x must have shape \[\.\.\., 48\], got \(3, 47\)"):
+        make_layer()(torch.randn(3, 47))
+
+
+def test_repr_says_what_trains():
+    text = repr(make_layer(BLOCKS))
+    assert "nnz=128" in text
+    assert "block_shape=(4, 8)" in text
+    assert "mode=resident" in text
+
+
+def test_training_lowers_a_loss_that_only_the_entries_can():
+    torch.manual_seed(0)
+    pattern = make_pattern("uniform", 32, 48)
+    linear = nn.Linear(48, 32)
+    target = linear.weight.detach().clone()
+    target.view(-1)[pattern.indices.long()] += 1.0
+    layer = SparseDeltaLinear.from_linear(linear, pattern)
+    optimizer = torch.optim.Adam([layer.values], lr=0.05)
+    x = torch.randn(256, 48)
+    wanted = x @ target.t() + linear.bias
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = (layer(x) - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1e-3
+    torch.testing.assert_close(layer.values.detach(), torch.ones(pattern.nnz), rtol=0, atol=0.1)
