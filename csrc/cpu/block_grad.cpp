@@ -1,9 +1,8 @@
 // block_grad: dV[b] = dy[:, rows_b]^T @ x[:, cols_b].
 //
-// For each stretch of tokens the team copies the used groups of columns of dy and x, widened, into
-// two slabs; then each thread multiplies its share of tiles. A tile is 8 x 16 products (8 x 8 in
-// float64) held in registers over the stretch: the longer side of a block lies along the vector.
-// Every entry is summed over the stretches in order, so threads do not change the result.
+// The used groups of columns of dy and x of one stretch of tokens are copied, widened, into two
+// slabs, which are then multiplied tile by tile. A tile is 8 x 16 products (8 x 8 in float64) held
+// in registers over the stretch: the longer side of a block lies along the vector.
 //
 // Count (M tokens, R and C used rows and columns, E entries, float32): reads 4 M (R + C) bytes once
 // from memory; 2 M E operations, one vector load and 8 broadcasts for 8 vector multiply-adds.
@@ -14,6 +13,7 @@
 #include "kernels.h"
 #include "panel.h"
 #include "parallel.h"
+#include "token_sum.h"
 
 namespace speft {
 namespace {
@@ -111,53 +111,56 @@ struct Operand {
 };
 
 template <class T>
+void fill_slab(const Operand<T>& operand, int64_t first, Range tokens, int64_t columns,
+               Accumulator<T>* slab) {
+    const Groups& groups = operand.groups;
+    copy_groups(operand.matrix + first * operand.stride, operand.stride, tokens, groups.used.data(),
+                int64_t(groups.used.size()), groups.size, columns, slab);
+}
+
+template <class T>
 void run(const Operand<T>& dy, const Operand<T>& x, int64_t tokens, int64_t num_blocks,
          Accumulator<T>* out, bool accumulate, int threads) {
     using Acc = Accumulator<T>;
     constexpr int lanes = VectorOf<Acc>::lanes;
     const int64_t block_height = dy.groups.size, block_width = x.groups.size;
-    if (!accumulate) std::fill(out, out + num_blocks * block_height * block_width, Acc(0));
-    if (num_blocks == 0 || tokens == 0) return;
-
     const bool turned = block_height > block_width;
     const Operand<T>&tall = turned ? x : dy, &wide = turned ? dy : x;
+    const int64_t block_entries = block_height * block_width;
     const int64_t row_step = turned ? 1 : block_width, lane_step = turned ? block_width : 1;
     const int64_t tall_columns = tall.groups.columns();
     // A tile may read up to a vector beyond the last group: those lanes are never stored.
     const int64_t wide_columns = wide.groups.columns() + lanes;
     const int stretch = block_tokens<Acc>(tall_columns + wide_columns, tokens);
-    auto tall_slab = scratch<Acc>(tall_columns * stretch);
-    auto wide_slab = scratch<Acc>(wide_columns * stretch);
-    std::fill(wide_slab.get(), wide_slab.get() + wide_columns * stretch, Acc(0));
-
+    struct Slabs {
+        Scratch<Acc> tall, wide;
+    };
+    const auto make_slabs = [&] {
+        Slabs slabs{scratch<Acc>(tall_columns * stretch), scratch<Acc>(wide_columns * stretch)};
+        std::fill(slabs.wide.get(), slabs.wide.get() + wide_columns * stretch, Acc(0));
+        return slabs;
+    };
     const int64_t down = (tall.groups.size + kTileHeight - 1) / kTileHeight;
     const int64_t across = (wide.groups.size + lanes - 1) / lanes;
-    parallel(threads, [&](Worker worker) {
+    const auto add_block = [&](Worker worker, Slabs& slabs, int64_t m, int64_t count, Acc* sums) {
+        fill_slab(tall, m, worker.share(count), tall_columns, slabs.tall.get());
+        fill_slab(wide, m, worker.share(count), wide_columns, slabs.wide.get());
+        worker.barrier();
         const Range tiles = worker.share(num_blocks * down * across);
-        for (int64_t m = 0; m < tokens; m += stretch) {
-            const int valid = int(std::min<int64_t>(stretch, tokens - m));
-            const Range mine = worker.share(valid);
-            copy_groups(tall.matrix + m * tall.stride, tall.stride, mine, tall.groups.used.data(),
-                        int64_t(tall.groups.used.size()), tall.groups.size, tall_columns,
-                        tall_slab.get());
-            copy_groups(wide.matrix + m * wide.stride, wide.stride, mine, wide.groups.used.data(),
-                        int64_t(wide.groups.used.size()), wide.groups.size, wide_columns,
-                        wide_slab.get());
-            worker.barrier();
-            for (int64_t i = tiles.begin; i < tiles.end; ++i) {
-                const int64_t b = i / (down * across);
-                const int64_t row = i / across % down * kTileHeight, lane = i % across * lanes;
-                add_tile(
-                    int(std::min<int64_t>(kTileHeight, tall.groups.size - row)),
-                    tall_slab.get() + tall.groups.place[b] * tall.groups.size + row, tall_columns,
-                    wide_slab.get() + wide.groups.place[b] * wide.groups.size + lane, wide_columns,
-                    valid, int(std::min<int64_t>(lanes, wide.groups.size - lane)), row_step,
-                    lane_step,
-                    out + b * block_height * block_width + row * row_step + lane * lane_step);
-            }
-            worker.barrier();
+        for (int64_t i = tiles.begin; i < tiles.end; ++i) {
+            const int64_t b = i / (down * across);
+            const int64_t row = i / across % down * kTileHeight, lane = i % across * lanes;
+            const int height = int(std::min<int64_t>(kTileHeight, tall.groups.size - row));
+            const int width = int(std::min<int64_t>(lanes, wide.groups.size - lane));
+            const Acc* a = slabs.tall.get() + tall.groups.place[b] * tall.groups.size + row;
+            const Acc* v = slabs.wide.get() + wide.groups.place[b] * wide.groups.size + lane;
+            add_tile(height, a, tall_columns, v, wide_columns, int(count), width, row_step,
+                     lane_step, sums + b * block_entries + row * row_step + lane * lane_step);
         }
-    });
+        worker.barrier();
+    };
+    sum_over_tokens(tokens, stretch, num_blocks * block_entries, out, accumulate, threads,
+                    make_slabs, add_block);
 }
 
 }  // namespace

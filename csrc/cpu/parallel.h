@@ -25,7 +25,8 @@ inline Range share(int64_t total, int64_t part, int64_t parts, int64_t step = 1)
             std::min(total, steps * (part + 1) / parts * step)};
 }
 
-// One thread of a team. `barrier` must be reached by the whole team.
+// One thread of a team, or a thread on its own (count 1). `barrier` must be reached by the whole
+// team.
 struct Worker {
     int index, count;
     Range share(int64_t total, int64_t step = 1) const {

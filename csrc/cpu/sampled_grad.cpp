@@ -1,8 +1,8 @@
 // sampled_grad: dv[e] = sum over m of dy[m, row_e] * x[m, col_e].
 //
-// For each block of tokens the team packs the used columns of dy and x into panels, then each
-// thread sums its share of the entries. Entries are shared out evenly, whatever rows they are in.
-// Every entry is summed over the blocks in order, so the result does not depend on the threads.
+// The used columns of dy and x of one block of tokens are packed into panels; then every entry is a
+// dot product of two rows of the panels. Where a team shares a block, entries are shared out
+// evenly, whatever rows they are in.
 //
 // Count (M tokens, R used rows, C used columns, E entries, float32): reads 4 M (R + C) bytes of
 // operands, at worst whole 64-byte lines of them; writes and reads as much in L2; 2 M E operations
@@ -13,6 +13,7 @@
 #include "kernels.h"
 #include "panel.h"
 #include "parallel.h"
+#include "token_sum.h"
 
 namespace speft {
 namespace {
@@ -77,28 +78,29 @@ template <class T>
 void run(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, int64_t tokens,
          const CompactIndices& pattern, Accumulator<T>* out, bool accumulate, int threads) {
     using Acc = Accumulator<T>;
+    struct Panels {
+        Scratch<Acc> dy, x;
+    };
     const int64_t nnz = pattern.nnz();
-    if (!accumulate) std::fill(out, out + nnz, Acc(0));
-    if (nnz == 0 || tokens == 0) return;
     const int width = block_tokens<Acc>(pattern.num_rows + pattern.num_cols, tokens);
-    auto dy_panel = scratch<Acc>(pattern.num_rows * width);
-    auto x_panel = scratch<Acc>(pattern.num_cols * width);
-    parallel(threads, [&](Worker worker) {
+    const auto make_panels = [&] {
+        return Panels{scratch<Acc>(pattern.num_rows * width),
+                      scratch<Acc>(pattern.num_cols * width)};
+    };
+    const auto add_block = [&](Worker worker, Panels& panels, int64_t m, int64_t count, Acc* sums) {
         const Range rows = worker.share(pattern.num_rows), cols = worker.share(pattern.num_cols);
+        pack_panel(dy + m * dy_stride, dy_stride, int(count), pattern.rows, rows, width,
+                   panels.dy.get());
+        pack_panel(x + m * x_stride, x_stride, int(count), pattern.cols, cols, width,
+                   panels.x.get());
+        worker.barrier();
         const Range entries = worker.share(nnz);
-        const int64_t* crow = pattern.crow;
-        const int64_t first =
-            std::upper_bound(crow, crow + pattern.num_rows + 1, entries.begin) - crow - 1;
-        for (int64_t m = 0; m < tokens; m += width) {
-            const int valid = int(std::min<int64_t>(width, tokens - m));
-            pack_panel(dy + m * dy_stride, dy_stride, valid, pattern.rows, rows, width,
-                       dy_panel.get());
-            pack_panel(x + m * x_stride, x_stride, valid, pattern.cols, cols, width, x_panel.get());
-            worker.barrier();
-            sum_block(dy_panel.get(), x_panel.get(), width, pattern, first, entries, out);
-            worker.barrier();
-        }
-    });
+        const int64_t *begin = pattern.crow, *end = begin + pattern.num_rows + 1;
+        const int64_t first = std::upper_bound(begin, end, entries.begin) - begin - 1;
+        sum_block(panels.dy.get(), panels.x.get(), width, pattern, first, entries, sums);
+        worker.barrier();
+    };
+    sum_over_tokens(tokens, width, nnz, out, accumulate, threads, make_panels, add_block);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // sparse_delta_matmul: y[m, row_e] += values[e] * x[m, col_e], the sparse part of x @ (W + D)^T.
 //
-// As sampled_grad, over blocks of tokens: the team packs the used columns of x, each thread sums
-// the rows of D that are its share into a panel of y, and the team adds that panel to y. Rows are
-// shared out by their entries. A row is summed in order, so threads do not change the result.
+// Threads share the tokens, a block at a time: the used columns of x are packed into a panel, each
+// row of D sums its entries into a panel of y, and that panel is added to y. A token's sum runs
+// over its row's entries in order, so neither blocks nor threads change the result. A few tokens
+// share the rows of D instead.
 //
 // Count (M tokens, R used rows, C used columns, E entries, float32): reads 4 M (R + C) bytes of x
 // and y and writes 4 M R, at worst whole lines; 2 M E operations on 4 M E bytes from L1 and L2.
@@ -41,23 +42,23 @@ SPEFT_INLINE void sum_row(const Acc* panel, int width, const int32_t* local, con
 }
 
 SPEFT_MULTIVERSION void sum_rows(const float* panel, int width, const CompactIndices& delta,
-                                 const float* values, Range rows, float* sums) {
-    for (int64_t r = rows.begin; r < rows.end; ++r)
+                                 const float* values, float* sums) {
+    for (int64_t r = 0; r < delta.num_rows; ++r)
         sum_row(panel, width, delta.local + delta.crow[r], values + delta.crow[r],
                 delta.crow[r + 1] - delta.crow[r], sums + r * width);
 }
 SPEFT_MULTIVERSION void sum_rows(const double* panel, int width, const CompactIndices& delta,
-                                 const double* values, Range rows, double* sums) {
-    for (int64_t r = rows.begin; r < rows.end; ++r)
+                                 const double* values, double* sums) {
+    for (int64_t r = 0; r < delta.num_rows; ++r)
         sum_row(panel, width, delta.local + delta.crow[r], values + delta.crow[r],
                 delta.crow[r + 1] - delta.crow[r], sums + r * width);
 }
 
 // y[t, rows[r]] += sums[r, t]
 template <class T>
-void add_rows(T* y, int64_t y_stride, Range tokens, const CompactIndices& delta, int width,
+void add_rows(T* y, int64_t y_stride, int tokens, const CompactIndices& delta, int width,
               const Accumulator<T>* sums) {
-    for (int64_t t = tokens.begin; t < tokens.end; ++t)
+    for (int t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < delta.num_rows; ++r) {
             T* to = y + t * y_stride + delta.rows[r];
             narrow(widen(*to) + sums[r * width + t], to);
@@ -100,18 +101,23 @@ void run(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t tokens,
         });
         return;
     }
-    const int width = block_tokens<Acc>(delta.num_rows + delta.num_cols, tokens);
-    auto x_panel = scratch<Acc>(delta.num_cols * width);
-    auto sums = scratch<Acc>(delta.num_rows * width);
+    // Every thread has a block of tokens, if there are that many.
+    const int64_t each = (tokens + threads - 1) / threads;
+    const int width = block_tokens<Acc>(delta.num_rows + delta.num_cols, each);
+    const int64_t blocks = (tokens + width - 1) / width;
+    threads = int(std::min<int64_t>(threads, blocks));
+    auto panels = scratch<Acc>(threads * delta.num_cols * width);
+    auto sums = scratch<Acc>(threads * delta.num_rows * width);
     parallel(threads, [&](Worker worker) {
-        const Range cols = worker.share(delta.num_cols), rows = rows_by_entries(worker, delta);
-        for (int64_t m = 0; m < tokens; m += width) {
-            const int valid = int(std::min<int64_t>(width, tokens - m));
-            pack_panel(x + m * x_stride, x_stride, valid, delta.cols, cols, width, x_panel.get());
-            worker.barrier();
-            sum_rows(x_panel.get(), width, delta, values, rows, sums.get());
-            worker.barrier();
-            add_rows(y + m * y_stride, y_stride, worker.share(valid), delta, width, sums.get());
+        Acc* own_panel = panels.get() + worker.index * delta.num_cols * width;
+        Acc* own_sums = sums.get() + worker.index * delta.num_rows * width;
+        const Range mine = worker.share(blocks);
+        for (int64_t m = mine.begin * width; m < std::min(tokens, mine.end * width); m += width) {
+            const int count = int(std::min<int64_t>(width, tokens - m));
+            pack_panel(x + m * x_stride, x_stride, count, delta.cols, {0, delta.num_cols}, width,
+                       own_panel);
+            sum_rows(own_panel, width, delta, values, own_sums);
+            add_rows(y + m * y_stride, y_stride, count, delta, width, own_sums);
         }
     });
 }
