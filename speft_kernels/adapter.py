@@ -251,7 +251,7 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, tensor in stored.items():
         beside = name.rpartition(".")[0] in owners and not isinstance(tensor, nn.Parameter)
-        if (tensor.requires_grad or beside or name in named) and True:
+        if (tensor.requires_grad or beside or name in named) and id(tensor) not in seen:
             seen.add(id(tensor))  # a tied tensor is stored once
             dense[name] = tensor
     return dense

@@ -1,10 +1,7 @@
-"""Scoring and selection: exact against dense autograd, frugal, and leaving no trace."""
+"""Scoring and selection: exact against dense autograd, and frugal."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import (
+    MLP_LAYERS,
     Snapshot,
     bert_classifier,
     llama,
     mlp,
+    mlp_config,
     pair_batches,
     pair_loss,
     token_batches,
@@ -24,8 +23,8 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from speft_kernels import ops
-from speft_kernels.errors import ConfigError, SalienceError
-from speft_kernels.model import SpeftConfig, score_and_select, sparsify
+from speft_kernels.errors import ConfigError
+from speft_kernels.model import SpeftConfig, score_and_select
 from speft_kernels.salience import METRICS, metric_named
 from speft_kernels.salience.accumulate import GradientSums, stream_gradients
 from speft_kernels.salience.borrow import borrowed
@@ -39,12 +38,6 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "force": lambda w, g: -w * g,
     "taylor_fo": lambda w, g: (w * g) ** 2,
 }
-MLP_LAYERS = ("first", "second")
-
-
-def mlp_config(**settings: Any) -> SpeftConfig:
-    defaults = {"density": 0.1, "target_modules": MLP_LAYERS, "modules_to_train": ("head",)}
-    return SpeftConfig(**{**defaults, **settings})
 
 
 def summed_gradients(
@@ -278,11 +271,9 @@ def test_peak_memory_of_the_pass() -> None:
     if report.peak_memory_source != "process high-water mark":
         pytest.skip("the kernel does not let the high-water mark be reset")
     assert report.peak_memory_bytes is not None
-    # All gradients at once would be 24 of them; selecting one layer takes less than 12 in any backend.
+    # All gradients at once would be 24; selecting one layer takes less than 12 in any backend.
     assert report.peak_memory_bytes - before < 12 * one
-    assert (
-        report.peak_memory_bytes > layers * one
-    )  # the weights are resident: the number means something
+    assert report.peak_memory_bytes > layers * one  # the weights alone
 
 
 def test_peak_memory_says_when_it_counts_from_the_start(
@@ -296,161 +287,6 @@ def test_peak_memory_says_when_it_counts_from_the_start(
     assert (peak.bytes() or 0) > 2**20
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
     assert (peak.bytes() or 0) > 2**20  # out of getrusage
-
-
-# What the pass leaves behind
-
-
-def trained_mlp() -> nn.Module:
-    """An MLP in a state that is easy to disturb: mixed modes and flags, gradients, batch norm."""
-    model = mlp().train()
-    model.second.eval()
-    model.first.bias.requires_grad_(False)
-    model.norm.weight.grad = torch.full((10,), 2.0)
-    model.first.weight.grad = torch.ones(10, 6)
-    return model
-
-
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("metric", ["magnitude", "gradient"])
-def test_scoring_leaves_the_model_alone(count: int, metric: str) -> None:
-    model = trained_mlp()
-    before, random = Snapshot(model), torch.get_rng_state()
-    score_and_select(model, mlp_config(salience=metric), pair_batches(count), pair_loss)
-    before.assert_untouched()
-    assert torch.equal(torch.get_rng_state(), random)
-
-
-def test_selection_ignores_dropout_the_callers_seed_and_grad_mode() -> None:
-    chosen = []
-    for seed in (1, 2):
-        model = mlp().train()
-        torch.manual_seed(seed)
-        with torch.set_grad_enabled(seed == 1):
-            chosen.append(score_and_select(model, mlp_config(), pair_batches(3), pair_loss)[0])
-    assert chosen[0] == chosen[1]
-
-
-def failing_losses() -> dict[str, tuple[Callable[..., Tensor], type[Exception], str]]:
-    def raising(model: nn.Module, batch: Any) -> Tensor:
-        pair_loss(model, batch)
-        raise RuntimeError("out of luck")
-
-    def after_first(bad: Callable[[Tensor], Any]) -> Callable[..., Any]:
-        seen: list[int] = []
-
-        def loss_fn(model: nn.Module, batch: Any) -> Any:
-            seen.append(1)
-            loss = pair_loss(model, batch)
-            return loss if len(seen) == 1 else bad(loss)
-
-        return loss_fn
-
-    def nan_gradient(model: nn.Module, batch: Any) -> Tensor:
-        # The loss is finite, its gradient by way of `second` is 0 * inf.
-        hidden = model.second(torch.tanh(model.first(batch[0])).detach())
-        return pair_loss(model, batch) + (hidden * 0).sum().square().sqrt()
-
-    def unused(model: nn.Module, batch: Any) -> Tensor:
-        return model.first(batch[0]).sum()
-
-    return {
-        "raises": (raising, RuntimeError, "out of luck"),
-        "nan": (after_first(lambda loss: loss * float("nan")), SalienceError, "batch 2 is nan"),
-        "inf": (after_first(lambda loss: loss / 0), SalienceError, "batch 2 is inf"),
-        "vector": (lambda m, b: m(b[0]), SalienceError, r"scalar tensor, got shape \(5, 3\)"),
-        "number": (after_first(lambda loss: loss.item()), SalienceError, "got float"),
-        "detached": (after_first(lambda loss: loss.detach()), SalienceError, "does not depend"),
-        "nan gradient": (nan_gradient, SalienceError, "layer 'second'"),
-        "unused": (unused, SalienceError, "layer 'second' received no gradient.*exclude_modules"),
-    }
-
-
-@pytest.mark.parametrize("fault", list(failing_losses()))
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("warmup", [0, 1])
-def test_errors_leave_the_model_alone(fault: str, scope: str, warmup: int) -> None:
-    loss_fn, error, message = failing_losses()[fault]
-    model = trained_mlp()
-    before, random = Snapshot(model), torch.get_rng_state()
-    config = mlp_config(scope=scope, head_warmup_steps=warmup)
-    with pytest.raises(error, match=message if not warmup else None):
-        sparsify(model, config, pair_batches(2), loss_fn)
-    before.assert_untouched()
-    assert torch.equal(torch.get_rng_state(), random)
-
-
-def test_a_gradient_that_is_not_finite_names_the_layer_in_a_single_batch() -> None:
-    loss_fn, error, message = failing_losses()["nan gradient"]
-    model = trained_mlp()
-    before = Snapshot(model)
-    with pytest.raises(error, match=message):
-        sparsify(model, mlp_config(), pair_batches(1), loss_fn)
-    before.assert_untouched()
-
-
-@pytest.mark.parametrize(
-    ("build", "batches", "message"),
-    [
-        (mlp, None, "needs batches"),
-        (mlp, [], "batches is empty"),
-        (mlp, pair_batches(1), r"batch 1 is a tuple.*pass loss_fn"),
-        (mlp, [{"x": torch.zeros(5, 6)}], "Tensor without a loss: pass loss_fn"),
-        (bert_classifier, [{"input_ids": torch.ones(1, 3).long()}], "add labels.*input_ids"),
-    ],
-)
-def test_unusable_batches(build: Callable[[], nn.Module], batches: Any, message: str) -> None:
-    model = build()
-    before = Snapshot(model)
-    with pytest.raises((ConfigError, SalienceError), match=message):
-        sparsify(model, SpeftConfig(), batches)
-    before.assert_untouched()
-
-
-# Warming the head up
-
-
-def test_head_warmup_trains_the_head_alone() -> None:
-    model = bert_classifier().train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    batches = token_batches(2)
-    config = SpeftConfig(head_warmup_steps=5, head_warmup_lr=1e-2)
-    with torch.no_grad():
-        start = sum(model.eval()(**batch).loss for batch in batches)
-    model.train()
-    _, report = score_and_select(model, config, iter(batches))
-    after = model.state_dict()
-    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
-    assert changed == {"classifier.weight", "classifier.bias"}
-    assert report.head_warmup_seconds > 0
-    assert report.batches == 2  # an iterator serves the warm-up and the scoring
-    with torch.no_grad():
-        assert sum(model.eval()(**batch).loss for batch in batches) < start
-
-
-def test_head_warmup_changes_what_is_selected_as_training_by_hand_does() -> None:
-    by_hand, warmed = mlp(), mlp()
-    batches = pair_batches(2)
-    by_hand.eval()
-    optimizer = torch.optim.AdamW(by_hand.head.parameters(), lr=0.05)
-    for step in range(5):
-        by_hand.zero_grad()
-        pair_loss(by_hand, batches[step % 2]).backward()
-        optimizer.step()
-    config = mlp_config(head_warmup_steps=5, head_warmup_lr=0.05)
-    patterns, _ = score_and_select(warmed, config, batches, pair_loss)
-    assert torch.equal(warmed.head.weight, by_hand.head.weight)
-    assert patterns == score_and_select(by_hand, mlp_config(), batches, pair_loss)[0]
-    assert patterns != score_and_select(mlp(), mlp_config(), batches, pair_loss)[0]
-
-
-def test_head_warmup_needs_a_head_and_batches() -> None:
-    with pytest.raises(ConfigError, match="no head to warm up"):
-        sparsify(mlp(), SpeftConfig(head_warmup_steps=1), pair_batches(1), pair_loss)
-    with pytest.raises(ConfigError, match="needs batches"):
-        sparsify(mlp(), mlp_config(head_warmup_steps=1, salience="magnitude"))
-    with pytest.raises(SalienceError, match="batches is empty"):
-        sparsify(mlp(), mlp_config(head_warmup_steps=1), [], pair_loss)
 
 
 # Models that need care
@@ -511,95 +347,3 @@ def test_a_layer_used_twice_is_scored_by_the_sum() -> None:
     gradient = summed_gradients(model, ["cell"], [x], loss_fn)["cell"]
     patterns, _ = score_and_select(model, SpeftConfig(density=0.2), [x], loss_fn)
     assert patterns["cell"].indices.tolist() == best([gradient.abs()], 0.2, "layer")[0]
-
-
-# Several processes
-
-_WORKER = """
-import json
-import sys
-import torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
-from tiny_models import mlp, pair_batches, pair_loss
-from speft_kernels.model import SpeftConfig, score_and_select
-
-rank = int(sys.argv[3])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-
-
-def run(batches, warmup=0, nan_in=None):
-    def loss_fn(model, batch):
-        loss = pair_loss(model, batch)
-        return loss * float("nan") if rank == nan_in else loss
-
-    config = SpeftConfig(
-        density=0.1, target_modules=("first", "second"), modules_to_train=("head",),
-        head_warmup_steps=warmup,
-    )
-    model = mlp()
-    try:
-        patterns, report = score_and_select(model, config, pair_batches(batches)[rank::2], loss_fn)
-    except ValueError as error:
-        return f"{type(error).__name__}: {error}"
-    return {
-        "indices": [pattern.indices.tolist() for pattern in patterns.values()],
-        "counts": [report.batches, report.examples],
-        "head": model.head.weight.tolist(),
-    }
-
-
-print(json.dumps({
-    "several": run(4), "one each": run(2), "uneven": run(3), "one without": run(1),
-    "warmup": run(4, warmup=3), "nan": run(4, nan_in=1), "after nan": run(4),
-}))
-"""
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two processes with half of the batches each came to, in a few situations."""
-    folder = tmp_path_factory.mktemp("processes")
-    (folder / "worker.py").write_text(_WORKER)
-    workers = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                folder / "worker.py",
-                Path(__file__).parent,
-                folder / "meeting",
-                str(rank),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers)
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
-
-
-@pytest.mark.parametrize(
-    ("situation", "count"),
-    [("several", 4), ("one each", 2), ("uneven", 3), ("one without", 1), ("after nan", 4)],
-)
-def test_processes_select_what_one_would(
-    two_processes: list[dict[str, Any]], situation: str, count: int
-) -> None:
-    patterns, report = score_and_select(mlp(), mlp_config(), pair_batches(count), pair_loss)
-    for process in two_processes:
-        found = process[situation]
-        assert found["indices"] == [pattern.indices.tolist() for pattern in patterns.values()]
-        assert found["counts"] == [report.batches, report.examples]
-
-
-def test_processes_warm_the_same_head_up(two_processes: list[dict[str, Any]]) -> None:
-    first, second = (process["warmup"] for process in two_processes)
-    assert first == second
-    assert first["head"] != mlp().head.weight.tolist()
-
-
-def test_an_error_in_one_process_ends_all(two_processes: list[dict[str, Any]]) -> None:
-    first, second = (process["nan"] for process in two_processes)
-    assert "SalienceError: scoring failed in another process" in first
-    assert "SalienceError: the loss of batch 1 is nan" in second

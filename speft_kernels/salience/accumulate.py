@@ -1,0 +1,179 @@
+"""The scoring pass: gradients streamed layer by layer out of the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, SalienceError
+from .borrow import scoring_leaves
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass
+class PassStatistics:
+    """What a scoring pass saw: `arrived` are the layers that received a gradient."""
+
+    batches: int = 0
+    examples: int = 0
+    largest_gradient_bytes: int = 0
+    arrived: set[str] = field(default_factory=set)
+
+    def check(self, layers: Iterable[str]) -> None:
+        """Raise a SalienceError if there was no batch, or one of `layers` received no gradient."""
+        if not self.batches:
+            raise SalienceError("there is no batch to score with: batches is empty")
+        missing = [name for name in layers if name not in self.arrived]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise SalienceError(
+                f"layer {missing[0]!r}{more} received no gradient: the loss does not depend on it. "
+                "Name it in exclude_modules (with reentrant gradient checkpointing, "
+                "use_reentrant=False helps)"
+            )
+
+
+class GradientSums:
+    """The gradient of each layer, summed over batches.
+
+    Args:
+        dtype: "float32" (float64 for a float64 weight), or "weight" for the weight's own.
+        device: "model", or "cpu" to keep the sums in host memory.
+    """
+
+    def __init__(self, dtype: str, device: str) -> None:
+        self._dtype, self._device = dtype, device
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Fold a gradient in. It may be kept: the caller must not write into it afterwards."""
+        if name in self.sums:
+            total = self.sums[name]
+            total.add_(gradient.to(total.device))
+        else:
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            self.sums[name] = gradient.to(
+                dtype=gradient.dtype if self._dtype == "weight" else wide,
+                device=gradient.device if self._device == "model" else "cpu",
+            )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(total.nbytes for total in self.sums.values())
+
+
+def stream_gradients(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    batches: Iterable[Any],
+    loss_fn: LossFn | None,
+    consume: Callable[[str, Tensor], None],
+) -> PassStatistics:
+    """Run a backward pass a batch; each gradient goes to `consume(name, gradient)` on arrival.
+
+    The gradient `[N, K]` is released from the graph before the call and belongs to `consume`, so at
+    no time does more than one layer's gradient exist besides what `consume` keeps. To be called
+    with the model `borrowed`.
+
+    Raises:
+        SalienceError: a loss is not finite, not a scalar, or depends on no layer.
+        ConfigError: the default loss does not fit the model or the batches.
+    """
+    statistics = PassStatistics()
+
+    def release(name: str, leaf: Tensor) -> None:
+        gradient = leaf.grad
+        leaf.grad = None
+        assert gradient is not None
+        statistics.largest_gradient_bytes = max(statistics.largest_gradient_bytes, gradient.nbytes)
+        statistics.arrived.add(name)
+        with torch.no_grad():
+            consume(name, gradient)
+
+    with scoring_leaves(layers) as leaves:
+        for name, leaf in leaves.items():
+            leaf.register_post_accumulate_grad_hook(lambda leaf, name=name: release(name, leaf))
+        for batch in batches:
+            statistics.batches += 1
+            evaluate_loss(model, batch, loss_fn, f"batch {statistics.batches}").backward()
+            statistics.examples += count_examples(batch)
+    return statistics
+
+
+def evaluate_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, label: str) -> Tensor:
+    """Return the loss of one batch: a finite scalar that requires grad.
+
+    Args:
+        batch: its tensors are moved to the model's device first.
+        loss_fn: `loss_fn(model, batch)`; None means `model(**batch).loss`.
+        label: how errors call the batch.
+
+    Raises:
+        SalienceError: the loss is no scalar, not finite, or requires no grad.
+        ConfigError: the default loss does not fit the model or the batch.
+    """
+    batch = to_device(batch, next(model.parameters()).device)
+    loss = loss_fn(model, batch) if loss_fn is not None else _default_loss(model, batch, label)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise SalienceError(f"the loss of {label} must be a scalar tensor, got {found}")
+    if not bool(torch.isfinite(loss.detach()).all()):
+        raise SalienceError(
+            f"the loss of {label} is {loss.item()}: look at that batch, or score in a wider dtype"
+        )
+    if not loss.requires_grad:
+        raise SalienceError(
+            f"the loss of {label} does not depend on any layer that is to train: loss_fn must not "
+            "detach, nor run under no_grad"
+        )
+    return loss
+
+
+def _default_loss(model: nn.Module, batch: Any, label: str) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise ConfigError(
+            f"{label} is a {type(batch).__name__}; the default loss, model(**batch).loss, needs "
+            "dicts: pass loss_fn"
+        )
+    output = model(**batch)
+    if not hasattr(output, "loss"):
+        raise ConfigError(
+            f"{type(model).__name__} returns a {type(output).__name__} without a loss: pass loss_fn"
+        )
+    if output.loss is None:
+        raise ConfigError(
+            f"{type(model).__name__} returned no loss for {label}: add labels to the batches (they "
+            f"have {', '.join(map(str, batch))}), or pass loss_fn"
+        )
+    loss: Tensor = output.loss
+    return loss
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return `batch` with its tensors on `device`, rebuilding dicts, lists and tuples."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def count_examples(batch: Any) -> int:
+    """Return the length of the first tensor in `batch` along its first dimension, or 0."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 0
+    values: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        values = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        values = batch
+    return next((count for count in map(count_examples, values) if count), 0)

@@ -1,0 +1,87 @@
+"""Using a model for a while and giving it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def borrowed(model: nn.Module, seed: int) -> Iterator[None]:
+    """Hold `model` in evaluation mode with every parameter frozen; put everything back at the end.
+
+    Everything is the training flags, `requires_grad`, existing `.grad` tensors and the random
+    generators, which are seeded with `seed` inside. Gradients are on inside, whatever the caller's
+    grad mode.
+
+    Evaluation mode, although the model will be trained with dropout: a score should depend on the
+    data and not on which units a dropout mask happened to hit.
+    """
+    training = {module: module.training for module in model.modules()}
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for module in training:
+            module.training = _works_in_training_only(module)
+        for parameter, _, _ in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        with torch.inference_mode(False), torch.enable_grad(), seeded(model, seed):
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag, gradient in parameters:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+
+def _works_in_training_only(module: nn.Module) -> bool:
+    # Transformers checkpoints activations in training mode only: scoring must not need more memory
+    # than training will. cuDNN's recurrent layers have a backward pass in training mode only.
+    return bool(getattr(module, "gradient_checkpointing", False)) or isinstance(module, nn.RNNBase)
+
+
+@contextmanager
+def scoring_leaves(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Parameter]]:
+    """Lend each layer a weight of its own that requires grad and shares the real one's memory.
+
+    So the gradient that arrives is of this layer alone even where its weight is tied, no hook is
+    ever put on a parameter of the model, and the original parameters come back untouched.
+    """
+    originals = {name: layer._parameters["weight"] for name, layer in layers.items()}
+    leaves = {name: nn.Parameter(layer.weight.detach()) for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer._parameters["weight"] = leaves[name]
+        yield leaves
+    finally:
+        for name, layer in layers.items():
+            layer._parameters["weight"] = originals[name]
+
+
+@contextmanager
+def undone_on_error(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Write the present contents of `tensors` back if the block is left by an exception."""
+    saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, contents in saved:
+                tensor.copy_(contents)
+        raise
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Seed the generators of the CPU and of the model's GPUs; give their states back at the end."""
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for index in cuda:
+            with torch.cuda.device(index):
+                torch.cuda.manual_seed(seed)
+        yield

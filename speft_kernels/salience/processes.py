@@ -1,0 +1,65 @@
+"""Scoring in several processes: gradients are summed, so all of them select the same entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import SalienceError
+from .accumulate import GradientSums, PassStatistics
+
+
+def count() -> int:
+    """Return how many processes score together: 1 without an initialised torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def agree(error: Exception | None, device: torch.device) -> None:
+    """Raise in every process when one of them failed, so that none waits for it forever.
+
+    Args:
+        error: what went wrong in this process, or None.
+        device: of the flag that the processes exchange.
+    """
+    failed = torch.tensor([float(error is not None)], device=device)
+    dist.all_reduce(failed)
+    if error is not None:
+        raise error
+    if failed.item():
+        raise SalienceError("scoring failed in another process; its own message says why")
+
+
+def reduce_sums(
+    layers: Mapping[str, nn.Linear], sums: GradientSums, statistics: PassStatistics
+) -> None:
+    """Sum gradients and counts over the processes, in place; no gradient here counts as zero."""
+    device = next(iter(layers.values())).weight.device
+    counts = torch.tensor(
+        [statistics.batches, statistics.examples, *(name in statistics.arrived for name in layers)],
+        dtype=torch.float64 if device.type != "mps" else torch.float32,
+        device=device,
+    )
+    dist.all_reduce(counts)
+    batches, examples, *arrived = (int(value) for value in counts.tolist())
+    statistics.batches, statistics.examples = batches, examples
+    for (name, layer), seen in zip(layers.items(), arrived, strict=True):
+        if not seen:
+            continue
+        statistics.arrived.add(name)
+        if name not in sums.sums:
+            sums.add(name, torch.zeros_like(layer.weight))
+        # One layer at a time on its device: the collective may not reach host memory.
+        total = sums.sums[name].to(layer.weight.device)
+        dist.all_reduce(total)
+        sums.sums[name].copy_(total)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the processes."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= count()

@@ -1,0 +1,187 @@
+"""Writing adapters: a folder is there as a whole or not at all, and nothing else is harmed."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import (
+    CONFIG,
+    JSON,
+    TENSORS,
+    assert_same_contents,
+    contents,
+    filled,
+    save_trained,
+    trained_mlp,
+)
+from tiny_models import (
+    mlp,
+)
+
+from speft_kernels import atomic
+from speft_kernels.adapter import load_adapter, save_adapter
+from speft_kernels.errors import AdapterError
+from speft_kernels.model import (
+    SpeftConfig,
+    merge,
+)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save_trained(tmp_path / "adapter")
+
+
+def test_nothing_to_save(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="nothing to save"):
+        save_adapter(mlp().requires_grad_(False), tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("extra", [{"x": object()}, {"x": math.nan}, {1j: 2}])
+def test_extra_must_be_json(tmp_path: Path, extra: Any) -> None:
+    with pytest.raises(AdapterError, match="extra must be JSON"):
+        save_adapter(trained_mlp(), tmp_path / "a", extra=extra)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    model = trained_mlp()
+    with torch.no_grad():
+        model.second.values[0] = math.inf
+    with pytest.raises(AdapterError, match=r"sparse\.second\.values holds NaN or infinite"):
+        save_adapter(model, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_kept_unless_told(saved: Path) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    model = filled(trained_mlp(), seed=3)
+    with pytest.raises(AdapterError, match="exists: choose another, or overwrite=True"):
+        save_adapter(model, saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    save_adapter(model, saved, overwrite=True)
+    loaded = mlp()
+    load_adapter(loaded, saved)
+    assert_same_contents(loaded, contents(model))
+    assert [path.name for path in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_overwriting_never_deletes_anything_else(saved: Path) -> None:
+    (saved / "thesis.tex").write_text("years of work")
+    with pytest.raises(AdapterError, match=r"thesis\.tex.*would delete it"):
+        save_adapter(trained_mlp(), saved, overwrite=True)
+    assert (saved / "thesis.tex").read_text() == "years of work"
+    file = saved.parent / "file"
+    file.write_text("x")
+    with pytest.raises(AdapterError, match="not a folder"):
+        save_adapter(trained_mlp(), file, overwrite=True)
+    assert file.read_text() == "x"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(AdapterError, match="cannot be written"):
+        save_adapter(trained_mlp(), tmp_path / "file" / "adapter")
+
+
+def test_a_merged_model_saves_the_same_adapter(tmp_path: Path) -> None:
+    config = SpeftConfig.from_dict({**CONFIG.to_dict(), "mode": "additive"})
+    model = trained_mlp(config)
+    save_adapter(model, tmp_path / "a")
+    merge(model)
+    save_adapter(model, tmp_path / "b")
+    for file in (TENSORS, JSON):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("failing", ["fsync", "replace", "second replace"])
+def test_a_failed_write_leaves_the_old_adapter(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, failing: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+    elif failing != "fsync":
+        monkeypatch.setattr(atomic, "_exchange", lambda first, second: os.replace("no", "where"))
+    calls: list[str] = []
+    function = failing.split()[-1]
+    original = getattr(os, function)
+
+    def fails(*args: Any) -> Any:
+        calls.append(function)
+        if len(calls) == (2 if "second" in failing and not exchange else 1):
+            raise OSError(28, "No space left on device")
+        return original(*args)
+
+    monkeypatch.setattr(os, function, fails)
+    with pytest.raises(AdapterError, match="cannot be written.*No space left"):
+        save_adapter(filled(trained_mlp(), seed=3), saved, overwrite=True)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["adapter"]
+
+
+_CRASHING = """
+import importlib.util, os, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("atomic", sys.argv[1])
+atomic = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(atomic)
+folder, last, exchange = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
+steps = 0
+
+
+def crashing(function):
+    def call(*args, **kwargs):
+        global steps
+        if steps == last:
+            os._exit(9)
+        steps += 1
+        return function(*args, **kwargs)
+    return call
+
+
+atomic._exchange = crashing(atomic._exchange if exchange else lambda *_: False)
+os.fsync, os.replace = crashing(os.fsync), crashing(os.replace)
+atomic.shutil.rmtree = crashing(atomic.shutil.rmtree)
+with atomic.new_folder(folder) as draft:
+    (draft / "one").write_text("new")
+    (draft / "two").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_crash_at_any_moment_leaves_one_whole_folder(tmp_path: Path, exchange: bool) -> None:
+    script = tmp_path / "crash.py"
+    script.write_text(_CRASHING)
+    outcomes = []
+    for last in range(20):
+        folder = tmp_path / str(last) / "adapter"
+        folder.mkdir(parents=True)
+        for name in ("one", "two"):
+            (folder / name).write_text("old")
+        done = subprocess.run(
+            [sys.executable, script, atomic.__file__, folder, str(last), str(exchange)], check=False
+        )
+        assert done.returncode in (0, 9)
+        if not folder.exists():
+            # Without an atomic exchange there is one such moment; the old folder is beside it.
+            assert not exchange
+            (folder,) = folder.parent.glob(".adapter.*.old")
+            outcomes.append("beside")
+        else:
+            outcomes.append((folder / "one").read_text())
+        assert {path.name for path in folder.iterdir()} == {"one", "two"}
+        assert (folder / "one").read_text() == (folder / "two").read_text()
+        if done.returncode == 0:
+            break
+    assert done.returncode == 0
+    assert set(outcomes) == ({"old", "new"} if exchange else {"old", "beside", "new"})
