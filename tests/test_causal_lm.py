@@ -40,17 +40,20 @@ def flags(folder, output, *more):
 
 def test_sparse_training_lowers_the_loss_on_gsm8k(gsm8k, tmp_path):
     output = tmp_path / "run"
-    more = ("--density", "0.05", "--epochs", "4", "--lr", "2e-2", "--grad-accumulation", "2")
+    more = ("--density", "0.05", "--epochs", "8", "--lr", "5e-2")
     assert main(flags(gsm8k, output, *more)) == 0
     result = json.loads((output / "result.json").read_text())
     assert result["metric"] == "loss"
-    assert result["before"] > 0.95 * math.log(800)  # random weights know nothing
-    assert result["after"] < 0.8 * result["before"]
+    uniform = math.log(400)  # the loss of giving every token the same probability
+    assert result["after"] < uniform - 0.4 < uniform < result["before"]
     assert result["eval"]["perplexity"] == pytest.approx(math.exp(result["after"]))
     assert result["head_parameters"] == 0
     log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
-    assert losses[-1] < 0.8 * losses[0]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    evaluations = [entry["eval"]["loss"] for entry in log if "eval" in entry]
+    assert len(evaluations) == 8
+    assert evaluations[-1] < evaluations[3] < evaluations[0]
 
     merged = tmp_path / "merged"
     assert main(["merge", "--adapter", str(output), "--output", str(merged)]) == 0
@@ -66,7 +69,9 @@ def test_sparse_training_lowers_the_loss_on_gsm8k(gsm8k, tmp_path):
 
 def test_lora_trains_the_same_layers(gsm8k, tmp_path):
     output = tmp_path / "run"
-    assert main(flags(gsm8k, output, "--method", "lora", "--lora-rank", "2", "--max-steps", "4")) == 0
+    assert (
+        main(flags(gsm8k, output, "--method", "lora", "--lora-rank", "2", "--max-steps", "4")) == 0
+    )
     result = json.loads((output / "result.json").read_text())
     layer = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)
     assert result["trainable_parameters"] == 2 * 2 * layer

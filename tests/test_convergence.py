@@ -15,7 +15,7 @@ def loss_curve(make_model, config, batches):
     sparsify(model, config, batches[:2])
     model.eval()  # dropout draws would still be equal, but say nothing about the kernels
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=3e-2)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
     losses = []
     for step in range(STEPS):
         loss = model(**batches[step % len(batches)]).loss

@@ -175,7 +175,9 @@ def test_one_label_only_is_nothing_to_learn(tmp_path):
 def test_an_unknown_label_in_eval_is_named_with_its_line(tmp_path):
     train = read(write_tsv(tmp_path / "a.tsv", [("a", "good"), ("b", "bad")]))
     held_out = read(write_tsv(tmp_path / "b.tsv", [("a", "good"), ("b", "goood")]))
-    message = "line 3: label 'goood' does not occur in the training data (its labels: 'bad', 'good')"
+    message = (
+        "line 3: label 'goood' does not occur in the training data (its labels: 'bad', 'good')"
+    )
     with pytest.raises(DataError, match=re.escape(message) + r".*Did you mean 'good'"):
         check_labels(held_out, label_ids(train))
 

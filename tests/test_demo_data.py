@@ -45,8 +45,10 @@ def test_the_set_of_this_interpreter(data):
 
 def test_no_text_names_its_package(data):
     for example in data.train + data.eval + data.test:
-        words = "".join(c if c in string.ascii_letters + string.digits + "_" else " " for c in
-                        example.text.lower()).split()
+        words = "".join(
+            c if c in string.ascii_letters + string.digits + "_" else " "
+            for c in example.text.lower()
+        ).split()
         assert example.label not in words
 
 
@@ -80,7 +82,11 @@ def test_the_split_is_the_same_whatever_the_order(data):
         assert set(side) == set(other)
 
 
-sentence = st.lists(st.sampled_from("get set the a node tree of value".split()), min_size=3, max_size=8)
+sentence = st.lists(
+    st.sampled_from(["get", "set", "the", "a", "node", "tree", "of", "value"]),
+    min_size=3,
+    max_size=8,
+)
 
 
 @given(st.lists(sentence.map(" ".join), min_size=2, max_size=25, unique=True))
@@ -120,7 +126,8 @@ def test_ambiguous_and_tiny_texts_are_left_out(tmp_path):
         folder = tmp_path / package
         folder.mkdir()
         functions = "".join(
-            f'def f{n}():\n    """Turn the {package[0]}{n} number {n * n} over."""\n' for n in range(12)
+            f'def f{n}():\n    """Turn the {package[0]}{n} number {n * n} over."""\n'
+            for n in range(12)
         )
         shared = 'def same():\n    """Return what everyone returns."""\n'
         tiny = 'def tiny():\n    """Too short."""\n'

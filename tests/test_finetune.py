@@ -1,6 +1,8 @@
+import io
 import json
 import math
 import os
+import re
 import signal
 
 import pytest
@@ -13,15 +15,14 @@ from speft_kernels.adapter import load_adapter
 from speft_kernels.errors import ConfigError, SalienceError, SpeftError
 from speft_kernels.finetune import RunConfig, load_classifier, load_tokenizer
 from speft_kernels.finetune import loop as loop_module
-from speft_kernels.finetune.batches import epoch_order, length_order
-from speft_kernels.finetune.config import load_yaml
+from speft_kernels.finetune.batches import epoch_order
 from speft_kernels.finetune.data import read_examples
 from speft_kernels.finetune.loop import TrainingError
-from speft_kernels.finetune.models import MeanPoolClassifier, pooling_of
+from speft_kernels.finetune.models import MeanPoolClassifier
 from speft_kernels.finetune.progress import Display
 from speft_kernels.finetune.run import finetune
 from speft_kernels.finetune.signals import Interrupted
-from speft_kernels.finetune.tasks import Classification, classification_scores
+from speft_kernels.finetune.tasks import Classification
 from speft_kernels.model import sparse_layers
 
 METHODS = ("speft", "lora", "full", "head")
@@ -87,8 +88,11 @@ def tensors(output):
     """Every tensor in the adapter folder."""
     from safetensors.torch import load_file
 
-    return {k: v for path in (output / "adapter").glob("*.safetensors")
-            for k, v in load_file(path).items()}
+    return {
+        k: v
+        for path in (output / "adapter").glob("*.safetensors")
+        for k, v in load_file(path).items()
+    }
 
 
 def accuracy_of(model, place):
@@ -102,6 +106,7 @@ def accuracy_of(model, place):
     return (predicted == batch.inputs["labels"]).float().mean().item()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's call
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_learns_writes_its_folder_and_can_be_loaded_again(place, tmp_path, method):
     output = tmp_path / "run"
@@ -128,8 +133,9 @@ def test_a_run_learns_writes_its_folder_and_can_be_loaded_again(place, tmp_path,
     assert result["peak_memory_bytes"] > 2**20
     assert result["train_seconds"] > 0
     assert (result["salience_seconds"] > 0) == (method == "speft")
-    assert result["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in (
-        result["versions"]["torch"]
+    assert (
+        result["versions"]["torch"] == torch.__version__.partition("+")[0]
+        or "+" in (result["versions"]["torch"])
     )
     evaluations = [line["eval"]["accuracy"] for line in lines(output) if "eval" in line]
     assert len(evaluations) == 3
@@ -324,16 +330,39 @@ def test_loss_that_is_no_number_stops_the_run(place, tmp_path):
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_nan_in_a_weight_is_found_while_scoring_and_nothing_is_written(place, tmp_path):
+def test_nan_in_a_weight_is_found_and_nothing_is_written(place, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(place / "model")
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight[0, 0] = math.nan
     model.bert.save_pretrained(tmp_path / "model")
     load_tokenizer(str(place / "model")).save_pretrained(tmp_path / "model")
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(SalienceError):
+    with pytest.raises(ConfigError, match=r"layer\.1\.output\.dense\.weight' holds NaN"):
         run(place, tmp_path / "run", model=str(tmp_path / "model"))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_loss_that_is_nan_while_scoring_leaves_nothing(place, tmp_path, monkeypatch):
+    class Broken(Classification):
+        def loss(self, model, inputs):
+            loss, predicted = super().loss(model, inputs)
+            return (loss * math.nan, predicted) if loss.requires_grad else (loss, predicted)
+
+    monkeypatch.setattr("speft_kernels.finetune.inputs.Classification", Broken)
+    with pytest.raises(SalienceError, match="nan"):
+        run(place, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_evaluation_that_is_nan_before_training_leaves_nothing(place, tmp_path, monkeypatch):
+    class Broken(Classification):
+        def metrics(self, *scored):
+            return {**super().metrics(*scored), "loss": math.nan}
+
+    monkeypatch.setattr("speft_kernels.finetune.inputs.Classification", Broken)
+    with pytest.raises(TrainingError, match="loss is nan before training"):
+        run(place, tmp_path / "run", "head")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -371,35 +400,6 @@ def test_wrong_settings_are_named_and_leave_nothing(place, tmp_path, setting, me
     assert list(tmp_path.iterdir()) == []
 
 
-def test_yaml_values_are_read_as_the_settings_types(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("lr: 1e-3\nbatch-size: '16'\nblock_shape: 4x8\ntarget_modules: [query]\nclip: 1\n")
-    assert load_yaml(path) == {
-        "lr": 1e-3,
-        "batch_size": 16,
-        "block_shape": (4, 8),
-        "target_modules": ("query",),
-        "clip": 1.0,
-    }
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("learning_rate: 1", "key 'learning_rate' is unknown"),
-        ("densty: 0.1", "Did you mean 'density'"),
-        ("- a", "must hold keys"),
-        ("a: [", "cannot be read as YAML"),
-        ("epochs: many", "epochs = 'many' is not a whole number"),
-    ],
-)
-def test_broken_yaml_is_refused(tmp_path, content, message):
-    path = tmp_path / "a.yaml"
-    path.write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        load_yaml(path)
-
-
 def test_the_models_own_head_trains_too(place, tmp_path):
     result = run(place, tmp_path / "run", pooling="model")
     assert result["after"] >= 0.8
@@ -408,58 +408,6 @@ def test_the_models_own_head_trains_too(place, tmp_path):
     load_adapter(model, tmp_path / "run" / "adapter")
     assert any("pooler" in name for name in sparse_layers(model))
     assert accuracy_of(model, place) == pytest.approx(result["after"])
-
-
-def test_pooling_follows_the_models_folder(place, tmp_path):
-    folder = tmp_path / "encoder"
-    folder.mkdir()
-    for path in (place / "model").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    assert pooling_of(str(folder)) == "model"
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    assert pooling_of(str(folder)) == "mean"
-    model = load_classifier(str(folder), ("a", "b", "c"))
-    model.save_pretrained(tmp_path / "saved")
-    assert pooling_of(str(tmp_path / "saved")) == "mean"
-    again = load_classifier(str(tmp_path / "saved"), ("a", "b", "c"))
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
-
-
-def test_mean_pooling_does_not_see_the_padding(place):
-    model = load_classifier(str(place / "model"), ("a", "b"), pooling="mean").eval()
-    ids = torch.tensor([[2, 5, 6, 3]])
-    padded = torch.tensor([[2, 5, 6, 3, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, model(padded, mask).logits)
-
-
-def test_every_example_occurs_once_an_epoch_and_lengths_are_alike():
-    lengths = [(7 * i) % 50 + 1 for i in range(500)]
-    batches = epoch_order(lengths, 8, seed=1, epoch=2)
-    assert sorted(i for batch in batches for i in batch) == list(range(500))
-    assert batches == epoch_order(lengths, 8, seed=1, epoch=2)
-    assert batches != epoch_order(lengths, 8, seed=1, epoch=3)
-    assert batches != epoch_order(lengths, 8, seed=2, epoch=2)
-    padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
-    assert padded < 1.15 * sum(lengths)
-    assert sorted(i for batch in length_order(lengths, 8) for i in batch) == list(range(500))
-
-
-def test_scores_against_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
-    generator = torch.Generator().manual_seed(0)
-    for classes in (2, 3):
-        true, predicted = torch.randint(classes, (2, 200), generator=generator).tolist()
-        scores = classification_scores(predicted, true, classes)
-        assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(true, predicted))
-        if classes == 2:
-            assert scores["f1"] == pytest.approx(metrics.f1_score(true, predicted))
-            expected = metrics.matthews_corrcoef(true, predicted)
-            assert scores["matthews"] == pytest.approx(expected)
-    assert classification_scores([0, 0], [0, 1], 2) == {"accuracy": 0.5, "f1": 0, "matthews": 0}
 
 
 def test_weight_decay_spares_the_sparse_values(place, tmp_path, monkeypatch):
@@ -492,3 +440,54 @@ def test_a_fused_step_reaches_the_weights(place, tmp_path, monkeypatch):
     run(place, tmp_path / "run", max_steps=3)
     assert not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
+
+
+def test_a_terminal_gets_a_bar_with_loss_speed_and_time_left(place, tmp_path):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120, highlight=False)
+    run(place, tmp_path / "run", display=Display(console), max_steps=4)
+    text = screen.getvalue()
+    assert "training" in text
+    assert "4/4" in text
+    assert re.search(r"loss \d\.\d{4}  [0-9,]+ tokens/s", text)
+    assert "step 4: eval accuracy" in text
+
+
+def test_a_signal_while_testing_is_resumable_too(place, tmp_path, monkeypatch):
+    output, test = tmp_path / "run", str(place / "eval.tsv")
+    original = loop_module.Loop.evaluate
+
+    def stopped(self, encoded):
+        if encoded is not self.held_out:
+            terminate()
+        return original(self, encoded)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module.Loop, "evaluate", stopped)
+        with pytest.raises(Interrupted) as caught:
+            run(place, output, max_steps=3, test=test)
+    assert caught.value.folder == output
+    result = run(place, output, max_steps=3, test=test, resume=True)
+    assert result["test"]["accuracy"] == result["after"]
+
+
+def test_a_binary_metric_needs_two_labels(place, tmp_path):
+    rows = [(text, label) for (text, _), label in zip(sentences(12), "abc" * 4, strict=True)]
+    path = str(write_tsv(tmp_path / "three.tsv", rows))
+    with pytest.raises(ConfigError, match="metric 'f1' is for two labels .* has 3"):
+        run(place, tmp_path / "run", train=path, eval=path, metric="f1")
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_the_weights(place, tmp_path, monkeypatch):
+    dtypes = set()
+
+    class Spy(Classification):
+        def loss(self, model, inputs):
+            dtypes.add(model.classifier(torch.zeros(1, 32)).dtype)
+            dtypes.add(model.classifier.weight.dtype)
+            return super().loss(model, inputs)
+
+    monkeypatch.setattr("speft_kernels.finetune.inputs.Classification", Spy)
+    result = run(place, tmp_path / "run", dtype="bfloat16", epochs=4)
+    assert dtypes == {torch.bfloat16, torch.float32}
+    assert result["after"] >= 0.8

@@ -34,7 +34,9 @@ struct Worker {
     }
     void barrier() const {
 #ifdef _OPENMP
+        if (count > 1) {
     #pragma omp barrier
+        }
 #endif
     }
 };
