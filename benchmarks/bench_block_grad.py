@@ -29,4 +29,4 @@ def setup(block):
 def test_block_grad(compare, block):
     ours, dense = setup(block)
     name = f"block_grad, {block[0]} x {block[1]} blocks, 0.5%"
-    compare(name, ours, dense, "dense dy.T @ x, gather", None, 9)
+    compare(name, ours, dense, "dense dy.T @ x, gather", None, 5)
