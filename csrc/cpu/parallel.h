@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 #ifdef _OPENMP
     #include <omp.h>
 #endif
@@ -55,19 +56,72 @@ void parallel(int threads, F&& f) {
     f(Worker{0, 1});
 }
 
-struct FreeDeleter {
-    void operator()(void* p) const { std::free(p); }
+// Scratch memory of earlier calls, kept by the thread that made them: memory fresh from the system
+// is mapped and zeroed page by page on first use, which took a quarter of a short call.
+class ScratchCache {
+  public:
+    static ScratchCache& of_this_thread() {
+        static thread_local ScratchCache cache;
+        return cache;
+    }
+    ~ScratchCache() {
+        for (const Block& block : blocks_)
+            std::free(block.memory);
+    }
+
+    // At least `bytes`, aligned for vectors. Throws std::bad_alloc.
+    void* take(size_t bytes) {
+        for (Block& block : blocks_) {
+            if (block.bytes != bytes) continue;
+            void* memory = block.memory;
+            block = blocks_.back();
+            blocks_.pop_back();
+            kept_ -= bytes;
+            return memory;
+        }
+        void* memory = std::aligned_alloc(kVectorBytes, bytes);
+        if (memory == nullptr) throw std::bad_alloc();
+        return memory;
+    }
+
+    void give_back(void* memory, size_t bytes) {
+        // The oldest go first, so that sizes no longer in use do not stay.
+        while (!blocks_.empty() && kept_ + bytes > kMostBytes) {
+            std::free(blocks_.front().memory);
+            kept_ -= blocks_.front().bytes;
+            blocks_.erase(blocks_.begin());
+        }
+        if (bytes > kMostBytes) return std::free(memory);
+        blocks_.push_back({memory, bytes});
+        kept_ += bytes;
+    }
+
+  private:
+    static constexpr size_t kMostBytes = 16 << 20;
+    struct Block {
+        void* memory;
+        size_t bytes;
+    };
+    std::vector<Block> blocks_;
+    size_t kept_ = 0;
+};
+
+struct ReturnToCache {
+    size_t bytes;
+    void operator()(void* memory) const { ScratchCache::of_this_thread().give_back(memory, bytes); }
 };
 template <class T>
-using Scratch = std::unique_ptr<T[], FreeDeleter>;
+using Scratch = std::unique_ptr<T[], ReturnToCache>;
 
-// Uninitialised, aligned for vectors. Throws std::bad_alloc, so call it outside `parallel`.
+// Uninitialised, aligned for vectors. Throws std::bad_alloc, so call it outside `parallel`; and let
+// the thread that called it release it.
 template <class T>
 Scratch<T> scratch(int64_t count) {
-    const int64_t bytes = (count * int64_t(sizeof(T)) / kVectorBytes + 1) * kVectorBytes;
-    void* p = std::aligned_alloc(kVectorBytes, size_t(bytes));
-    if (p == nullptr) throw std::bad_alloc();
-    return Scratch<T>(static_cast<T*>(p));
+    // In whole pages, so that calls of slightly different sizes share blocks.
+    constexpr size_t kPage = 4096;
+    const size_t bytes = (size_t(count) * sizeof(T) / kPage + 1) * kPage;
+    void* memory = ScratchCache::of_this_thread().take(bytes);
+    return Scratch<T>(static_cast<T*>(memory), ReturnToCache{bytes});
 }
 
 }  // namespace speft

@@ -38,10 +38,7 @@ SPEFT_INLINE void dots(const Acc* row, const Acc* panel, int width, const int32_
             s2 += r * load_aligned(p2 + t);
             s3 += r * load_aligned(p3 + t);
         }
-        out[e] += sum_lanes<Acc>(s0);
-        out[e + 1] += sum_lanes<Acc>(s1);
-        out[e + 2] += sum_lanes<Acc>(s2);
-        out[e + 3] += sum_lanes<Acc>(s3);
+        add_sums_of_lanes<Acc>(s0, s1, s2, s3, out + e);
     }
     for (; e < count; ++e) {
         const Acc* p = panel + int64_t(local[e]) * width;

@@ -50,4 +50,36 @@ SPEFT_INLINE T sum_lanes(const Vector<T>& v) {
     return part[0];
 }
 
+// out[i] += the sum of the lanes of vector i, for four vectors at once.
+template <class T>
+SPEFT_INLINE void add_sums_of_lanes(const Vector<T>& a, const Vector<T>& b, const Vector<T>& c,
+                                    const Vector<T>& d, T* out) {
+    out[0] += sum_lanes<T>(a);
+    out[1] += sum_lanes<T>(b);
+    out[2] += sum_lanes<T>(c);
+    out[3] += sum_lanes<T>(d);
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+// Halving the four vectors together takes a third of the instructions that four sums take.
+template <>
+SPEFT_INLINE void add_sums_of_lanes<float>(const Vector<float>& a, const Vector<float>& b,
+                                           const Vector<float>& c, const Vector<float>& d,
+                                           float* out) {
+    #define SPEFT_FOLD(x, y)                                                                  \
+        (__builtin_shufflevector(x, y, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, \
+                                 30) +                                                        \
+         __builtin_shufflevector(x, y, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+    const Vector<float> ab = SPEFT_FOLD(a, b), cd = SPEFT_FOLD(c, d);
+    #undef SPEFT_FOLD
+    const Vector<float> all =
+        __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+        __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    float part[16];
+    __builtin_memcpy(part, &all, sizeof(all));
+    for (int i = 0; i < 4; ++i)
+        out[i] += (part[i] + part[i + 4]) + (part[i + 8] + part[i + 12]);
+}
+#endif
+
 }  // namespace speft
