@@ -41,12 +41,13 @@ SPEFT_INLINE Vector<T> load_aligned(const T* p) {
 
 template <class T>
 SPEFT_INLINE T sum_lanes(const Vector<T>& v) {
-    // Pairwise, in a fixed order: the same result on every instruction set.
+    // Neighbours first, as a tree: the order of add_sums_of_lanes, so that a sum does not depend on
+    // which of the two took it, nor on the instruction set.
     T part[VectorOf<T>::lanes];
     __builtin_memcpy(part, &v, sizeof(v));
     for (int width = VectorOf<T>::lanes / 2; width > 0; width /= 2)
         for (int i = 0; i < width; ++i)
-            part[i] += part[i + width];
+            part[i] = part[2 * i] + part[2 * i + 1];
     return part[0];
 }
 
