@@ -1,7 +1,8 @@
 """How the benchmarks compare: both sides in alternating rounds of one process, by their medians.
 
-A round calls one side `CALLS` times and then the other. The median over all calls is the figure; the
-median of each round's first call, when the other side has just used the caches, stands beside it.
+A round calls one side `CALLS` times and then the other. The median over all calls is the figure;
+the median of each round's first call, when the other side has just used the caches, stands beside
+it.
 """
 
 from __future__ import annotations
