@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops
 from .autograd import ResidentLinear
@@ -18,6 +19,20 @@ from .pattern import SparsePattern
 from .plan import plan_of
 
 MODES = ("resident", "additive")
+
+
+def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """After a step of any optimizer, raise the version of every parameter that it has changed.
+
+    Resident layers see by its version that `values` changed. Operations in place raise it, but
+    fused optimizers, torch's own among them, write past it.
+    """
+    for group in optimizer.param_groups:
+        changed = [p for p in group["params"] if p.grad is not None]
+        torch.autograd.graph.increment_version(changed)
+
+
+register_optimizer_step_post_hook(_raise_versions)
 
 
 class SparseDeltaLinear(nn.Module):

@@ -102,6 +102,40 @@ def test_the_weight_is_written_only_when_values_changed(monkeypatch):
     torch.testing.assert_close(layer(x), dense_twin(layer)(x))
 
 
+class PastTheVersion(torch.optim.Optimizer):
+    """Writes as foreign fused optimizers do: autograd does not see it."""
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(p.grad)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, fused=True),
+        lambda p: PastTheVersion(p, {}),
+    ],
+    ids=["plain", "fused adamw", "fused sgd", "foreign"],
+)
+def test_steps_of_every_optimizer_reach_the_weight(make):
+    layer = make_layer(fill=False)
+    optimizer = make([layer.values])
+    x = torch.randn(3, 48)
+    first = layer(x)
+    stale = layer(x).sum()
+    first.square().sum().backward()
+    optimizer.step()
+    assert int(layer.values.count_nonzero()) == layer.pattern.nnz
+    torch.testing.assert_close(layer(x), dense_twin(layer)(x))
+    assert not torch.equal(layer(x), first)
+    with pytest.raises(StaleWeightError):
+        stale.backward()
+
+
 def test_a_write_through_data_needs_sync():
     layer = make_layer(fill=False)
     layer.sync()

@@ -1,0 +1,1 @@
+"""The subcommands of `speft`: `add_arguments(parser)` and `run(args) -> exit code` each."""

@@ -1,0 +1,155 @@
+"""`speft info`: this machine, or a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterError
+
+_LIBRARIES = ("transformers", "accelerate", "datasets", "peft", "safetensors", "triton")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", help="folder of a run or of an adapter")
+
+
+def run(args: argparse.Namespace) -> int:
+    print(describe_machine() if args.folder is None else describe_folder(Path(args.folder)))
+    return 0
+
+
+def describe_machine() -> str:
+    """Versions, processor, GPUs, and every backend of every operation."""
+    import torch
+
+    from .. import __version__
+    from ..ops import registry
+
+    rows = [
+        ("speft-kernels", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        *((name, _version(name)) for name in _LIBRARIES),
+        ("system", f"{platform.system()} {platform.machine()}"),
+        ("processor", f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),
+        ("instructions", torch.backends.cpu.get_cpu_capability()),
+        ("gpus", ", ".join(_gpus()) or "none"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    backends = [
+        (
+            row["op"],
+            row["backend"],
+            row["device"],
+            ", ".join(row["dtypes"]),
+            "yes" if row["available"] else "no",
+            ", ".join(row["default"]),
+            row["reason"],
+        )
+        for row in registry.table()
+    ]
+    header = (
+        "operation",
+        "backend",
+        "device",
+        "dtypes",
+        "available",
+        "default on",
+        "what, or why not",
+    )
+    return "\n".join([*lines, "", table(header, backends)])
+
+
+def describe_folder(folder: Path) -> str:
+    """What a run's or an adapter's folder holds. Raises AdapterError when it is neither."""
+    if (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file():
+        return _describe_run(folder)
+    if (folder / "adapter_config.json").is_file():
+        return _describe_adapter(folder)
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such folder")
+    raise AdapterError(
+        f"{folder} is neither a run (config.json, metrics.jsonl) nor an adapter "
+        "(adapter_config.json)"
+    )
+
+
+def _describe_run(folder: Path) -> str:
+    from ..finetune.config import RunConfig, load_json
+    from ..finetune.result import describe
+
+    config = RunConfig.from_dict(load_json(folder / "config.json"))
+    lines = [
+        f"run of method {config.method}: {config.model} on {config.train}",
+        *(f"  {key}: {value}" for key, value in config.to_dict().items() if value is not None),
+    ]
+    if (folder / "result.json").is_file():
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        lines.append(describe(result, str(folder)))
+    else:
+        lines.append(f"not finished; go on with: speft finetune --resume --output {folder}")
+    return "\n".join(lines)
+
+
+def _describe_adapter(folder: Path) -> str:
+    from ..adapter import read_adapter
+
+    if (folder / "adapter_model.safetensors").is_file():
+        return f"{folder}: a LoRA adapter, written by PEFT"
+    adapter = read_adapter(folder)
+    rows = [
+        (
+            name,
+            "x".join(map(str, layer.pattern.shape)),
+            "x".join(map(str, layer.pattern.block_shape)),
+            f"{layer.pattern.nnz:,}",
+            f"{layer.pattern.density:.3%}",
+        )
+        for name, layer in adapter.layers.items()
+    ]
+    trained = sum(layer.pattern.nnz for layer in adapter.layers.values())
+    dense = sum(tensor.numel() for tensor in adapter.dense.values())
+    lines = [f"{key}: {value}" for key, value in adapter.extra.items()]
+    if rows:
+        lines.append(table(("layer", "shape", "blocks", "trained", "density"), rows))
+    lines.append(f"{trained:,} sparse values in {len(rows)} layers; {dense:,} dense ones")
+    return "\n".join(lines)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned on the left, two spaces apart."""
+    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,67 @@
+"""`speft salience`: which weights would train, without training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..finetune.config import RunConfig
+from ..finetune.signals import Interrupted
+from .finetune import report_interruption
+from .settings import add_settings, given_settings
+
+SETTINGS = (
+    *("train", "output", "model", "task", "max_length", "pooling", "density", "salience", "scope"),
+    *("target_modules", "exclude_modules", "block_shape", "scoring_examples", "scoring_batches"),
+    *("head_warmup_steps", "head_lr", "dtype", "seed"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser, SETTINGS)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = RunConfig.from_dict(given_settings(args)).located()
+    try:
+        print(_score(config))
+    except Interrupted as interruption:
+        return report_interruption(interruption)
+    return 0
+
+
+def _score(config: RunConfig) -> str:
+    """Writes the mask as an adapter of zeros and its summary; returns the summary as text."""
+    from accelerate.utils import set_seed
+
+    from ..adapter import save_adapter
+    from ..atomic import new_folder
+    from ..finetune import methods
+    from ..finetune.files import write_json
+    from ..finetune.inputs import read_inputs
+    from ..finetune.models import quiet_transformers
+    from ..finetune.progress import Display
+    from ..finetune.run import start_accelerator
+    from ..finetune.signals import StopSignals
+    from ..model import summary
+
+    output = Path(config.output)
+    if output.exists():
+        raise ConfigError(f"output {output} exists already; choose another --output")
+    with quiet_transformers(), StopSignals() as stop:
+        accelerator = start_accelerator(config)
+        set_seed(config.seed)
+        inputs = read_inputs(config, Display())
+        model = inputs.model.to(accelerator.device)
+        batches, loss_fn = (
+            inputs.scoring_batches(stop),
+            methods.mean_loss(inputs.task, accelerator),
+        )
+        methods.warm_up_head(model, config, inputs.targets, batches, loss_fn)
+        prepared = methods.prepare(model, config, inputs.targets, batches, loss_fn)
+    assert prepared.report is not None
+    with new_folder(output) as draft:
+        save_adapter(model, draft / "adapter", config=config.speft(), extra=inputs.about())
+        write_json(draft / "salience.json", prepared.report.to_dict())
+    return f"{summary(model)}\nscored in {prepared.report.seconds:.1f} s; written to {output}"

@@ -1,0 +1,125 @@
+"""What a run needs to go on where it was stopped, in one file that is replaced as a whole."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .files import replaced
+
+_FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    `before` and `best` are metrics; `best_step` is the step of the best evaluation so far, 0 before
+    the first. `salience` is what scoring came to.
+    """
+
+    step: int = 0
+    evaluated_step: int = 0
+    before: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+    salience: dict[str, Any] = field(default_factory=dict)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_tensors(path: Path, model: nn.Module) -> None:
+    """Writes the parameters that train."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
+    with replaced(path) as temporary:
+        save_file(tensors, temporary)
+
+
+@torch.no_grad()
+def load_tensors(path: Path, model: nn.Module) -> None:
+    """Reads what `save_tensors` wrote into the same parameters."""
+    stored = load_file(path)
+    for name, parameter in _paired(stored, model, path):
+        parameter.copy_(stored[name])
+
+
+def save_checkpoint(
+    path: Path, progress: Progress, model: nn.Module, facts: dict[str, Any], **parts: Any
+) -> None:
+    """Writes the trained parameters, the random states and the `state_dict` of each of `parts`.
+
+    `facts` are tensors and plain data that the run needs before it has a model to restore into.
+    """
+    state = {
+        "format": _FORMAT,
+        "facts": facts,
+        "progress": asdict(progress),
+        "parameters": {name: p.detach().cpu() for name, p in trainable(model).items()},
+        "random": _random_state(),
+        "parts": {name: part.state_dict() for name, part in parts.items() if part is not None},
+    }
+    with replaced(path) as temporary:
+        torch.save(state, temporary)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Raises ConfigError for a damaged file or one of another version. Nothing in it is run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != _FORMAT:
+            raise ConfigError(f"{path}: written by another version; start again with --overwrite")
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"{path}: the checkpoint is damaged ({error}); start again with --overwrite"
+        ) from error
+    return state
+
+
+@torch.no_grad()
+def restore_checkpoint(
+    state: dict[str, Any], path: Path, model: nn.Module, **parts: Any
+) -> Progress:
+    """Puts everything back that `save_checkpoint` took; the random states last."""
+    for name, parameter in _paired(state["parameters"], model, path):
+        parameter.copy_(state["parameters"][name])
+    for name, part in parts.items():
+        if part is not None:
+            part.load_state_dict(state["parts"][name])
+    _restore_random(state["random"])
+    return Progress(**state["progress"])
+
+
+def _paired(
+    stored: dict[str, Tensor], model: nn.Module, path: Path
+) -> Iterator[tuple[str, nn.Parameter]]:
+    own = trainable(model)
+    if {n: t.shape for n, t in stored.items()} != {n: p.shape for n, p in own.items()}:
+        raise ConfigError(
+            f"{path}: does not fit the model (its trained parameters differ); "
+            "start again with --overwrite"
+        )
+    yield from own.items()
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _restore_random(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,317 @@
+"""The settings of a run: one dataclass, from which flags, YAML keys and `config.json` follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, nearest
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+METHODS = ("speft", "lora", "full", "head")
+TASKS = ("classification", "causal-lm")
+# Learning rate where none is given. The sparse values, LoRA's factors and a new head start from
+# zero or from noise and take large steps; the weights of a trained model do not.
+DEFAULT_LR = {"speft": 2e-3, "lora": 1e-3, "full": 5e-5, "head": 1e-2}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with what the command line shows and `RunConfig` checks."""
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "minimum": minimum,
+            "above": above,
+            "below": below,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of one fine-tuning run, checked on construction.
+
+    Raises ConfigError naming the setting, its value and what is allowed. What only the model or the
+    data can tell (module names, labels, k larger than a matrix) is checked when they are loaded.
+    """
+
+    train: str = option("", "training data: a TSV, CSV or JSONL file, or a dataset name")
+    eval: str | None = option(
+        None, "data that the metric and the choice of the best model are taken from"
+    )
+    test: str | None = option(None, "data measured once, with the best model, after training")
+    output: str = option("", "folder of the run; it must not exist yet")
+    model: str = option(DEFAULT_MODEL, "folder or hub id of the pre-trained model")
+    task: str = option("classification", "what to train for", choices=TASKS)
+    method: str = option("speft", "how to train", choices=METHODS)
+
+    density: float = option(0.005, "share of the target weights that train", above=0, below=1)
+    salience: str = option("gradient", "score that chooses the weights")
+    scope: str = option("layer", "rank each matrix by itself, or all together")
+    target_modules: tuple[str, ...] | str = option(
+        "all-linear", "layers to adapt: names, suffixes or regular expressions"
+    )
+    exclude_modules: tuple[str, ...] = option((), "layers to leave out")
+    block_shape: tuple[int, int] = option((1, 1), "train blocks of this shape, e.g. 16x16")
+    mode: str = option("resident", "where the sparse values live while training")
+    scoring_examples: int = option(1024, "examples that the score is taken from", minimum=1)
+    scoring_batches: int = option(64, "batches that they are divided into", minimum=1)
+    head_warmup_steps: int = option(0, "steps that train the head alone, before scoring", minimum=0)
+    lora_rank: int = option(8, "rank of --method lora; its alpha is twice that", minimum=1)
+
+    epochs: int = option(3, "passes over the training data", minimum=1)
+    max_steps: int | None = option(None, "stop after this many steps", minimum=1)
+    lr: float | None = option(None, "learning rate (default: by method, see docs)", above=0)
+    head_lr: float | None = option(
+        None, "learning rate of the new head (default: as --lr)", above=0
+    )
+    batch_size: int = option(32, "examples a batch", minimum=1)
+    grad_accumulation: int = option(1, "batches a step", minimum=1)
+    clip: float = option(1.0, "largest norm of the gradient; 0 turns clipping off", minimum=0)
+    scheduler: str = option(
+        "linear", "course of the learning rate", choices=("linear", "cosine", "constant")
+    )
+    warmup_ratio: float = option(0.06, "share of the steps that warm up", minimum=0, below=1)
+    weight_decay: float = option(0.0, "decay of dense weights (never of sparse values)", minimum=0)
+    max_length: int = option(128, "longest input in tokens; the rest is cut off", minimum=4)
+    pooling: str = option(
+        "auto",
+        "classification head: 'mean' of the token states, or the 'model' type's own; "
+        "'auto' takes 'mean' where the model's folder says that it was trained so",
+        choices=("auto", "mean", "model"),
+    )
+    metric: str | None = option(
+        None,
+        "metric reported and used to choose the best model (default: accuracy; loss for causal-lm)",
+        choices=("accuracy", "f1", "matthews", "loss"),
+    )
+    dtype: str = option(
+        "float32",
+        "precision of the computation; the weights stay float32",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    eval_every: int | None = option(
+        None, "steps between evaluations (default: an epoch)", minimum=1
+    )
+    save_every: int | None = option(
+        None, "steps between checkpoints (default: an epoch)", minimum=1
+    )
+    seed: int = option(0, "seed of everything random", minimum=0)
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = coerce(spec.name, getattr(self, spec.name))
+            object.__setattr__(self, spec.name, value)
+            _check_range(spec, value)
+        self.require("train", "output")
+        self._check_combinations()
+
+    def require(self, *names: str) -> None:
+        """Raises ConfigError when one of these settings is empty."""
+        for name in names:
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is missing (or the key {name!r} in the YAML file)")
+
+    def _check_combinations(self) -> None:
+        allowed = ("loss",) if self.task == "causal-lm" else ("accuracy", "f1", "matthews")
+        if self.metric is not None and self.metric not in allowed:
+            raise ConfigError(
+                f"metric {self.metric!r} does not exist for task {self.task!r}; "
+                f"choose one of {', '.join(allowed)}"
+            )
+        if self.task == "causal-lm" and self.method == "head":
+            raise ConfigError(
+                "method 'head' trains a classification head, and causal-lm has none; "
+                f"choose one of {', '.join(name for name in METHODS if name != 'head')}"
+            )
+        if self.task == "causal-lm" and self.head_warmup_steps:
+            raise ConfigError(
+                "head_warmup_steps warms up a classification head; causal-lm has none"
+            )
+        if self.scoring_batches > self.scoring_examples:
+            raise ConfigError(
+                f"scoring_batches = {self.scoring_batches} exceeds "
+                f"scoring_examples = {self.scoring_examples}; a batch needs one example at least"
+            )
+        if self.method == "speft":
+            self.speft()
+
+    @property
+    def metric_name(self) -> str:
+        return self.metric or ("loss" if self.task == "causal-lm" else "accuracy")
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric_name != "loss"
+
+    @property
+    def learning_rate(self) -> float:
+        return DEFAULT_LR[self.method] if self.lr is None else self.lr
+
+    @property
+    def head_learning_rate(self) -> float:
+        return self.learning_rate if self.head_lr is None else self.head_lr
+
+    def speft(self) -> Any:
+        """The `SpeftConfig` of this run (which checks the settings that belong to it).
+
+        The head's warm-up is not in it: here it is the same for every method and comes before.
+        """
+        from ..config import SpeftConfig
+
+        return SpeftConfig(
+            density=self.density,
+            salience=self.salience,
+            scope=self.scope,
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            block_shape=self.block_shape,
+            mode=self.mode,
+            modules_to_train=() if self.task == "causal-lm" else None,
+            seed=self.seed,
+        )
+
+    def located(self) -> RunConfig:
+        """The same settings with absolute paths, so that they mean the same in another folder."""
+        paths: dict[str, Any] = {
+            name: str(Path(value).expanduser().resolve())
+            for name in ("train", "eval", "test", "model")
+            if (value := getattr(self, name)) and Path(value).expanduser().exists()
+        }
+        output = str(Path(self.output).expanduser().resolve())
+        return dataclasses.replace(self, **paths, output=output)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> RunConfig:
+        """Raises ConfigError for an unknown key, with the nearest known one."""
+        check_keys(settings, "setting")
+        return cls(**settings)
+
+
+FIELDS = {spec.name: spec for spec in dataclasses.fields(RunConfig)}
+_TYPES = typing.get_type_hints(RunConfig)
+
+
+def check_keys(settings: Mapping[str, Any], what: str) -> None:
+    for key in settings:
+        if key not in FIELDS:
+            raise ConfigError(f"{what} {key!r} is unknown.{nearest(str(key), FIELDS)}")
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Settings of a YAML file, with `-` and `_` alike in the keys.
+
+    Raises ConfigError for a missing file, broken YAML, and unknown keys.
+    """
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; --config takes a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: must hold keys and values such as 'train: data.tsv'")
+    settings = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    check_keys(settings, f"{path}: key")
+    return {key: coerce(key, value) for key, value in settings.items()}
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The settings that an earlier run wrote to its `config.json`."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        check_keys(settings, f"{path}: key")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file, so there is no run to resume there") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not the config.json of a run: {error}") from error
+    return {key: coerce(key, value) for key, value in settings.items()}
+
+
+def coerce(name: str, value: Any) -> Any:
+    """`value` as the type of the setting `name`, from a flag's text or what YAML made of it.
+
+    YAML reads `1e-4` as text and `3` as an integer where a float is meant; both are accepted. A
+    value that would lose information (`epochs: 2.5`) is not.
+    """
+    expected = _TYPES[name]
+    options = typing.get_args(expected) if _is_union(expected) else (expected,)
+    if value is None and type(None) in options:
+        return None
+    for kind in options:
+        if kind is type(None):
+            continue
+        try:
+            return _as(kind, value)
+        except (TypeError, ValueError):
+            continue
+    wanted = " or ".join(_type_name(kind) for kind in options if kind is not type(None))
+    raise ConfigError(f"{name} = {value!r} is not {wanted}")
+
+
+def _is_union(expected: Any) -> bool:
+    return typing.get_origin(expected) in (typing.Union, types.UnionType)
+
+
+def _as(kind: Any, value: Any) -> Any:
+    if kind is str:
+        if not isinstance(value, str):
+            raise TypeError
+        return value
+    if kind == tuple[int, int]:
+        sides = value.lower().split("x") if isinstance(value, str) else value
+        height, width = (_as(int, side) for side in sides)
+        return (height, width)
+    if kind == tuple[str, ...]:
+        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            raise TypeError
+        return tuple(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    return kind(value)
+
+
+def _type_name(kind: Any) -> str:
+    names = {str: "text", int: "a whole number", float: "a number", tuple[int, int]: "like 16x16"}
+    return names.get(kind, "a list of names")
+
+
+def _check_range(spec: dataclasses.Field[Any], value: Any) -> None:
+    if value is None:
+        return
+    rules = spec.metadata
+    if rules["choices"] and value not in rules["choices"]:
+        raise ConfigError(
+            f"{spec.name} = {value!r} is not one of {', '.join(rules['choices'])}."
+            f"{nearest(value, rules['choices'])}"
+        )
+    if rules["minimum"] is not None and not value >= rules["minimum"]:
+        raise ConfigError(f"{spec.name} = {value} must be at least {rules['minimum']}")
+    if rules["above"] is not None and not value > rules["above"]:
+        raise ConfigError(f"{spec.name} = {value} must be greater than {rules['above']}")
+    if rules["below"] is not None and not value < rules["below"]:
+        raise ConfigError(f"{spec.name} = {value} must be less than {rules['below']}")

@@ -1,0 +1,314 @@
+"""Examples from local files (TSV, CSV, JSON lines) or from the `datasets` library.
+
+Every fault of a file is refused with a DataError that names the file, the line and the remedy.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, nearest
+
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".json")
+# Columns of a task's text, in the order they are looked for.
+TEXT_COLUMNS = {
+    "classification": (("sentence1", "sentence2"), ("sentence",), ("text",)),
+    "causal-lm": (("prompt", "response"), ("question", "answer"), ("text",)),
+}
+NEEDED = {
+    "classification": "'sentence' (or 'sentence1' and 'sentence2') and 'label'",
+    "causal-lm": "'prompt' and 'response' (or 'question' and 'answer'), or 'text'",
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: one or two texts, for classification the label, and where the row stands."""
+
+    texts: tuple[str, ...]
+    label: str | None
+    line: int
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The rows of one source; `source` is the file or the dataset's name."""
+
+    source: str
+    columns: tuple[str, ...]
+    rows: tuple[Example, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the rows: a resumed run must see the same data."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps([row.texts, row.label]).encode())
+        return digest.hexdigest()
+
+
+def read_examples(source: str, task: str, *, default_split: str = "train") -> Examples:
+    """The examples of a file, or of the dataset `NAME[@CONFIG][:SPLIT]` if there is no such file.
+
+    Raises DataError for whatever makes the source unusable.
+    """
+    path = Path(source)
+    if path.is_file():
+        located = _parse(path)
+        where = str(path)
+    elif path.is_dir():
+        raise DataError(f"{path} is a folder; name a file in it ({_listing(path)})")
+    elif path.suffix.lower() in SUFFIXES or source.startswith(("/", ".", "~")):
+        raise DataError(f"{path}: no such file.{_neighbour(path)}")
+    else:
+        located = _from_hub(source, default_split)
+        where = source
+    return _to_examples(where, located, task)
+
+
+def label_ids(train: Examples) -> dict[str, int]:
+    """Class number of each label of the training data: sorted, as numbers where all of them are.
+
+    Raises DataError when there is nothing to tell apart.
+    """
+    labels = {row.label or "" for row in train.rows}
+    if len(labels) == 1:
+        raise DataError(
+            f"{train.source}: every row has the label {next(iter(labels))!r}; "
+            "a classifier needs two labels at least"
+        )
+    numeric = all(label.lstrip("-").isdecimal() for label in labels)
+    return {
+        label: number for number, label in enumerate(sorted(labels, key=int if numeric else None))
+    }
+
+
+def check_labels(examples: Examples, known: dict[str, int]) -> None:
+    """Raises DataError when a label of `examples` does not occur in the training data."""
+    for row in examples.rows:
+        if row.label not in known:
+            shown = ", ".join(repr(label) for label in list(known)[:20])
+            raise DataError(
+                f"{examples.source}, line {row.line}: label {row.label!r} does not occur in the "
+                f"training data (its labels: {shown}).{nearest(str(row.label), known)}"
+            )
+
+
+def check_columns(examples: Examples, train: Examples) -> None:
+    """Raises DataError when two sources differ in their text columns."""
+    if examples.columns != train.columns:
+        raise DataError(
+            f"{examples.source} has the text columns {_quoted(examples.columns)}, but "
+            f"{train.source} has {_quoted(train.columns)}; rename them so that they agree"
+        )
+
+
+Located = tuple[int, dict[str, Any]]
+
+
+def _parse(path: Path) -> Iterator[Located]:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(
+            f"{path}: files of type {suffix or '(none)'} are not read; save it as one of "
+            f"{', '.join(SUFFIXES)}"
+        )
+    text = _decode(path)
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty; the first line must name the columns")
+    if suffix in (".jsonl", ".json"):
+        return _json_lines(path, text)
+    return _table(path, _tsv(text) if suffix == ".tsv" else _csv(path, text))
+
+
+def _decode(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} is not "
+            f"UTF-8; convert the file, e.g. iconv -f latin1 -t utf-8 {path.name}"
+        ) from None
+
+
+def _tsv(text: str) -> Iterator[tuple[int, list[str]]]:
+    """Quotes in TSV are ordinary characters (as in GLUE's files), and only a newline ends a row."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        yield number, line.removesuffix("\r").split("\t")
+
+
+def _csv(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    previous = csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    try:
+        while True:
+            start = reader.line_num + 1
+            row = next(reader, None)
+            if row is None:
+                return
+            yield start, row
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num}: broken CSV ({error}); put a text that holds commas "
+            'or quotes into "...", with inner quotes doubled'
+        ) from error
+    finally:
+        csv.field_size_limit(previous)
+
+
+def _table(path: Path, lines: Iterable[tuple[int, list[str]]]) -> Iterator[Located]:
+    header: list[str] | None = None
+    for number, fields in lines:
+        if not any(field.strip() for field in fields):
+            continue
+        if header is None:
+            header = [name.strip() for name in fields]
+            repeated = {name for name in header if header.count(name) > 1}
+            if repeated:
+                raise DataError(
+                    f"{path}: the header names {_quoted(sorted(repeated))} twice; rename one"
+                )
+            yield number, dict.fromkeys(header)
+            continue
+        if len(fields) != len(header):
+            raise DataError(
+                f"{path}, line {number}: {len(fields)} field(s) where the header names "
+                f"{len(header)} ({_quoted(header)}); look for a stray or missing separator"
+            )
+        yield number, dict(zip(header, fields, strict=True))
+
+
+def _json_lines(path: Path, text: str) -> Iterator[Located]:
+    keys: dict[str, None] | None = None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {number}: not valid JSON ({error}); each line must hold one object"
+            ) from error
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{path}, line {number}: holds a {type(record).__name__}; each line must hold one "
+                'object such as {"sentence": "...", "label": "..."}'
+            )
+        if keys is None:
+            keys = dict.fromkeys(record)
+            yield 0, dict(keys)
+        yield number, record
+
+
+def _from_hub(source: str, default_split: str) -> Iterator[Located]:
+    name, _, split = source.partition(":")
+    name, _, config = name.partition("@")
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{source!r} is no file here, and reading it as a dataset needs the library "
+            "'datasets': pip install 'speft-kernels[finetune]'"
+        ) from error
+    try:
+        loaded = datasets.load_dataset(name, config or None, split=split or default_split)
+    except Exception as error:  # the library lets through errors of every layer below it
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(
+            f"{source!r} is neither a file here nor a dataset that could be fetched "
+            f"({type(error).__name__}: {reason[0]}); give the path of a TSV, CSV or JSONL file, or "
+            "NAME[@CONFIG][:SPLIT] of a dataset that this machine can reach"
+        ) from error
+    label_names = getattr(loaded.features.get("label"), "names", None)
+    yield 0, dict.fromkeys(loaded.column_names)
+    for number, record in enumerate(loaded, start=1):
+        if label_names and isinstance(record["label"], int) and record["label"] >= 0:
+            record = {**record, "label": label_names[record["label"]]}
+        yield number, record
+
+
+def _to_examples(source: str, located: Iterator[Located], task: str) -> Examples:
+    """`located` yields the columns first (as the keys of a dict), then the rows."""
+    _, header = next(located, (0, {}))
+    columns = _choose_columns(source, tuple(header), task)
+    labelled = task == "classification"
+    rows = []
+    for line, record in located:
+        texts = tuple(_text(source, line, record, column) for column in columns)
+        label = _label(source, line, record) if labelled else None
+        rows.append(Example(texts, label, line))
+    if not rows:
+        raise DataError(f"{source}: has a header but no rows; add examples below it")
+    for position, column in enumerate(columns):
+        if not any(row.texts[position].strip() for row in rows):
+            raise DataError(f"{source}: the column {column!r} is empty in every row")
+    return Examples(source, columns, tuple(rows))
+
+
+def _choose_columns(source: str, found: tuple[str, ...], task: str) -> tuple[str, ...]:
+    chosen = next((c for c in TEXT_COLUMNS[task] if set(c) <= set(found)), None)
+    missing = "a text column" if chosen is None else None
+    if task == "classification" and "label" not in found:
+        missing = "the column 'label'" if missing is None else "text and label columns"
+    if chosen is None or missing is not None:
+        wanted = {name for names in TEXT_COLUMNS[task] for name in names} | {"label"}
+        hints = [
+            f"{name!r} looks like it:{hint}" for name in found if (hint := nearest(name, wanted))
+        ]
+        if task == "causal-lm":
+            hints = [hint for hint in hints if "'label'" not in hint]
+        raise DataError(
+            f"{source}: {missing} is missing. Task {task} needs the columns {NEEDED[task]}; found: "
+            f"{_quoted(found)}. {'; '.join(hints)}".rstrip()
+        )
+    return chosen
+
+
+def _text(source: str, line: int, record: dict[str, Any], column: str) -> str:
+    value = record.get(column)
+    if not isinstance(value, str):
+        what = "is missing" if column not in record else f"is {value!r}, not text"
+        raise DataError(f"{source}, line {line}: {column!r} {what}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{source}, line {line}: {column!r} holds half of a surrogate pair")
+    return value
+
+
+def _label(source: str, line: int, record: dict[str, Any]) -> str:
+    value = record.get("label")
+    if isinstance(value, int):
+        value = str(value).lower()
+    if not isinstance(value, str):
+        raise DataError(f"{source}, line {line}: 'label' is {value!r}, not a name or whole number")
+    if not value.strip():
+        raise DataError(f"{source}, line {line}: the label is empty; fill it in or drop the row")
+    return value.strip()
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "none"
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    return _quoted(names[:5]) if names else f"it holds no {', '.join(SUFFIXES)}"
+
+
+def _neighbour(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" The folder {path.parent} does not exist either"
+    return nearest(path.name, (p.name for p in path.parent.iterdir() if p.is_file()))

@@ -1,0 +1,155 @@
+"""Everything a run reads, loaded and checked before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .._version import __version__
+from ..errors import ConfigError
+from ..targets import Targets
+from . import methods
+from .config import RunConfig
+from .data import Examples, check_columns, check_labels, label_ids, read_examples
+from .models import load_causal_lm, load_classifier, load_tokenizer, pooling_of
+from .progress import Display
+from .signals import StopSignals
+from .tasks import CausalLM, Classification, Encoded, Task, check_metric
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The data as token ids, the model, and what the settings mean for it.
+
+    `labels` are the class names in the order of the model's outputs; `pooling` is "mean" or
+    "model", and None for a language model; `fingerprint` covers all the data.
+    """
+
+    config: RunConfig
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    targets: Targets
+    train: list[Encoded]
+    eval: list[Encoded]
+    test: list[Encoded] | None
+    labels: tuple[str, ...]
+    pooling: str | None
+    fingerprint: str
+
+    def about(self) -> dict[str, Any]:
+        """What is needed beside the trained tensors to build the model again."""
+        return {
+            "speft_kernels": __version__,
+            "task": self.config.task,
+            "model": self.config.model,
+            "labels": list(self.labels),
+            "pooling": self.pooling,
+            "max_length": self.config.max_length,
+        }
+
+    def scoring_batches(self, stop: StopSignals) -> ScoringBatches:
+        return ScoringBatches(self.task, self.train, self.config, stop)
+
+
+class ScoringBatches:
+    """The batches that salience is taken from; they can be gone through several times.
+
+    A random choice of the training data by the run's seed. Raises Interrupted between two batches
+    when a signal has arrived.
+    """
+
+    def __init__(
+        self, task: Task, train: list[Encoded], config: RunConfig, stop: StopSignals
+    ) -> None:
+        generator = torch.Generator().manual_seed(config.seed)
+        chosen = torch.randperm(len(train), generator=generator)[: config.scoring_examples]
+        self._parts = [part.tolist() for part in chosen.tensor_split(config.scoring_batches)]
+        self._task, self._train, self._stop = task, train, stop
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for part in self._parts:
+            self._stop.check()
+            if part:
+                yield self._task.collate([self._train[i] for i in part]).inputs
+
+
+def read_inputs(config: RunConfig, display: Display) -> Inputs:
+    """Loads data and model. Without `config.eval` there is no eval data.
+
+    The model's new head, if any, is drawn from torch's global generator.
+
+    Raises:
+        DataError: the data cannot be used.
+        ConfigError: the settings do not fit the data or the model.
+    """
+    train = read_examples(config.train, config.task)
+    others = {
+        name: read_examples(source, config.task, default_split=split)
+        for name, source, split in (
+            ("eval", config.eval, "validation"),
+            ("test", config.test, "test"),
+        )
+        if source
+    }
+    for other in others.values():
+        check_columns(other, train)
+    tokenizer = load_tokenizer(config.model)
+    if config.task == "classification":
+        ids = label_ids(train)
+        for other in others.values():
+            check_labels(other, ids)
+        check_metric(config.metric_name, len(ids))
+        labels = tuple(ids)
+        pooling = pooling_of(config.model) if config.pooling == "auto" else config.pooling
+        task: Task = Classification(tokenizer, ids, config.max_length)
+        model = load_classifier(config.model, labels, pooling=pooling, tokenizer=tokenizer)
+    else:
+        labels, pooling = (), None
+        task = CausalLM(tokenizer, config.max_length)
+        model = load_causal_lm(config.model)
+    check_weights(model, config.model)
+    targets = methods.find(model, config)
+    sources = {"train": train, **others}
+    encoded = {name: _encode(task, source, display) for name, source in sources.items()}
+    digests = "".join(source.fingerprint() for source in sources.values())
+    return Inputs(
+        config=config,
+        task=task,
+        tokenizer=tokenizer,
+        model=model,
+        targets=targets,
+        train=encoded["train"],
+        eval=encoded.get("eval", []),
+        test=encoded.get("test"),
+        labels=labels,
+        pooling=pooling,
+        fingerprint=hashlib.sha256(digests.encode()).hexdigest(),
+    )
+
+
+def check_weights(model: PreTrainedModel, name: str) -> None:
+    """Raises ConfigError that names the first parameter with a NaN or infinite value."""
+    for parameter, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise ConfigError(
+                f"model {name}: its parameter {parameter!r} holds NaN or infinite values; "
+                "the file is damaged or its training failed"
+            )
+
+
+def _encode(task: Task, examples: Examples, display: Display) -> list[Encoded]:
+    encoded = task.encode(examples)
+    left_out = len(examples) - len(encoded)
+    if left_out:
+        display.note(
+            f"{examples.source}: {left_out} of {len(examples)} examples left out, because "
+            "--max-length cuts off all of their response"
+        )
+    return encoded

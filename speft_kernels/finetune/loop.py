@@ -1,0 +1,301 @@
+"""The training loop: steps, evaluations, checkpoints, the best model."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import get_scheduler
+
+from ..errors import SpeftError
+from .batches import Batch, epoch_order, length_order
+from .checkpoint import (
+    Progress,
+    load_tensors,
+    restore_checkpoint,
+    save_checkpoint,
+    save_tensors,
+)
+from .config import RunConfig
+from .files import replaced
+from .methods import Prepared
+from .progress import Display
+from .signals import Interrupted, StopSignals
+from .tasks import Encoded, Task
+
+
+class TrainingError(SpeftError, RuntimeError):
+    """Training cannot go on: the loss or the gradient is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The places in a run's folder."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def result(self) -> Path:
+        return self.root / "result.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint"
+
+    @property
+    def state(self) -> Path:
+        return self.checkpoint / "state.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.checkpoint / "best.safetensors"
+
+
+class Loop:
+    """Trains a model with one optimizer over `train`, evaluating on `held_out`.
+
+    A step is `grad_accumulation` batches. Its loss is the mean over all their items, whatever the
+    sizes of the batches, so accumulation changes the memory and not the mathematics. `facts` go
+    into each checkpoint, `save_best` is called when the model is the best so far.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        task: Task,
+        config: RunConfig,
+        groups: list[dict[str, Any]],
+        train: Sequence[Encoded],
+        held_out: Sequence[Encoded],
+        *,
+        accelerator: Accelerator,
+        folder: Folder,
+        facts: dict[str, Any],
+        save_best: Callable[[], object],
+        display: Display,
+        stop: StopSignals,
+    ) -> None:
+        self.task, self.config = task, config
+        self.train, self.held_out = train, held_out
+        self.accelerator, self.folder, self.facts = accelerator, folder, facts
+        self.save_best, self.display, self.stop = save_best, display, stop
+        self.progress = Progress()
+        batches = math.ceil(len(train) / config.batch_size)
+        self.steps_per_epoch = math.ceil(batches / config.grad_accumulation)
+        self.total_steps = self.steps_per_epoch * config.epochs
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        fused = accelerator.device.type in ("cpu", "cuda")
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+        self.scheduler = get_scheduler(
+            "constant_with_warmup" if config.scheduler == "constant" else config.scheduler,
+            optimizer,
+            num_warmup_steps=round(config.warmup_ratio * self.total_steps),
+            num_training_steps=self.total_steps,
+        )
+        self.prepared, self.model = prepared, prepared.model
+        self.optimizer = accelerator.prepare(optimizer)
+        self._lengths = [item.length for item in train]
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continues from a checkpoint that `read_checkpoint` returned."""
+        self.progress = restore_checkpoint(
+            state, self.folder.state, self.model, **self._stateful_parts()
+        )
+        self._drop_later_metrics()
+
+    def run(self) -> Progress:
+        """Trains to the last step; afterwards the model holds the best parameters.
+
+        Raises TrainingError when the loss is no longer finite; Interrupted, after a checkpoint,
+        when a signal arrived.
+        """
+        windows = self._windows(self.progress.step)
+        self.display.start(self.total_steps, self.progress.step)
+        try:
+            while True:
+                if self._due(self.config.eval_every) and not self._is_evaluated():
+                    self._evaluate()
+                if self._due(self.config.save_every):
+                    self.save()
+                if self.progress.step == self.total_steps:
+                    break
+                self.stop.check()
+                self._step(next(windows))
+        except Interrupted:
+            self.save()
+            raise
+        finally:
+            self.display.stop()
+        load_tensors(self.folder.best, self.model)
+        return self.progress
+
+    def save(self) -> None:
+        """Writes the checkpoint that `resume` continues from."""
+        self.folder.checkpoint.mkdir(exist_ok=True)
+        save_checkpoint(
+            self.folder.state, self.progress, self.model, self.facts, **self._stateful_parts()
+        )
+
+    def evaluate(self, encoded: Sequence[Encoded]) -> dict[str, float]:
+        """Metrics on `encoded`. Raises Interrupted when a signal arrives meanwhile."""
+        return evaluate(
+            self.model, self.task, encoded, self.config.batch_size, self.accelerator, self.stop
+        )
+
+    def _stateful_parts(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.accelerator.scaler,
+        }
+
+    def _windows(self, first_step: int) -> Iterator[list[Batch]]:
+        """The batches of each step from `first_step` on."""
+        accumulation = self.config.grad_accumulation
+        for epoch in range(first_step // self.steps_per_epoch, self.config.epochs):
+            order = epoch_order(self._lengths, self.config.batch_size, self.config.seed, epoch)
+            skipped = max(0, first_step - epoch * self.steps_per_epoch) * accumulation
+            for start in range(skipped, len(order), accumulation):
+                yield [
+                    self.task.collate([self.train[i] for i in batch])
+                    for batch in order[start : start + accumulation]
+                ]
+
+    def _due(self, every: int | None) -> bool:
+        step = self.progress.step
+        return step > 0 and (
+            step % (every or self.steps_per_epoch) == 0 or step == self.total_steps
+        )
+
+    def _is_evaluated(self) -> bool:
+        return self.progress.evaluated_step == self.progress.step
+
+    def _step(self, window: list[Batch]) -> None:
+        started = time.perf_counter()
+        self.prepared.train_mode()
+        count = sum(batch.count for batch in window)
+        total = 0.0
+        for batch in window:
+            inputs = batch.to(self.accelerator.device).inputs
+            with self.accelerator.autocast():
+                loss, _ = self.task.loss(self.model, inputs)
+            self.accelerator.backward(loss / count)
+            total += loss.item()
+        loss_value = total / count
+        if not math.isfinite(loss_value):
+            raise TrainingError(
+                f"the loss became {loss_value} at step {self.progress.step + 1}; lower --lr or "
+                "--head-lr, or use --clip or --dtype float32. The best model so far, if any, is in "
+                f"{self.folder.adapter}"
+            )
+        if self.config.clip:
+            self.accelerator.clip_grad_norm_(self._parameters, self.config.clip)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._account(window, loss_value, learning_rate, time.perf_counter() - started)
+
+    def _account(self, window: list[Batch], loss: float, lr: float, seconds: float) -> None:
+        progress = self.progress
+        progress.step += 1
+        progress.tokens += sum(batch.tokens for batch in window)
+        progress.step_seconds.append(seconds)
+        progress.train_seconds += seconds
+        self._log(loss=loss, lr=lr, seconds=round(progress.train_seconds, 4))
+        self.display.step(progress.step, loss, progress.tokens / progress.train_seconds)
+
+    def _evaluate(self) -> None:
+        metrics = self.evaluate(self.held_out)
+        progress, name = self.progress, self.config.metric_name
+        sign = 1 if self.config.higher_is_better else -1
+        check_finite(metrics, f"after step {progress.step}", "lower --lr or --head-lr")
+        best = not progress.best or sign * metrics[name] > sign * progress.best[name]
+        if best:
+            progress.best, progress.best_step = metrics, progress.step
+            save_tensors(self.folder.best, self.model)
+            self.save_best()
+        progress.evaluated_step = progress.step
+        self._log(eval=metrics, best=best)
+        self.display.evaluated(progress.step, metrics, best)
+
+    def _log(self, **entry: Any) -> None:
+        epoch = self.progress.step / self.steps_per_epoch
+        line = json.dumps({"step": self.progress.step, "epoch": round(epoch, 4), **entry})
+        with open(self.folder.metrics, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def _drop_later_metrics(self) -> None:
+        """Steps after the checkpoint happen again; so do evaluations that it does not know of."""
+        if not self.folder.metrics.exists():
+            return
+        kept = []
+        for line in self.folder.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # the process was killed while it wrote this line
+            known = self.progress.evaluated_step if "eval" in entry else self.progress.step
+            if entry["step"] <= known:
+                kept.append(line + "\n")
+        with replaced(self.folder.metrics) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def check_finite(metrics: Mapping[str, float], when: str, remedy: str) -> None:
+    """Raises TrainingError when a metric is no number."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise TrainingError(f"the evaluation's {name} is {value} {when}; {remedy}")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    encoded: Sequence[Encoded],
+    batch_size: int,
+    accelerator: Accelerator,
+    stop: StopSignals,
+) -> dict[str, float]:
+    """Metrics of `model` on `encoded`, in evaluation mode."""
+    model.eval()
+    total, count = 0.0, 0
+    predicted: list[int] = []
+    true: list[int] = []
+    for positions in length_order([item.length for item in encoded], batch_size):
+        stop.check()
+        batch = task.collate([encoded[i] for i in positions]).to(accelerator.device)
+        with accelerator.autocast():
+            loss, predictions = task.loss(model, batch.inputs)
+        total += loss.item()
+        count += batch.count
+        if predictions is not None:
+            predicted += predictions.tolist()
+            true += batch.inputs["labels"].tolist()
+    return task.metrics(total, count, predicted, true)

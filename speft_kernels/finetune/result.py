@@ -1,0 +1,106 @@
+"""What a finished run reports."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..salience.memory import PeakMemory
+from .checkpoint import Progress
+from .inputs import Inputs
+from .methods import Prepared
+from .progress import duration
+from .tasks import majority_accuracy
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors", "numpy")
+
+
+def result_of(
+    inputs: Inputs,
+    prepared: Prepared,
+    progress: Progress,
+    peak: PeakMemory,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The contents of `result.json`.
+
+    `before` and `after` are the metric on the eval data, of the model before anything was trained
+    and of the best one. Times are in seconds or ms and exclude evaluations; `peak_memory_bytes` is
+    that of training.
+    """
+    config, name = inputs.config, inputs.config.metric_name
+    result = {
+        "method": config.method,
+        "task": config.task,
+        "model": config.model,
+        "metric": name,
+        "before": progress.before[name],
+        "after": progress.best[name],
+        "eval": progress.best,
+        "best_step": progress.best_step,
+        "trainable_parameters": prepared.adapted + prepared.head,
+        "trainable_parameters_without_head": prepared.adapted,
+        "head_parameters": prepared.head,
+        "density": prepared.density,
+        "steps": progress.step,
+        "step_ms_median": 1000 * statistics.median(progress.step_seconds),
+        "tokens_per_second": progress.tokens / progress.train_seconds,
+        "peak_memory_bytes": peak.bytes(),
+        "peak_memory_source": peak.source,
+        "salience_seconds": progress.salience.get("seconds", 0.0),
+        "salience": progress.salience,
+        "train_seconds": progress.train_seconds,
+        "seed": config.seed,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    if config.task == "classification":
+        classes = [_class(item.labels) for item in inputs.eval]
+        result["majority"] = majority_accuracy((_class(i.labels) for i in inputs.train), classes)
+    return result
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package, and the libraries that a result depends on."""
+    found = {"python": platform.python_version(), "speft_kernels": __version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(result: Mapping[str, Any], output: str) -> str:
+    """The result in a few lines for people."""
+    lines = [
+        f"{result['metric']}: {result['before']:.4f} before, {result['after']:.4f} after "
+        f"(step {result['best_step']} of {result['steps']})"
+    ]
+    if "majority" in result:
+        lines[0] += f"; always the most frequent label: {result['majority']:.4f}"
+    if "test" in result:
+        lines.append("test: " + "  ".join(f"{k} {v:.4f}" for k, v in result["test"].items()))
+    memory = result["peak_memory_bytes"]
+    lines += [
+        f"trained parameters: {result['trainable_parameters_without_head']:,} "
+        f"({result['density']:.3%} of the adapted weights) + "
+        f"{result['head_parameters']:,} in the head",
+        f"training took {duration(result['train_seconds'])}, "
+        f"{result['step_ms_median']:.0f} ms a step, {result['tokens_per_second']:,.0f} tokens/s"
+        + (f", peak memory {memory / 2**30:.2f} GiB" if memory else ""),
+        f"written to {output}",
+    ]
+    return "\n".join(lines)
+
+
+def _class(labels: int | list[int]) -> int:
+    assert isinstance(labels, int)
+    return labels

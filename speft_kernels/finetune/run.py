@@ -1,0 +1,225 @@
+"""One run, from its settings to `result.json`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import set_seed
+
+from .._version import __version__
+from ..errors import ConfigError
+from ..salience.memory import PeakMemory
+from . import methods
+from .checkpoint import Progress, read_checkpoint
+from .config import RunConfig, load_json
+from .files import write_json
+from .inputs import Inputs, read_inputs
+from .loop import Folder, Loop, check_finite, evaluate
+from .models import quiet_transformers
+from .progress import Display
+from .result import result_of
+from .signals import Interrupted, StopSignals
+
+_MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def finetune(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Trains as `config` says, writes the run's folder, and returns what its `result.json` holds.
+
+    Everything that can be wrong with the settings, the data and the model is found, and the mask is
+    chosen, before the folder is created: an error until then leaves nothing behind.
+
+    Args:
+        resume: continue the run in `config.output`; its settings must be the same.
+        overwrite: replace an earlier run in `config.output`.
+
+    Raises:
+        SpeftError: ConfigError, DataError, SalienceError or TrainingError, saying what to change.
+        Interrupted: on Ctrl-C or SIGTERM, after a checkpoint if training had begun.
+    """
+    display = display or Display()
+    config.require("eval")
+    config = config.located()
+    folder = Folder(Path(config.output))
+    if resume:
+        check_resumable(folder, config)
+    else:
+        check_free(folder, overwrite)
+    with quiet_transformers(), StopSignals() as stop:
+        accelerator = start_accelerator(config)
+        set_seed(config.seed)
+        inputs = read_inputs(config, display)
+        inputs.model.to(accelerator.device)
+        if resume:
+            loop, prepared = _resumed(inputs, accelerator, folder, display, stop)
+        else:
+            loop, prepared = _fresh(inputs, accelerator, folder, overwrite, display, stop)
+        peak = PeakMemory([accelerator.device])
+        try:
+            progress = loop.run()
+            tested = {} if inputs.test is None else {"test": loop.evaluate(inputs.test)}
+        except Interrupted as interruption:
+            interruption.folder = folder.root
+            raise
+        result = {**result_of(inputs, prepared, progress, peak, accelerator.device), **tested}
+        write_json(folder.result, result)
+        shutil.rmtree(folder.checkpoint)
+    return result
+
+
+def _fresh(
+    inputs: Inputs,
+    accelerator: Accelerator,
+    folder: Folder,
+    overwrite: bool,
+    display: Display,
+    stop: StopSignals,
+) -> tuple[Loop, methods.Prepared]:
+    config, model, task = inputs.config, inputs.model, inputs.task
+    before = evaluate(model, task, inputs.eval, config.batch_size, accelerator, stop)
+    display.note("before training: " + "  ".join(f"{k} {v:.4f}" for k, v in before.items()))
+    batches, loss_fn = inputs.scoring_batches(stop), methods.mean_loss(task, accelerator)
+    methods.warm_up_head(model, config, inputs.targets, batches, loss_fn)
+    prepared = methods.prepare(model, config, inputs.targets, batches, loss_fn)
+    display.note(prepared.describe())
+    check_finite(before, "before training", "use --dtype float32, or another model")
+    stop.check()
+
+    if overwrite and folder.root.exists():
+        shutil.rmtree(folder.root)
+    folder.root.mkdir(parents=True)
+    settings = {"speft_kernels": __version__, "settings": config.to_dict(), **inputs.about()}
+    write_json(folder.config, settings)
+    loop = _loop(inputs, prepared, accelerator, folder, display, stop)
+    loop.progress = Progress(before=before, salience=prepared.salience)
+    set_seed(config.seed)  # the same dropout whatever scoring drew
+    loop.save()
+    return loop, prepared
+
+
+def _resumed(
+    inputs: Inputs,
+    accelerator: Accelerator,
+    folder: Folder,
+    display: Display,
+    stop: StopSignals,
+) -> tuple[Loop, methods.Prepared]:
+    state = read_checkpoint(folder.state)
+    if state["facts"]["fingerprint"] != inputs.fingerprint:
+        raise ConfigError(
+            f"{folder.root}: the data has changed since this run began, so it cannot go on; "
+            "restore the data, or start again with --overwrite"
+        )
+    patterns = methods.patterns_from(state["facts"]["patterns"])
+    batches, loss_fn = inputs.scoring_batches(stop), methods.mean_loss(inputs.task, accelerator)
+    prepared = methods.prepare(
+        inputs.model, inputs.config, inputs.targets, batches, loss_fn, patterns
+    )
+    loop = _loop(inputs, prepared, accelerator, folder, display, stop)
+    loop.resume(state)
+    display.note(f"resuming after step {loop.progress.step} of {loop.total_steps}")
+    return loop, prepared
+
+
+def _loop(
+    inputs: Inputs,
+    prepared: methods.Prepared,
+    accelerator: Accelerator,
+    folder: Folder,
+    display: Display,
+    stop: StopSignals,
+) -> Loop:
+    config, model, targets = inputs.config, prepared.model, inputs.targets
+    return Loop(
+        prepared,
+        inputs.task,
+        config,
+        methods.parameter_groups(model, config, targets),
+        inputs.train,
+        inputs.eval,
+        accelerator=accelerator,
+        folder=folder,
+        facts={"fingerprint": inputs.fingerprint, "patterns": methods.patterns_of(model)},
+        save_best=lambda: save_best(prepared, inputs, folder),
+        display=display,
+        stop=stop,
+    )
+
+
+def save_best(prepared: methods.Prepared, inputs: Inputs, folder: Folder) -> None:
+    methods.save_trained(
+        prepared.model, inputs.config, folder.adapter, inputs.about(), inputs.tokenizer
+    )
+
+
+def start_accelerator(config: RunConfig) -> Accelerator:
+    """Raises ConfigError for a precision that the device lacks, and for several processes."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision would stay
+    device = PartialState().device
+    if config.dtype == "float16" and device.type != "cuda":
+        raise ConfigError(
+            f"dtype float16 trains on CUDA GPUs only and this run is on {device.type}; "
+            "use --dtype bfloat16 or float32"
+        )
+    accelerator = Accelerator(mixed_precision=_MIXED[config.dtype])
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"{accelerator.num_processes} processes were launched; a run trains in one process"
+        )
+    return accelerator
+
+
+def check_free(folder: Folder, overwrite: bool) -> None:
+    """Raises ConfigError when the folder exists and is not an earlier run that may be replaced."""
+    root = folder.root
+    if root.exists():
+        if not overwrite:
+            raise ConfigError(
+                f"output {root} exists already; choose another --output, or continue the run in it "
+                "with --resume, or replace it with --overwrite"
+            )
+        if not _is_run(folder):
+            raise ConfigError(
+                f"output {root} is not a run of this command, so --overwrite does not delete it; "
+                "choose another --output"
+            )
+    ancestor = next(parent for parent in root.parents if parent.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise ConfigError(f"output {root} cannot be created: {ancestor} is not a writable folder")
+
+
+def check_resumable(folder: Folder, config: RunConfig) -> None:
+    """Raises ConfigError unless the folder holds an unfinished run with the same settings."""
+    stored = load_json(folder.config)
+    if folder.result.exists():
+        raise ConfigError(f"the run in {folder.root} is finished; its result is {folder.result}")
+    if not folder.state.exists():
+        raise ConfigError(
+            f"{folder.root} holds no checkpoint to resume from; start again with --overwrite"
+        )
+    own = config.to_dict()
+    for key, value in RunConfig.from_dict(stored).to_dict().items():
+        if key != "output" and own[key] != value:
+            raise ConfigError(
+                f"the run in {folder.root} has {key} = {value!r} and cannot go on with "
+                f"{own[key]!r}; drop the setting, or start again with --overwrite"
+            )
+
+
+def _is_run(folder: Folder) -> bool:
+    try:
+        load_json(folder.config)
+    except ConfigError:
+        return False
+    return True

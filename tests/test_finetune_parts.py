@@ -1,0 +1,135 @@
+import io
+import json
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_text import save_bert
+
+from speft_kernels.errors import ConfigError
+from speft_kernels.finetune import load_classifier
+from speft_kernels.finetune.batches import epoch_order, length_order
+from speft_kernels.finetune.config import load_yaml
+from speft_kernels.finetune.files import replaced, write_json
+from speft_kernels.finetune.models import pooling_of
+from speft_kernels.finetune.progress import Display, duration
+from speft_kernels.finetune.tasks import classification_scores
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    return save_bert(tmp_path / "model", ["some words of a text"])
+
+
+def test_yaml_values_are_read_as_the_settings_types(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "lr: 1e-3\nbatch-size: '16'\nblock_shape: 4x8\ntarget_modules: [query]\nclip: 1\n"
+    )
+    assert load_yaml(path) == {
+        "lr": 1e-3,
+        "batch_size": 16,
+        "block_shape": (4, 8),
+        "target_modules": ("query",),
+        "clip": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rate: 1", "key 'learning_rate' is unknown"),
+        ("densty: 0.1", "Did you mean 'density'"),
+        ("- a", "must hold keys"),
+        ("a: [", "cannot be read as YAML"),
+        ("epochs: many", "epochs = 'many' is not a whole number"),
+    ],
+)
+def test_broken_yaml_is_refused(tmp_path, content, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_yaml(path)
+
+
+def test_pooling_follows_the_models_folder(model_folder, tmp_path):
+    folder = model_folder
+    assert pooling_of(str(folder)) == "model"
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    assert pooling_of(str(folder)) == "mean"
+    model = load_classifier(str(folder), ("a", "b", "c"))
+    model.save_pretrained(tmp_path / "saved")
+    assert pooling_of(str(tmp_path / "saved")) == "mean"
+    again = load_classifier(str(tmp_path / "saved"), ("a", "b", "c"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_mean_pooling_does_not_see_the_padding(model_folder):
+    model = load_classifier(str(model_folder), ("a", "b"), pooling="mean").eval()
+    ids = torch.tensor([[2, 5, 6, 3]])
+    padded = torch.tensor([[2, 5, 6, 3, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, model(padded, mask).logits)
+
+
+def test_every_example_occurs_once_an_epoch_and_lengths_are_alike():
+    lengths = [(7 * i) % 50 + 1 for i in range(500)]
+    batches = epoch_order(lengths, 8, seed=1, epoch=2)
+    assert sorted(i for batch in batches for i in batch) == list(range(500))
+    assert batches == epoch_order(lengths, 8, seed=1, epoch=2)
+    assert batches != epoch_order(lengths, 8, seed=1, epoch=3)
+    assert batches != epoch_order(lengths, 8, seed=2, epoch=2)
+    padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+    assert padded < 1.15 * sum(lengths)
+    assert sorted(i for batch in length_order(lengths, 8) for i in batch) == list(range(500))
+
+
+def test_scores_against_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = torch.Generator().manual_seed(0)
+    for classes in (2, 3):
+        true, predicted = torch.randint(classes, (2, 200), generator=generator).tolist()
+        scores = classification_scores(predicted, true, classes)
+        assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(true, predicted))
+        if classes == 2:
+            assert scores["f1"] == pytest.approx(metrics.f1_score(true, predicted))
+            expected = metrics.matthews_corrcoef(true, predicted)
+            assert scores["matthews"] == pytest.approx(expected)
+    assert classification_scores([0, 0], [0, 1], 2) == {"accuracy": 0.5, "f1": 0, "matthews": 0}
+
+
+def test_elsewhere_a_long_run_gets_some_lines():
+    screen = io.StringIO()
+    display = Display(Console(file=screen, force_terminal=False))
+    display.start(1000, 0)
+    for step in range(1, 1001):
+        display.step(step, 0.5, 1234.0)
+    lines = screen.getvalue().splitlines()
+    assert len(lines) == 20
+    assert re.fullmatch(r"step 50/1000  loss 0\.5000  1,234 tokens/s  0:\d\d left", lines[0])
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (61.6, "1:02"), (3725, "1:02:05")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def write_half(path):
+    with replaced(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"new": object()})
+    with pytest.raises(OSError, match="full"):
+        write_half(path)
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
