@@ -22,7 +22,11 @@ from speft_kernels.finetune import RunConfig
 from speft_kernels.finetune.run import finetune
 
 METHODS = {
-    "lora": {"method": "lora", "lora_rank": 1},  # first: its size is the budget of the others
+    "lora": {
+        "method": "lora",
+        "lora_rank": 1,
+        "head_warmup_steps": 30,
+    },  # first: its size is the budget of the others
     "gradient": {"method": "speft", "salience": "gradient", "head_warmup_steps": 30},
     "snip": {"method": "speft", "salience": "snip", "head_warmup_steps": 30},
 }

@@ -43,6 +43,15 @@ def kernels() -> ModuleType:
     return module
 
 
+def description() -> str:
+    """Say in a few words what the kernels run on here, or why they do not."""
+    module, reason = _load()
+    if module is None:
+        return reason or ""
+    threads = f"{torch.get_num_threads()} threads" if module.openmp else "one thread, no OpenMP"
+    return f"{module.instruction_set()}, {threads}"
+
+
 def dtype_code(tensor: Tensor) -> int:
     return DTYPE_CODES[tensor.dtype]
 

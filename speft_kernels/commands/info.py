@@ -29,7 +29,7 @@ def describe_machine() -> str:
     """Versions, processor, GPUs, and every backend of every operation."""
     import torch
 
-    from .. import __version__
+    from .. import __version__, _native
     from ..ops import registry
 
     rows = [
@@ -39,7 +39,7 @@ def describe_machine() -> str:
         *((name, _version(name)) for name in _LIBRARIES),
         ("system", f"{platform.system()} {platform.machine()}"),
         ("processor", f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),
-        ("instructions", torch.backends.cpu.get_cpu_capability()),
+        ("cpu kernels", _native.description()),
         ("gpus", ", ".join(_gpus()) or "none"),
     ]
     width = max(len(name) for name, _ in rows)

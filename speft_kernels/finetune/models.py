@@ -35,8 +35,8 @@ class MeanPoolClassifier(PreTrainedModel):
     """An encoder, the mean of its last hidden states over the real tokens, dropout, a linear head.
 
     Sentence encoders are trained with mean pooling; their `pooler` layer is left over from
-    pre-training. On the demo's data a head on all-MiniLM-L6-v2's mean reaches 74 % held-out
-    accuracy and one on its pooler 70 %.
+    pre-training. On the demo's data a linear head on all-MiniLM-L6-v2's mean reaches 74 % held-out
+    accuracy and one on its pooler 70 %, each at the best of three learning rates.
     """
 
     base_model_prefix = "backbone"
