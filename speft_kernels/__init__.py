@@ -1,24 +1,45 @@
 """Sparse parameter-efficient fine-tuning at the price of the frozen model."""
 
-from . import ops
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .adapter import load_adapter, read_adapter, save_adapter
-from .model import (
-    SpeftConfig,
-    apply_patterns,
-    desparsify,
-    merge,
-    score_and_select,
-    sparse_layers,
-    sparsify,
-    summary,
-    trainable_parameters,
-    unmerge,
-)
-from .nn import SparseDeltaLinear
-from .pattern import SparsePattern
-from .plan import SparsityPlan
-from .salience import SalienceReport
+
+if TYPE_CHECKING:
+    from . import ops
+    from .adapter import load_adapter, read_adapter, save_adapter
+    from .model import (
+        SpeftConfig,
+        apply_patterns,
+        desparsify,
+        merge,
+        score_and_select,
+        sparse_layers,
+        sparsify,
+        summary,
+        trainable_parameters,
+        unmerge,
+    )
+    from .nn import SparseDeltaLinear
+    from .pattern import SparsePattern
+    from .plan import SparsityPlan
+    from .salience import SalienceReport
+
+# Loaded on first use: `speft --help` must not wait for torch.
+_HOME = {
+    "adapter": ("load_adapter", "read_adapter", "save_adapter"),
+    "model": (
+        *("SpeftConfig", "apply_patterns", "desparsify", "merge", "score_and_select"),
+        *("sparse_layers", "sparsify", "summary", "trainable_parameters", "unmerge"),
+    ),
+    "nn": ("SparseDeltaLinear",),
+    "pattern": ("SparsePattern",),
+    "plan": ("SparsityPlan",),
+    "salience": ("SalienceReport",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "SalienceReport",
@@ -41,3 +62,15 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module(".ops", __name__)
+    if name in _MODULE_OF:
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

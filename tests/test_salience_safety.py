@@ -174,3 +174,11 @@ def test_head_warmup_needs_a_head_and_batches() -> None:
         sparsify(mlp(), mlp_config(head_warmup_steps=1, salience="magnitude"))
     with pytest.raises(SalienceError, match="batches is empty"):
         sparsify(mlp(), mlp_config(head_warmup_steps=1), [], pair_loss)
+
+
+def test_a_nan_loss_names_the_layer_that_it_comes_from() -> None:
+    model = trained_mlp()
+    with torch.no_grad():
+        model.second.weight[0, 0] = torch.nan
+    with pytest.raises(SalienceError, match="loss of batch 1 is nan; layer 'second' is the first"):
+        sparsify(model, mlp_config(), pair_batches(1), pair_loss)

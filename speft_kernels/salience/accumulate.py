@@ -118,13 +118,20 @@ def evaluate_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, label: s
         ConfigError: the default loss does not fit the model or the batch.
     """
     batch = to_device(batch, next(model.parameters()).device)
-    loss = loss_fn(model, batch) if loss_fn is not None else _default_loss(model, batch, label)
+
+    def run() -> Tensor:
+        return loss_fn(model, batch) if loss_fn is not None else _default_loss(model, batch, label)
+
+    loss = run()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise SalienceError(f"the loss of {label} must be a scalar tensor, got {found}")
     if not bool(torch.isfinite(loss.detach()).all()):
+        origin = _first_non_finite(model, run)
+        where = f"; layer {origin!r} is the first whose output is not finite" if origin else ""
         raise SalienceError(
-            f"the loss of {label} is {loss.item()}: look at that batch, or score in a wider dtype"
+            f"the loss of {label} is {loss.item()}{where}: look at that batch and the weights of "
+            "that layer, or score in a wider dtype"
         )
     if not loss.requires_grad:
         raise SalienceError(
@@ -132,6 +139,31 @@ def evaluate_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, label: s
             "detach, nor run under no_grad"
         )
     return loss
+
+
+def _first_non_finite(model: nn.Module, run: Callable[[], object]) -> str | None:
+    """Return the name of the first module without children that returns a NaN or an infinity."""
+    found: list[str] = []
+
+    def look(name: str, output: object) -> None:
+        tensors = output if isinstance(output, (list, tuple)) else (output,)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+                found.append(name)
+
+    leaves = [(name, m) for name, m in model.named_modules() if not any(m.children())]
+    hooks = [
+        module.register_forward_hook(lambda m, args, output, name=name: look(name, output))
+        for name, module in leaves
+        if name
+    ]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 def _default_loss(model: nn.Module, batch: Any, label: str) -> Tensor:

@@ -1,0 +1,24 @@
+"""The package's front door: every exported name is there, and the command starts without torch."""
+
+import subprocess
+import sys
+
+import speft_kernels
+
+
+def test_every_exported_name_is_there():
+    listed = set(speft_kernels._MODULE_OF) | {"ops", "__version__"}
+    assert listed == set(speft_kernels.__all__)
+    for name in speft_kernels.__all__:
+        assert getattr(speft_kernels, name) is not None
+    assert set(speft_kernels.__all__) <= set(dir(speft_kernels))
+
+
+def test_the_help_does_not_wait_for_torch():
+    code = (
+        "import sys; from speft_kernels.cli import main\n"
+        "try: main(['finetune', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
