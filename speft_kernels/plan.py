@@ -7,6 +7,8 @@ to keep.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,6 +22,10 @@ from .pattern import SparsePattern
 # K elements until the backward pass. Half is where copying stops saving memory worth its traffic.
 KEEP_COLUMNS_SHARE = 0.5
 
+# Rows of dW or of the delta that the torch backend makes dense at a time, over the used columns
+# only: at most 14 MB in float32 for K = 14336.
+PANEL_ROWS = 256
+
 
 class CompactIndices(NamedTuple):
     """Entries of a sparse matrix in CSR form over the rows and columns that hold any.
@@ -32,11 +38,26 @@ class CompactIndices(NamedTuple):
     crow: Tensor  # int64 [R + 1]
     cols: Tensor  # int32 [C], sorted: the columns that hold an entry
     local: Tensor  # int32 [nnz]: position of each entry's column in `cols`
+    panels: Tensor  # int64, on the host: where each panel of PANEL_ROWS rows starts in the entries
 
     @property
     def entry_rows(self) -> Tensor:
         """int64 `[nnz]`: the row of each entry."""
-        return torch.repeat_interleave(self.rows.long(), self.crow.diff())
+        return self._spread(self.rows.long())
+
+    def _spread(self, of_row: Tensor) -> Tensor:
+        # Without the size, a device would be asked for the sum of the counts.
+        return torch.repeat_interleave(of_row, self.crow.diff(), output_size=self.local.numel())
+
+    def row_panels(self) -> Iterator[tuple[Tensor, slice, Tensor]]:
+        """Yield, for each panel of PANEL_ROWS compact rows: the rows, the entries, and each
+        entry's row within the panel. Nothing is read back from the device.
+        """
+        row_of_entry = self._spread(torch.arange(self.rows.numel(), device=self.rows.device))
+        for i, (start, stop) in enumerate(itertools.pairwise(self.panels.tolist())):
+            first = i * PANEL_ROWS
+            entries = slice(start, stop)
+            yield self.rows[first : first + PANEL_ROWS], entries, row_of_entry[entries] - first
 
     @property
     def entry_cols(self) -> Tensor:
@@ -50,8 +71,13 @@ class CompactIndices(NamedTuple):
         crow = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=rows.device)
         torch.cumsum(counts, 0, out=crow[1:])
         used_cols, local = torch.unique(cols, return_inverse=True)
+        panels = torch.cat([crow[:-1:PANEL_ROWS], crow[-1:]]).cpu()
         return cls(
-            used_rows.to(torch.int32), crow, used_cols.to(torch.int32), local.to(torch.int32)
+            used_rows.to(torch.int32),
+            crow,
+            used_cols.to(torch.int32),
+            local.to(torch.int32),
+            panels,
         )
 
     def transpose(self) -> tuple[CompactIndices, Tensor]:

@@ -11,8 +11,6 @@ after the addition.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,9 +19,6 @@ from .. import _native
 from ..pattern import SparsePattern
 from ..plan import CompactIndices, plan_of
 from . import _checks, registry
-
-# Rows of D that the torch backend makes dense at a time, over the used columns only.
-PANEL_ROWS = 256
 
 
 def sparse_delta_matmul(
@@ -155,15 +150,9 @@ def _reference(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> 
 @registry.implement("sparse_delta_matmul", "torch")
 def _torch(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> None:
     x_used = x.index_select(1, sparse.cols).to(values.dtype)
-    bounds = [*sparse.crow[:-1:PANEL_ROWS].tolist(), sparse.local.numel()]
-    entry_rows = torch.repeat_interleave(
-        torch.arange(sparse.rows.numel(), device=x.device), sparse.crow.diff()
-    )
-    for panel, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        first = panel * PANEL_ROWS
-        rows = sparse.rows[first : first + PANEL_ROWS]
+    for rows, entries, row in sparse.row_panels():
         dense = values.new_zeros(rows.numel(), sparse.cols.numel())
-        dense[entry_rows[start:stop] - first, sparse.local[start:stop].long()] = values[start:stop]
+        dense[row, sparse.local[entries].long()] = values[entries]
         update = (x_used @ dense.t()).add_(y.index_select(1, rows))
         y.index_copy_(1, rows.long(), update.to(y.dtype))
 
@@ -194,10 +183,16 @@ def _add_delta(
     """
     serve = registry.resolve("sparse_delta_matmul", x.device, x.dtype, backend).function
     if twin:
-        serve(y, x, values[csc[4]], CompactIndices(*csc[:4]))
+        serve(y, x, values[csc[-1]], CompactIndices(*csc[:-1]))
     else:
         serve(y, x, values, CompactIndices(*csr))
     return y
+
+
+def _split(indices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Part the saved index tensors into `csr` and `csc`, which has the permutation beside."""
+    size = len(CompactIndices._fields)
+    return indices[:size], indices[size:]
 
 
 @torch.library.custom_op("speft::delta_matmul", mutates_args=())
@@ -224,16 +219,16 @@ def _save_delta(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _delta_backward(ctx, dy):  # type: ignore[no-untyped-def]
     x, values, *indices = ctx.saved_tensors
-    csr, csc = indices[:4], indices[4:]
+    csr, csc = _split(indices)
     dx = d_values = None
     if ctx.needs_input_grad[0]:
-        back = torch.argsort(csc[4])
+        back = torch.argsort(csc[-1])
         dx = torch.ops.speft.delta_matmul(
-            dy, values[csc[4]], csc[:4], [*csr, back], x.shape[1], ctx.backend
+            dy, values[csc[-1]], csc[:-1], [*csr, back], x.shape[1], ctx.backend
         )
     if ctx.needs_input_grad[1]:
         d_values = torch.ops.speft.sampled_grad(dy, x, csr, ctx.backend)
-    return dx, d_values, [None] * 4, [None] * 5, None, None
+    return dx, d_values, [None] * len(csr), [None] * len(csc), None, None
 
 
 _delta_matmul.register_autograd(_delta_backward, setup_context=_save_delta)
@@ -273,7 +268,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     x, weight, values, *indices = ctx.saved_tensors
-    csr, csc = indices[:4], indices[4:]
+    csr, csc = _split(indices)
     dx = d_weight = d_values = d_bias = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.speft.sparse_delta_matmul(
@@ -287,7 +282,7 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
         d_values = torch.ops.speft.sampled_grad(rows_side, cols_side, csr, ctx.backend)
     if ctx.needs_input_grad[3]:
         d_bias = dy.sum(0)
-    return dx, d_weight, d_values, d_bias, [None] * 4, [None] * 5, None, None
+    return dx, d_weight, d_values, d_bias, [None] * len(csr), [None] * len(csc), None, None
 
 
 _sparse_delta_matmul.register_autograd(_backward, setup_context=_save)
