@@ -20,8 +20,8 @@ class ResidentLinear(torch.autograd.Function):
     """`y = x @ W^T + b` for a weight that already holds `base + values` at its trained entries.
 
     Forward and input gradient are the frozen layer's own two GEMMs. Saved for the backward pass:
-    the activation columns that the plan keeps, where `values` trains; a reference to `weight`,
-    where `x` needs a gradient.
+    the activation columns that the plan keeps (for a block pattern all of them), where `values`
+    trains; a reference to `weight`, where `x` needs a gradient.
 
     Shapes: x `[M, K]`, values `plan.pattern.values_shape`, weight `[N, K]`, bias `[N]` or None; y
         `[M, N]`.
@@ -38,9 +38,8 @@ class ResidentLinear(torch.autograd.Function):
         if needs_values:
             kept = x if pattern.is_block else plan.keep(x)
         ctx.save_for_backward(kept, weight if needs_x else None)
-        # Under autocast x arrives in the lower precision; the cast of the weight is transient, as
-        # in a frozen layer.
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        # Under autocast x arrives in the lower precision, and the product casts the weight.
+        return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -4,6 +4,7 @@ entries.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -21,14 +22,19 @@ from .plan import plan_of
 MODES = ("resident", "additive")
 
 
-def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """After a step of any optimizer, raise the version of every parameter that it has changed.
+# The layers that exist, for the hook below.
+_layers: weakref.WeakSet[SparseDeltaLinear] = weakref.WeakSet()
 
-    Resident layers see by its version that `values` changed. Operations in place raise it, but
+
+def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """After a step of any optimizer, raise the version of the `values` that it holds.
+
+    A resident layer sees by its version that `values` changed. Operations in place raise it, but
     fused optimizers, torch's own among them, write past it.
     """
+    ours = {id(layer.values) for layer in _layers}
     for group in optimizer.param_groups:
-        changed = [p for p in group["params"] if p.grad is not None]
+        changed = [p for p in group["params"] if id(p) in ours]
         torch.autograd.graph.increment_version(changed)
 
 
@@ -93,6 +99,7 @@ class SparseDeltaLinear(nn.Module):
         # What the weight's trained entries hold now: (values, weight) by version and address, or
         # None for W0.
         self._written: tuple[int, ...] | None = None
+        _layers.add(self)
 
     def _take_plain(self, linear: nn.Linear, pattern: SparsePattern) -> None:
         weight = linear.weight
@@ -148,14 +155,15 @@ class SparseDeltaLinear(nn.Module):
         return self._pattern
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.base is not None:
+            return self._forward_over_base(x)
         device = x.device.type
-        if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        if autocast:
             x = x.to(torch.get_autocast_dtype(device))
         if self.mode == "additive" and not self._pattern.is_empty:
-            return self._forward_additive(x)
-        if self.base is not None:
-            return self.base(x)
-        self.sync()
+            return self._forward_additive(x, autocast)
+        self._sync_if_changed()
         if self._pattern.is_empty or not (torch.is_grad_enabled() and self.values.requires_grad):
             return F.linear(x, self.weight, self.bias)
         if x.shape[-1] != self.in_features:
@@ -169,30 +177,38 @@ class SparseDeltaLinear(nn.Module):
         )
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _forward_additive(self, x: Tensor) -> Tensor:
+    def _forward_over_base(self, x: Tensor) -> Tensor:
+        assert self.base is not None
+        y: Tensor = self.base(x)
+        if self._pattern.is_empty:
+            return y
+        values = self.values.to(accumulator_dtype(y.dtype))
+        return y + ops.delta_matmul(x.to(y.dtype), values, self._pattern)
+
+    def _forward_additive(self, x: Tensor, autocast: bool) -> Tensor:
         self._restore()
-        with torch.autocast(x.device.type, enabled=False):
-            if self.base is not None:
-                y = self.base(x)
-                return y + ops.delta_matmul(x.to(y.dtype), self.values, self._pattern)
-            weight, bias = self.weight, self.bias
-            return ops.sparse_delta_matmul(
-                x,
-                weight.to(x.dtype),
-                self.values,
-                self._pattern,
-                None if bias is None else bias.to(x.dtype),
-            )
+        weight, bias = self.weight.detach(), self.bias
+        if autocast:
+            weight = weight.to(x.dtype)
+            bias = None if bias is None else bias.to(x.dtype)  # type: ignore[assignment]
+        return ops.sparse_delta_matmul(x, weight, self.values, self._pattern, bias)
 
     def _state(self) -> tuple[int, ...]:
         values, weight = self.values, self.weight
         return values._version, values.data_ptr(), weight._version, weight.data_ptr()
 
-    @torch.no_grad()
     def sync(self) -> None:
-        """Make the weight hold what the mode says, if it does not yet: W0 + D (resident) or W0
-        (additive).
+        """Make the weight hold what the mode says: W0 + D (resident) or W0 (additive).
+
+        A forward pass does so by itself. Call it after writing through `values.data` or past the
+        version of `weight`, which cannot be seen.
         """
+        if self._written is not None:
+            self._written = ()
+        self._sync_if_changed()
+
+    @torch.no_grad()
+    def _sync_if_changed(self) -> None:
         if self.mode == "additive":
             self._restore()
         elif not self._pattern.is_empty and self._written != self._state():
@@ -285,38 +301,73 @@ class SparseDeltaLinear(nn.Module):
             self.values.grad = None
             self.values.data = values.to(self.values.device, dtype)
             self.values.grad = None if grad is None else grad.to(dtype)
+        if self._written is not None:
+            self._written = ()  # the memory is new, though its address may be an old one
         if self.indices.device.type != "meta":
             self._pattern = self._pattern.to(self.indices.device)
             self.indices = self._pattern.indices
         return self
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._sync_if_changed()  # or `weight` would be one optimizer step behind `values`
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # The pattern behind the indices must go through its validation, as from any other source.
-        stored, errors = state_dict.get(prefix + "indices"), args[-1]
-        if isinstance(stored, Tensor) and stored.shape == self.indices.shape:
+        errors: list[str] = args[-1]
+
+        def comes(name: str) -> bool:
+            own, stored = getattr(self, name), state_dict.get(prefix + name)
+            return isinstance(stored, Tensor) and own is not None and stored.shape == own.shape
+
+        if comes("indices"):
             try:
-                loaded = SparsePattern(self._pattern.shape, stored, self._pattern.block_shape)
+                # As from any other source, indices become a pattern only by its validation.
+                pattern = SparsePattern(
+                    self._pattern.shape, state_dict[prefix + "indices"], self._pattern.block_shape
+                )
             except PatternError as error:
                 errors.append(f"{prefix}indices: {error}")
                 return
-            if loaded != self._pattern:
+            if pattern != self._pattern:
+                others = (
+                    ("values",) if self.base is not None else ("values", "base_values", "weight")
+                )
+                missing = [name for name in others if not comes(name)]
+                if missing:
+                    errors.append(
+                        f"{prefix}indices name other entries than this layer trains, and "
+                        f"{', '.join(missing)} of the same layer do not come with them"
+                    )
+                    return
                 self._restore()
-                self._pattern = loaded.to(self.indices.device)
+                self._pattern = pattern.to(self.indices.device)
                 self.indices = self._pattern.indices
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # The loaded weight holds whatever it held when it was saved. Writing is idempotent: the
-        # next sync settles it.
         if self.base is None and not self._pattern.is_empty:
-            with torch.no_grad():
-                ops.write_delta(self.weight, self._pattern, self.base_values, None)
-        self._written = None
+            self._settle(comes("weight"), comes("base_values"))
+
+    @torch.no_grad()
+    def _settle(self, new_weight: bool, new_base_values: bool) -> None:
+        """Make weight and base values agree after either was loaded, and the weight hold W0."""
+        if new_base_values:
+            # Whatever delta the weight held when it was saved goes; the next forward writes ours.
+            ops.write_delta(self.weight, self._pattern, self.base_values, None)
+        elif new_weight:
+            taken = self.weight.detach().view(-1)[self._pattern.entry_indices.long()]
+            self.base_values.copy_(taken.reshape(self.base_values.shape))
+        if new_weight or new_base_values:
+            self._written = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses mean nothing in a copy.
-        restored = self._written is not None
-        return {**self.__dict__, "_written": () if restored else None}
+        written = self._written is not None
+        return {**self.__dict__, "_written": () if written else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _layers.add(self)
 
     def extra_repr(self) -> str:
         pattern = self._pattern

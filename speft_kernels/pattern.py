@@ -6,8 +6,9 @@ may build one.
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any, NoReturn
+from collections.abc import Callable
+from functools import cached_property, wraps
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,18 @@ from torch import Tensor
 from .errors import PatternError
 
 _INT32_LIMIT = 2**31
+_T = TypeVar("_T")
+
+
+def lazy_tensor(method: Callable[[Any], _T]) -> cached_property[_T]:
+    """A `cached_property` whose tensors autograd may save, even if an inference asked first."""
+
+    @wraps(method)
+    def compute(owner: Any) -> _T:
+        with torch.inference_mode(False):
+            return method(owner)
+
+    return cached_property(compute)
 
 
 class SparsePattern:
@@ -61,7 +74,8 @@ class SparsePattern:
         dtype = torch.int32 if shape[0] * shape[1] < _INT32_LIMIT else torch.int64
         # The pattern must not change when the caller later writes into the tensor that was handed
         # in.
-        owned = indices.detach().to(dtype, copy=True).contiguous()
+        with torch.inference_mode(False):
+            owned = indices.detach().to(dtype, copy=True).contiguous()
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "block_shape", block_shape)
         object.__setattr__(self, "indices", owned)
@@ -149,17 +163,17 @@ class SparsePattern:
         """Shape of the trained values: `[nnz]`, or `[num_blocks, bh, bw]` for a block pattern."""
         return (self.num_blocks, *self.block_shape) if self.is_block else (self.num_blocks,)
 
-    @cached_property
+    @lazy_tensor
     def block_rows(self) -> Tensor:
         """int32 `[num_blocks]`: the row of each block in the grid of blocks."""
         return torch.div(self.indices, self._grid_width, rounding_mode="floor").to(torch.int32)
 
-    @cached_property
+    @lazy_tensor
     def block_cols(self) -> Tensor:
         """int32 `[num_blocks]`: the column of each block in the grid of blocks."""
         return torch.remainder(self.indices, self._grid_width).to(torch.int32)
 
-    @cached_property
+    @lazy_tensor
     def entry_indices(self) -> Tensor:
         """`[nnz]`: the flat index into the weight of each trained scalar, in the order of
         `values.reshape(-1)`.
@@ -187,12 +201,12 @@ class SparsePattern:
         """int32 `[nnz]`: the in_feature of each trained scalar."""
         return torch.remainder(self.entry_indices, max(self.shape[1], 1)).to(torch.int32)
 
-    @cached_property
+    @lazy_tensor
     def used_rows(self) -> Tensor:
         """int32, sorted: the out_features that hold any trained scalar."""
         return _expand(torch.unique(self.block_rows), self.block_shape[0])
 
-    @cached_property
+    @lazy_tensor
     def used_cols(self) -> Tensor:
         """int32, sorted: the in_features that hold any trained scalar."""
         return _expand(torch.unique(self.block_cols), self.block_shape[1])

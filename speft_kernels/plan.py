@@ -10,13 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .pattern import SparsePattern
+from .pattern import SparsePattern, lazy_tensor
 
 # Copying x[:, used] costs a read and a write of the copy; keeping x costs nothing now but holds M *
 # K elements until the backward pass. Half is where copying stops saving memory worth its traffic.
@@ -123,14 +122,14 @@ class SparsityPlan:
         """
         return x if self.kept_columns is None else x.index_select(1, self.kept_columns)
 
-    @cached_property
+    @lazy_tensor
     def row_order(self) -> Tensor | None:
         """int64 `[nnz]`: sorts `values.reshape(-1)` by (row, column); None where they are sorted
         already.
         """
         return torch.argsort(self.pattern.entry_indices) if self.pattern.is_block else None
 
-    @cached_property
+    @lazy_tensor
     def csr(self) -> CompactIndices:
         """Entries by row, columns as in the weight."""
         rows, cols = self.pattern.rows, self.pattern.cols
@@ -138,14 +137,14 @@ class SparsityPlan:
             rows, cols = rows[self.row_order], cols[self.row_order]
         return CompactIndices.build(rows, cols)
 
-    @cached_property
+    @lazy_tensor
     def csc(self) -> tuple[CompactIndices, Tensor]:
         """Entries by column, for the input-gradient twin, and the permutation of values sorted by
         row.
         """
         return self.csr.transpose()
 
-    @cached_property
+    @lazy_tensor
     def kept_csr(self) -> CompactIndices:
         """Entries by row, columns as in the kept activations."""
         if self.kept_columns is None:

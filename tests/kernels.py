@@ -13,7 +13,8 @@ from speft_kernels.testing import realistic_pattern, uniform_pattern
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # (M, N, K): one token, no token, sizes below and beside every vector width, several token blocks.
-SHAPES = ((0, 8, 6), (1, 5, 7), (3, 33, 17), (50, 64, 48), (613, 96, 130))
+# The last has tokens enough for every thread to sum splits of its own.
+SHAPES = ((0, 8, 6), (1, 5, 7), (3, 33, 17), (50, 64, 48), (613, 96, 130), (2100, 40, 24))
 
 KINDS = ("uniform", "realistic", "empty", "full", "row", "column", "single")
 
@@ -38,6 +39,10 @@ def make_pattern(kind: str, n: int, k: int) -> SparsePattern:
 def backends(op: str) -> list[str]:
     """The backends that serve `op` on this machine's CPU."""
     return [row["backend"] for row in registry.table() if row["op"] == op and row["available"]]
+
+
+def implementation(op: str, backend: str):
+    return registry.resolve(op, torch.device("cpu"), torch.float32, backend).function
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -68,7 +73,11 @@ def assert_as_exact_as_torch(ours: Tensor, theirs: Tensor, exact: np.ndarray) ->
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the elements of the largest new tensor that a torch operation returns in the block."""
+    """Counts the elements of the largest new tensor that a torch operation returns in the block.
+
+    It does not see into a registered operation: call the backend's function itself, as
+    `implementation` returns it.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from kernels import (
     assert_as_exact_as_torch,
     backends,
     exact_product,
+    implementation,
 )
 
 from speft_kernels import SparsePattern, ops
@@ -35,7 +36,7 @@ def at(dense, pattern):
 def test_error_is_at_most_twice_torchs(backend, dtype, block):
     n, k = 128 - 128 % block[0], 192 - 192 % block[1]
     pattern = make_pattern(n, k, block)
-    for m in (0, 1, 19, 700):
+    for m in (0, 1, 19, 700, 3000):
         dy, x = torch.randn(m, n).to(dtype), torch.randn(m, k).to(dtype)
         ours = ops.block_grad(dy, x, pattern, backend=backend)
         assert ours.dtype == accumulator(dtype)
@@ -70,10 +71,11 @@ def test_strides_and_empty_patterns(backend):
     assert ops.block_grad(dy, x, empty, backend=backend).shape == (0, 16, 8)
 
 
+@pytest.mark.parametrize("m", [700, 3000])
 @pytest.mark.parametrize("block", [(16, 16), (64, 1), (1, 64)])
-def test_threads_do_not_change_a_bit(block):
+def test_threads_do_not_change_a_bit(block, m):
     pattern = make_pattern(128, 192, block)
-    dy, x = torch.randn(700, 128), torch.randn(700, 192)
+    dy, x = torch.randn(m, 128), torch.randn(m, 192)
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
@@ -81,13 +83,27 @@ def test_threads_do_not_change_a_bit(block):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
-def test_no_dense_gradient_exists(backend):
+def test_no_dense_gradient_exists_in_the_torch_backend():
     pattern = make_pattern(2048, 1024, (16, 16), share=0.01)
     dy, x = torch.randn(8, 2048), torch.randn(8, 1024)
-    with LargestTensor() as largest:
-        ops.block_grad(dy, x, pattern, backend=backend)
-    assert largest.numel <= 2048 * 1024 // 8
+    out = torch.empty(pattern.values_shape)
+    largest = {}
+    for backend in ("torch", "reference"):
+        run = implementation("block_grad", backend)
+        with LargestTensor() as seen:
+            run(dy, x, pattern.block_rows, pattern.block_cols, out, False)
+        largest[backend] = seen.numel
+    assert largest["torch"] <= 2048 * 1024 // 8
+    assert largest["reference"] == 2048 * 1024
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing_inside(backend):
+    pattern = make_pattern(64, 48, (16, 8))
+    dy, x = torch.randn(30, 64), torch.randn(30, 48)
+    plain = ops.block_grad(dy, x, pattern, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ops.block_grad(dy, x, pattern, backend=backend), plain)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -380,3 +380,12 @@ def test_the_example_for_any_model_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", done.stdout)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m speft_kernels.cli info"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -1"], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("speft-kernels")
+    assert "Traceback" not in done.stderr

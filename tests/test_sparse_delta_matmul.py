@@ -11,11 +11,13 @@ from kernels import (
     assert_as_exact_as_torch,
     backends,
     exact_product,
+    implementation,
     make_pattern,
 )
 
 from speft_kernels import SparsePattern, ops
 from speft_kernels.plan import plan_of
+from speft_kernels.testing import uniform_pattern
 
 BACKENDS = backends("sparse_delta_matmul")
 
@@ -88,7 +90,7 @@ def test_delta_alone(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 4, 5, 613])
+@pytest.mark.parametrize("m", [1, 4, 5, 613, 2100])
 def test_threads_do_not_change_a_bit(dtype, m):
     pattern = make_pattern("realistic", 96, 130)
     o = operands(m, pattern, dtype)
@@ -110,14 +112,41 @@ def test_strides_and_leading_dimensions(backend):
     torch.testing.assert_close(y.reshape(10, 33), plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
-def test_no_second_weight_exists(backend):
+def test_no_second_weight_exists_in_the_torch_backend():
     pattern = make_pattern("realistic", 2048, 1024)
     o = operands(8, pattern, torch.float32)
-    assert plan_of(pattern).csc is not None  # built beforehand, as in training
-    with LargestTensor() as largest:
-        ops.sparse_delta_matmul(o["x"], o["weight"], o["values"], pattern, backend=backend)
-    assert largest.numel <= max(2048 * 1024 // 8, pattern.nnz)
+    largest = {}
+    for backend in ("torch", "reference"):
+        y = torch.zeros(8, 2048)
+        with LargestTensor() as seen:
+            implementation("sparse_delta_matmul", backend)(
+                y, o["x"], o["values"], plan_of(pattern).csr
+            )
+        largest[backend] = seen.numel
+    assert largest["torch"] <= max(2048 * 1024 // 8, pattern.nnz)
+    assert largest["reference"] == 2048 * 1024
+
+
+def test_no_second_weight_exists_in_the_compiled_kernel(memory_high_water):
+    pattern = uniform_pattern((8192, 4096), 0.001)
+    o = operands(64, pattern, torch.float32)
+
+    def run():
+        ops.sparse_delta_matmul(o["x"], o["weight"], o["values"], pattern, backend="cpu")
+
+    # Panels of 16 tokens of all lines for each of up to 8 threads: 6 MB; y is 2 MB, W 128 MiB.
+    torch.set_num_threads(min(8, torch.get_num_threads()))
+    assert memory_high_water(run) < 24 << 20
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing_inside(backend):
+    pattern = make_pattern("uniform", 33, 17)
+    o = operands(50, pattern, torch.float32)
+    arguments = (o["x"], o["weight"], o["values"], pattern, o["bias"])
+    plain = ops.sparse_delta_matmul(*arguments, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ops.sparse_delta_matmul(*arguments, backend=backend), plain)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -75,6 +75,31 @@ def test_library_contract(backend):
         )
 
 
+def test_float16_subnormals_survive_flushed_denormals():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        base = torch.tensor([1, 0x8001, 0x3FF, 0x400], dtype=torch.int32).to(torch.int16)
+        base = base.view(torch.float16)
+        pattern = SparsePattern.from_mask(torch.ones(1, 4, dtype=torch.bool))
+        weight = torch.zeros(1, 4, dtype=torch.float16)
+        ops.write_delta(weight, pattern, base, torch.zeros(4), backend="cpu")
+        assert weight[0].view(torch.int16).tolist() == base.view(torch.int16).tolist()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_indices_beyond_int32():
+    pattern = SparsePattern((1 << 16, 1 << 15), torch.tensor([5, (1 << 31) - 1]))
+    weight = torch.empty(1 << 16, 1 << 15, dtype=torch.bfloat16)  # 4 GiB, of which 2 pages are used
+    base = torch.zeros(2, dtype=torch.bfloat16)
+    for backend in BACKENDS:
+        ops.write_delta(weight, pattern, base, torch.tensor([1.0, 2.0]), backend=backend)
+        assert [weight[0, 5].item(), weight[-1, -1].item()] == [1.0, 2.0]
+        ops.write_delta(weight, pattern, base, None, backend=backend)
+        assert [weight[0, 5].item(), weight[-1, -1].item()] == [0.0, 0.0]
+
+
 def test_the_weights_version_tells_of_the_write():
     pattern = make_pattern("uniform", 6, 5)
     weight = torch.randn(6, 5)

@@ -48,13 +48,22 @@ SPEFT_INLINE float widen(BFloat16 x) {
     return bit_cast<float>(uint32_t(x.bits) << 16);
 }
 SPEFT_INLINE float widen(Float16 x) {
-    // Shift exponent and mantissa into float32's place, then correct the exponent's bias, 127 - 15,
-    // by a multiplication, which also normalises subnormals. Inf and NaN keep a full exponent.
+    // Exponent and mantissa shifted into float32's place; then the exponent's bias corrected, 127
+    // instead of 15. Inf and NaN keep a full exponent. A subnormal is its mantissa times 2^-24: the
+    // mantissa is read off 2^23 + mantissa, so that no float32 subnormal occurs, which a processor
+    // may be set to take for zero.
     const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
-    const float scaled = bit_cast<float>(magnitude) * bit_cast<float>(uint32_t(127 + 112) << 23);
-    const uint32_t special = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u | magnitude : 0u;
+    const uint32_t exponent = x.bits & 0x7c00u;
+    const uint32_t normal = magnitude + (uint32_t(127 - 15) << 23);
+    const uint32_t special = magnitude | 0x7f800000u;
+    const float mantissa = bit_cast<float>(0x4b000000u | (x.bits & 0x3ffu)) - 8388608.0f;
+    const uint32_t subnormal =
+        bit_cast<uint32_t>(mantissa * bit_cast<float>(uint32_t(127 - 24) << 23));
     const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
-    return bit_cast<float>((special ? special : bit_cast<uint32_t>(scaled)) | sign);
+    return bit_cast<float>((exponent == 0         ? subnormal
+                            : exponent == 0x7c00u ? special
+                                                  : normal) |
+                           sign);
 }
 
 // Rounding is to nearest, ties to even, as torch rounds.

@@ -69,13 +69,14 @@ class ScratchCache {
             std::free(block.memory);
     }
 
-    // At least `bytes`, aligned for vectors. Throws std::bad_alloc.
+    // `bytes` of memory, aligned for vectors. Throws std::bad_alloc.
     void* take(size_t bytes) {
-        for (Block& block : blocks_) {
-            if (block.bytes != bytes) continue;
-            void* memory = block.memory;
-            block = blocks_.back();
-            blocks_.pop_back();
+        blocks_.reserve(kMostBlocks);  // so that give_back cannot throw
+        const auto same = [bytes](const Block& block) { return block.bytes == bytes; };
+        const auto found = std::find_if(blocks_.begin(), blocks_.end(), same);
+        if (found != blocks_.end()) {
+            void* memory = found->memory;
+            blocks_.erase(found);
             kept_ -= bytes;
             return memory;
         }
@@ -85,19 +86,19 @@ class ScratchCache {
     }
 
     void give_back(void* memory, size_t bytes) {
+        if (bytes > kMostBytes || blocks_.size() == kMostBlocks) return std::free(memory);
         // The oldest go first, so that sizes no longer in use do not stay.
-        while (!blocks_.empty() && kept_ + bytes > kMostBytes) {
+        while (kept_ + bytes > kMostBytes) {
             std::free(blocks_.front().memory);
             kept_ -= blocks_.front().bytes;
             blocks_.erase(blocks_.begin());
         }
-        if (bytes > kMostBytes) return std::free(memory);
         blocks_.push_back({memory, bytes});
         kept_ += bytes;
     }
 
   private:
-    static constexpr size_t kMostBytes = 16 << 20;
+    static constexpr size_t kMostBytes = 16 << 20, kMostBlocks = 256;
     struct Block {
         void* memory;
         size_t bytes;

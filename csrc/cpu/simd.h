@@ -42,7 +42,7 @@ SPEFT_INLINE Vector<T> load_aligned(const T* p) {
 template <class T>
 SPEFT_INLINE T sum_lanes(const Vector<T>& v) {
     // Neighbours first, as a tree: the order of add_sums_of_lanes, so that a sum does not depend on
-    // which of the two took it, nor on the instruction set.
+    // which of the two took it.
     T part[VectorOf<T>::lanes];
     __builtin_memcpy(part, &v, sizeof(v));
     for (int width = VectorOf<T>::lanes / 2; width > 0; width /= 2)

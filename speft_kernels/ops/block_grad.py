@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _native
 from ..pattern import SparsePattern
 from . import _checks, registry
+from ._library import operation
 from .sampled_grad import _check_out
 
 # Elements that the torch backend gathers at a time, of dy and of x together: 64 MB in float32.
@@ -59,7 +60,7 @@ def block_grad(
         if accumulate:
             raise ValueError("accumulate=True needs the buffer to accumulate into: pass out=")
         return torch.ops.speft.block_grad(dy, x, *where, backend)
-    _check_out(out, (pattern.num_blocks, bh, bw), dy)
+    _check_out(out, (pattern.num_blocks, bh, bw), dy, x)
     torch.ops.speft.block_grad_(dy, x, *where, out, accumulate, backend)
     return out
 
@@ -110,7 +111,7 @@ def _cpu(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor, out: Tensor, accumul
     )
 
 
-@torch.library.custom_op("speft::block_grad_", mutates_args=("out",))
+@operation("speft::block_grad_", mutates=["out"])
 def _block_grad_out(
     dy: Tensor,
     x: Tensor,
@@ -135,7 +136,7 @@ def _allocate(dy: Tensor, rows: Tensor, bh: int, bw: int) -> Tensor:
     return dy.new_empty((rows.shape[0], bh, bw), dtype=_checks.accumulator_dtype(dy.dtype))
 
 
-@torch.library.custom_op("speft::block_grad", mutates_args=())
+@operation("speft::block_grad")
 def _block_grad(
     dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor, bh: int, bw: int, backend: str | None
 ) -> Tensor:

@@ -16,6 +16,7 @@ from .. import _native
 from ..pattern import SparsePattern
 from ..plan import CompactIndices, SparsityPlan, plan_of
 from . import _checks, registry
+from ._library import operation
 
 
 def sampled_grad(
@@ -67,12 +68,14 @@ def sampled_grad(
         if accumulate:
             raise ValueError("accumulate=True needs the buffer to accumulate into: pass out=")
         return torch.ops.speft.sampled_grad(dy, x, csr, backend)
-    _check_out(out, (pattern.nnz,), dy)
+    _check_out(out, (pattern.nnz,), dy, x)
     torch.ops.speft.sampled_grad_(dy, x, csr, out, accumulate, backend)
     return out
 
 
-def _check_out(out: Tensor, shape: tuple[int, ...], dy: Tensor) -> None:
+def _check_out(out: Tensor, shape: tuple[int, ...], dy: Tensor, x: Tensor) -> None:
+    if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
+        raise ValueError("out= cannot carry a gradient, and dy or x requires one: leave it out")
     dtype = _checks.accumulator_dtype(dy.dtype)
     if tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
         raise ValueError(
@@ -124,7 +127,7 @@ def _cpu(dy: Tensor, x: Tensor, csr: CompactIndices, out: Tensor, accumulate: bo
     )
 
 
-@torch.library.custom_op("speft::sampled_grad_", mutates_args=("out",))
+@operation("speft::sampled_grad_", mutates=["out"])
 def _sampled_grad_out(
     dy: Tensor, x: Tensor, csr: list[Tensor], out: Tensor, accumulate: bool, backend: str | None
 ) -> None:
@@ -141,7 +144,7 @@ def _allocate(dy: Tensor, csr: list[Tensor]) -> Tensor:
     return dy.new_empty(csr[3].shape, dtype=_checks.accumulator_dtype(dy.dtype))
 
 
-@torch.library.custom_op("speft::sampled_grad", mutates_args=())
+@operation("speft::sampled_grad")
 def _sampled_grad(dy: Tensor, x: Tensor, csr: list[Tensor], backend: str | None) -> Tensor:
     out = _allocate(dy, csr)
     serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend).function

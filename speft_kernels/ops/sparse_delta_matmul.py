@@ -19,6 +19,7 @@ from .. import _native
 from ..pattern import SparsePattern
 from ..plan import CompactIndices, plan_of
 from . import _checks, registry
+from ._library import operation
 
 
 def sparse_delta_matmul(
@@ -195,7 +196,7 @@ def _split(indices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return indices[:size], indices[size:]
 
 
-@torch.library.custom_op("speft::delta_matmul", mutates_args=())
+@operation("speft::delta_matmul")
 def _delta_matmul(
     x: Tensor,
     values: Tensor,
@@ -234,7 +235,7 @@ def _delta_backward(ctx, dy):  # type: ignore[no-untyped-def]
 _delta_matmul.register_autograd(_delta_backward, setup_context=_save_delta)
 
 
-@torch.library.custom_op("speft::sparse_delta_matmul", mutates_args=())
+@operation("speft::sparse_delta_matmul")
 def _sparse_delta_matmul(
     x: Tensor,
     weight: Tensor,

@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import _native
 from ..errors import SalienceError, nearest
 from . import _checks, registry
+from ._library import operation
 
 # metric -> (code in csrc/cpu/topk_salience.cpp, needs the weight, needs the gradient)
 _METRICS = {
@@ -90,6 +91,7 @@ def topk_salience(
     result: list[Tensor] = []
     for group in groups:
         matrices = [_first(pairs[i]) for i in group]
+        _check_alike(matrices)
         count = _budget(k, sum(m.numel() for m in matrices), scope, labels[group[0]])
         members = [pairs[i] for i in group]
         try:
@@ -101,8 +103,7 @@ def topk_salience(
         except NonFiniteScoreError as error:
             raise SalienceError(
                 f"the {metric} score of {labels[group[error.matrix]]} has NaN or infinite "
-                "entries: its weight or "
-                "gradient is not finite"
+                "entries: its weight or gradient is not finite, or their product is out of range"
             ) from None
         parts = indices.split(counts.tolist())
         result += [
@@ -171,15 +172,17 @@ def _operands(
                 grad.detach().contiguous() if needs_grad and grad is not None else None,
             )
         )
-    for pair in pairs[1:]:
-        first, this = _first(pairs[0]), _first(pair)
-        if this.dtype != first.dtype or this.device != first.device:
-            raise ValueError(
-                f"the matrices must share dtype and device, got {first.dtype} on {first.device} "
-                "and "
-                f"{this.dtype} on {this.device}"
-            )
     return pairs
+
+
+def _check_alike(matrices: list[Tensor]) -> None:
+    first = matrices[0]
+    for matrix in matrices[1:]:
+        if matrix.dtype != first.dtype or matrix.device != first.device:
+            raise ValueError(
+                "matrices that are ranked together must share dtype and device, got "
+                f"{first.dtype} on {first.device} and {matrix.dtype} on {matrix.device}"
+            )
 
 
 def _budget(k: int | float, total: int, scope: str, label: str) -> int:
@@ -305,7 +308,7 @@ def _cpu(pairs: list[Pair], k: int, metric: str) -> Selection:
     return indices, counts
 
 
-@torch.library.custom_op("speft::topk_salience", mutates_args=())
+@operation("speft::topk_salience")
 def _topk_salience(
     weights: list[Tensor], grads: list[Tensor], k: int, metric: str, backend: str | None
 ) -> tuple[Tensor, Tensor]:

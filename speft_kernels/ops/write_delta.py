@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _native
 from ..pattern import SparsePattern
 from . import _checks, registry
+from ._library import operation
 
 
 def write_delta(
@@ -90,7 +91,7 @@ def _cpu(weight: Tensor, indices: Tensor, base: Tensor, values: Tensor | None) -
     )
 
 
-@torch.library.custom_op("speft::write_delta", mutates_args=("weight",))
+@operation("speft::write_delta", mutates=["weight"])
 def _write_delta(
     weight: Tensor, indices: Tensor, base: Tensor, values: Tensor | None, backend: str | None
 ) -> None:
