@@ -89,15 +89,22 @@ def _torch(
     step = max(1, GATHER_ELEMENTS // max(1, dy.shape[0] * (bh + bw)))
     for start in range(0, out.shape[0], step):
         part = slice(start, start + step)
-        product = torch.einsum(
-            "mbi,mbj->bij",
-            _blocks(dy, bh, rows[part]).to(out.dtype),
-            _blocks(x, bw, cols[part]).to(out.dtype),
+        product = _product(
+            _blocks(dy, bh, rows[part]).to(out.dtype), _blocks(x, bw, cols[part]).to(out.dtype)
         )
         if accumulate:
             out[part] += product
         else:
             out[part] = product
+
+
+def _product(dy: Tensor, x: Tensor) -> Tensor:
+    """`[M, b, bh]` and `[M, b, bw]` -> `[b, bh, bw]`; for blocks of one row or column as a
+    pairwise sum, see sampled_grad.
+    """
+    if 1 in (dy.shape[2], x.shape[2]):
+        return (dy.unsqueeze(3) * x.unsqueeze(2)).sum(0)
+    return torch.einsum("mbi,mbj->bij", dy, x)
 
 
 @registry.implement("block_grad", "cpu")
