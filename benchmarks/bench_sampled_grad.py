@@ -39,7 +39,7 @@ def setup(mask, density, kept):
         ("realistic", 0.005, True, 8),
         ("realistic", 0.001, True, 20),
         ("realistic", 0.005, False, 8),
-        ("realistic", 0.001, False, None),  # bound by reading dy and x: see docs/design.md
+        ("realistic", 0.001, False, None),  # 20x is not reached: see docs/design.md
         ("uniform", 0.005, False, 3),
         ("uniform", 0.001, False, 6),
     ],

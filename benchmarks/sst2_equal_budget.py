@@ -14,6 +14,7 @@ import argparse
 import csv
 import itertools
 import json
+import platform
 import statistics
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ EPOCHS, MAX_LENGTH = 1, 64
 COLUMNS = (
     *("method", "lr", "seed", "accuracy", "trainable_parameters_without_head", "head_parameters"),
     *("density", "steps", "step_ms_median", "salience_seconds", "train_seconds"),
+    *("device", "threads", "processor", "python", "torch", "speft_kernels"),
 )
 
 
@@ -56,7 +58,17 @@ def run(name: str, lr: float, seed: int, data: Path, output: Path, density: floa
             settings["density"] = density
         finetune(RunConfig.from_dict(settings))
     result = json.loads((folder / "result.json").read_text())
-    return {**result, "method": name, "lr": lr, "seed": seed, "accuracy": result["after"]}
+    facts = {**result, **result["versions"], "processor": processor()}
+    return {**facts, "method": name, "lr": lr, "seed": seed, "accuracy": result["after"]}
+
+
+def processor() -> str:
+    """The name of this machine's processor, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
 
 
 def table(rows: list[dict]) -> list[str]:

@@ -1,0 +1,107 @@
+"""SparseDeltaLinear saved, loaded, copied and cast: nothing is lost and nothing goes stale."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from kernels import make_pattern
+from layers import BLOCKS, MODES, make_layer
+from torch import nn
+
+from speft_kernels import SparsePattern
+
+
+def test_the_state_dict_is_up_to_date_after_a_step():
+    layer = make_layer(fill=False)
+    layer(torch.randn(3, 48)).sum().backward()
+    torch.optim.SGD([layer.values], lr=0.1).step()
+    assert torch.equal(layer.state_dict()["weight"], layer.effective_weight())
+
+
+@pytest.mark.parametrize("pattern", [make_pattern("realistic", 32, 48), BLOCKS])
+@pytest.mark.parametrize("mode", MODES)
+def test_state_dict_round_trip(pattern, mode):
+    layer = make_layer(pattern, mode)
+    x = torch.randn(3, 48)
+    expected = layer(x)
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    assert set(state) == {"weight", "bias", "values", "indices", "base_values"}
+
+    # Another base and another pattern of the same size: all of it comes from the state.
+    other = SparsePattern(pattern.shape, torch.arange(pattern.num_blocks), pattern.block_shape)
+    fresh = make_layer(other, mode)
+    fresh(x)
+    fresh.load_state_dict(state)
+    assert fresh.pattern == layer.pattern
+    assert torch.equal(fresh(x), expected)
+    fresh.unmerge(), layer.unmerge()
+    assert torch.equal(fresh.weight, layer.weight)
+
+
+def test_a_partial_state_dict_loses_nothing():
+    layer = make_layer()
+    layer(torch.randn(3, 48))
+    base, values = layer.base_weight(), layer.values.detach().clone()
+    other = torch.arange(layer.pattern.nnz, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="values, base_values, weight of the same layer do not"):
+        layer.load_state_dict({"indices": other})
+    assert torch.equal(layer.base_weight(), base)
+    assert torch.equal(layer.values, values)
+    # A plain checkpoint of another base: the trained entries lie on that base from now on.
+    fresh = nn.Linear(48, 32)
+    layer.load_state_dict(fresh.state_dict(), strict=False)
+    assert torch.equal(layer.base_weight(), fresh.weight)
+    assert torch.equal(layer.values, values)
+    torch.testing.assert_close(layer(torch.eye(48)).t() - fresh.bias[:, None], layer.weight)
+    assert torch.equal(layer.weight, layer.effective_weight())
+
+
+def test_a_state_dict_with_bad_indices_is_refused():
+    layer = make_layer()
+    state = layer.state_dict()
+    state["indices"] = state["indices"].flip(0)
+    with pytest.raises(RuntimeError, match="indices: indices must be strictly increasing"):
+        make_layer().load_state_dict(state)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_independent(copier):
+    layer = make_layer()
+    x = torch.randn(3, 48)
+    before = layer(x)
+    twin = copier(layer)
+    assert torch.equal(twin(x), before)
+    with torch.no_grad():
+        twin.values.add_(1.0)
+    assert not torch.equal(twin(x), before)
+    assert torch.equal(layer(x), before)
+    twin.unmerge()
+    layer.unmerge()
+    assert torch.equal(twin.weight, layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_to_dtype_keeps_values_unrounded(dtype):
+    layer = make_layer()
+    original, values = layer.base_weight(), layer.values.detach().clone()
+    layer(torch.randn(2, 48)).sum().backward()
+    layer.to(dtype)
+    layer.sync()
+    assert torch.equal(layer.weight, layer.effective_weight())
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    assert layer.values.dtype == layer.values.grad.dtype == wanted
+    assert torch.equal(layer.values.detach().float(), values)
+    x = torch.randn(2, 48, dtype=dtype, requires_grad=True)
+    layer(x).sum().backward()
+    layer.unmerge()
+    assert torch.equal(layer.weight, original.to(dtype))
+
+
+def test_casting_there_and_back_leaves_no_stale_weight():
+    for _ in range(20):  # the allocator likes to hand the same address out again
+        layer = make_layer(make_pattern("uniform", 512, 512))
+        layer(torch.randn(2, 512))
+        layer.to(torch.bfloat16).to(torch.float32)
+        layer(torch.randn(2, 512))
+        assert torch.equal(layer.weight, layer.effective_weight())
