@@ -47,10 +47,10 @@ format: $(STAMP)  ## rewrite the sources in the project's style
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
 
-bench: build  ## run the benchmarks
-	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
+bench: build  ## run the benchmarks and record them; ARGS="-k step" for a part
+	$(BIN)/python -m pytest benchmarks --record $(ARGS)
 
 clean:  ## remove builds and caches, keep .venv
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find speft_kernels -name '*.so' -delete
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,12 +1,16 @@
 // The pybind11 face of the CPU kernels: one line a kernel. Pointers arrive as integers, the GIL is
 // released while a kernel runs, and std::bad_alloc becomes MemoryError.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
 
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
 using speft::CompactIndices;
 using speft::DType;
+using speft::SampledEntries;
 
 namespace {
 
@@ -46,22 +50,40 @@ PYBIND11_MODULE(_C, m) {
 #endif
     m.def(
         "sparse_delta_matmul",
-        [](Ptr y, int64_t y_stride, Ptr x, int64_t x_stride, int64_t tokens, Ptr rows, Ptr crow,
-           int64_t num_rows, Ptr cols, Ptr local, int64_t num_cols, Ptr values, int dtype,
-           int threads) {
-            speft::sparse_delta_matmul(at<void>(y), y_stride, at<void>(x), x_stride, tokens,
-                                       compact(rows, crow, num_rows, cols, local, num_cols),
+        [](Ptr y, int64_t y_stride, Ptr x, int64_t x_stride, int64_t in_features, int64_t tokens,
+           Ptr rows, Ptr crow, int64_t num_rows, Ptr cols, Ptr local, int64_t num_cols, Ptr values,
+           int dtype, int threads) {
+            speft::sparse_delta_matmul(at<void>(y), y_stride, at<void>(x), x_stride, in_features,
+                                       tokens, compact(rows, crow, num_rows, cols, local, num_cols),
                                        at<void>(values), DType(dtype), threads);
         },
         released);
     m.def(
         "sampled_grad",
-        [](Ptr dy, int64_t dy_stride, Ptr x, int64_t x_stride, int64_t tokens, Ptr rows, Ptr crow,
-           int64_t num_rows, Ptr cols, Ptr local, int64_t num_cols, Ptr out, bool accumulate,
-           int dtype, int threads) {
-            speft::sampled_grad(at<void>(dy), dy_stride, at<void>(x), x_stride, tokens,
-                                compact(rows, crow, num_rows, cols, local, num_cols), at<void>(out),
-                                accumulate, DType(dtype), threads);
+        [](Ptr dy, int64_t dy_stride, int64_t out_features, Ptr x, int64_t x_stride,
+           int64_t in_features, bool packed, int64_t tokens, int64_t width, Ptr rows,
+           int64_t num_rows, Ptr cols, int64_t num_cols, Ptr entry_rows, Ptr entry_cols, Ptr slots,
+           int64_t num_entries, Ptr tile_rows, Ptr tile_cols, Ptr tile_slots, int64_t num_tiles,
+           Ptr out, bool accumulate, int dtype, int threads) {
+            const SampledEntries plan{
+                at<int32_t>(rows),       num_rows,
+                at<int32_t>(cols),       num_cols,
+                at<int32_t>(entry_rows), at<int32_t>(entry_cols),
+                at<int32_t>(slots),      num_entries,
+                at<int32_t>(tile_rows),  at<int32_t>(tile_cols),
+                at<int32_t>(tile_slots), num_tiles,
+            };
+            speft::sampled_grad(at<void>(dy), dy_stride, out_features, at<void>(x), x_stride,
+                                in_features, packed, tokens, width, plan, at<void>(out), accumulate,
+                                DType(dtype), threads);
+        },
+        released);
+    m.def(
+        "keep_columns",
+        [](Ptr x, int64_t x_stride, int64_t in_features, int64_t tokens, Ptr columns,
+           int64_t num_columns, int64_t width, Ptr kept, int dtype, int threads) {
+            speft::keep_columns(at<void>(x), x_stride, in_features, tokens, at<int32_t>(columns),
+                                num_columns, width, at<void>(kept), DType(dtype), threads);
         },
         released);
     m.def(
@@ -84,12 +106,15 @@ PYBIND11_MODULE(_C, m) {
                                         at<int64_t>(counts), DType(dtype), threads);
         },
         released);
-    m.def(
-        "write_delta",
-        [](Ptr weight, Ptr indices, bool wide_indices, int64_t nnz, Ptr base, Ptr values, int dtype,
-           int threads) {
-            speft::write_delta(at<void>(weight), at<void>(indices), wide_indices, nnz,
-                               at<void>(base), at<void>(values), DType(dtype), threads);
-        },
-        released);
+    m.def("write_delta", [](const std::vector<Ptr>& weights, const std::vector<Ptr>& indices,
+                            const std::vector<bool>& wide_indices, const std::vector<int64_t>& nnz,
+                            const std::vector<Ptr>& base, const std::vector<Ptr>& values, int dtype,
+                            int threads) {
+        std::vector<speft::DeltaWrite> deltas;
+        for (size_t i = 0; i < weights.size(); ++i)
+            deltas.push_back({at<void>(weights[i]), at<void>(indices[i]), wide_indices[i], nnz[i],
+                              at<void>(base[i]), values.empty() ? nullptr : at<void>(values[i])});
+        py::gil_scoped_release released;
+        speft::write_delta(deltas.data(), int64_t(deltas.size()), DType(dtype), threads);
+    });
 }

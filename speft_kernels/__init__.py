@@ -10,6 +10,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import ops
     from .adapter import load_adapter, read_adapter, save_adapter
+    from .flat import FlatValues
     from .model import (
         SpeftConfig,
         apply_patterns,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # Loaded on first use: `speft --help` must not wait for torch.
 _HOME = {
     "adapter": ("load_adapter", "read_adapter", "save_adapter"),
+    "flat": ("FlatValues",),
     "model": (
         *("SpeftConfig", "apply_patterns", "desparsify", "merge", "score_and_select"),
         *("sparse_layers", "sparsify", "summary", "trainable_parameters", "unmerge"),
@@ -42,6 +44,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "FlatValues",
     "SalienceReport",
     "SparseDeltaLinear",
     "SparsePattern",

@@ -1,10 +1,13 @@
 """Thin autograd Functions: they save the least, call an operation, and compute nothing
 themselves.
+
+Each is given `kept`, what the backward pass needs of x (`ops.keep_columns`), or None where `values`
+does not train; and `sink`, which takes the gradient of `values` in place of autograd, or None.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,53 +16,152 @@ from torch.nn import functional as F
 
 from . import ops
 from .errors import StaleWeightError
+from .ops._checks import accumulator_dtype
+from .ops.sampled_grad import add_sampled_grad
 from .plan import SparsityPlan
+
+
+class Sink(Protocol):
+    """Where the gradients of values go that are accumulated in place (`flat.FlatValues`)."""
+
+    @property
+    def parameter(self) -> Tensor:
+        """What an optimizer changes in place of the values."""
+
+    def place(self, values: Tensor) -> tuple[Tensor, bool]:
+        """The buffer for the gradient of `values`, and whether it holds one already."""
+
+
+def _values_gradient(ctx: Any, dy: Tensor, kept: Tensor) -> Tensor | None:
+    plan, pattern = ctx.plan, ctx.plan.pattern
+    if ctx.sink is None:
+        dtype = accumulator_dtype(dy.dtype)
+        out, accumulate = dy.new_empty(pattern.values_shape, dtype=dtype), False
+    else:
+        out, accumulate = ctx.sink.place(ctx.values)
+    if pattern.is_block:
+        ops.block_grad(dy, kept, pattern, plan=plan, packed=True, out=out, accumulate=accumulate)
+    else:
+        add_sampled_grad(dy, kept, plan, out, accumulate)
+    return out if ctx.sink is None else None
+
+
+def _keep(ctx: Any, values: Tensor, plan: SparsityPlan, sink: Sink | None) -> None:
+    ctx.plan, ctx.sink, ctx.values, ctx.version = plan, sink, values, values._version
+
+
+def _refuse_changed_values(ctx: Any) -> None:
+    if ctx.values._version != ctx.version:
+        raise StaleWeightError(
+            "the values of a SparseDeltaLinear changed between its forward and its backward pass, "
+            "so the weight no longer matches this graph; call backward() before optimizer.step(), "
+            "and run a new forward after it"
+        )
 
 
 class ResidentLinear(torch.autograd.Function):
     """`y = x @ W^T + b` for a weight that already holds `base + values` at its trained entries.
 
     Forward and input gradient are the frozen layer's own two GEMMs. Saved for the backward pass:
-    the activation columns that the plan keeps (for a block pattern all of them), where `values`
-    trains; a reference to `weight`, where `x` needs a gradient.
+    `kept`; a reference to `weight`, where `x` needs a gradient.
 
-    Shapes: x `[M, K]`, values `plan.pattern.values_shape`, weight `[N, K]`, bias `[N]` or None; y
-        `[M, N]`.
+    Shapes: x `[..., K]`, values `plan.pattern.values_shape`, weight `[N, K]`, bias `[N]` or None; y
+        `[..., N]`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, plan: SparsityPlan
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kept: Tensor | None,
+        plan: SparsityPlan,
+        sink: Sink | None,
     ) -> Tensor:
-        needs_x, needs_values, *_ = ctx.needs_input_grad
-        ctx.plan, ctx.values, ctx.version = plan, values, values._version
-        pattern = plan.pattern
-        kept = None
-        if needs_values:
-            kept = x if pattern.is_block else plan.keep(x)
-        ctx.save_for_backward(kept, weight if needs_x else None)
+        _keep(ctx, values, plan, sink)
+        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
         # Under autocast x arrives in the lower precision, and the product casts the weight.
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.values._version != ctx.version:
-            raise StaleWeightError(
-                "the values of a SparseDeltaLinear changed between its forward and its backward "
-                "pass, so the weight "
-                "no longer matches this graph; call backward() before optimizer.step(), and run "
-                "a new forward after it"
-            )
+        _refuse_changed_values(ctx)
         kept, weight = ctx.saved_tensors
-        pattern = ctx.plan.pattern
-        dx = d_values = None
+        flat = dy.reshape(-1, dy.shape[-1])
+        d_values = None if kept is None else _values_gradient(ctx, flat, kept)
+        dx = None
         if weight is not None:
-            dx = dy @ weight.to(dy.dtype)
-        if kept is not None:
-            d_values = (
-                ops.block_grad(dy, kept, pattern)
-                if pattern.is_block
-                else ops.sampled_grad(dy, kept, pattern, plan=ctx.plan)
-            )
+            weight = weight if weight.dtype == dy.dtype else weight.to(dy.dtype)
+            dx = (flat @ weight).view(*dy.shape[:-1], weight.shape[1])
+        return dx, d_values, None, None, None, None, None
+
+
+class AdditiveLinear(torch.autograd.Function):
+    """`y = x @ (W + D)^T + b` for a weight that is never written. Saved for the backward pass:
+    `kept`; `values` and a reference to `weight`, where `x` needs a gradient.
+
+    Shapes: as ResidentLinear.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kept: Tensor | None,
+        plan: SparsityPlan,
+        sink: Sink | None,
+    ) -> Tensor:
+        _keep(ctx, values, plan, sink)
+        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
+        return ops.sparse_delta_matmul(x, weight, values, plan.pattern, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_changed_values(ctx)
+        kept, weight = ctx.saved_tensors
+        flat = dy.reshape(-1, dy.shape[-1])
+        d_values = None if kept is None else _values_gradient(ctx, flat, kept)
+        dx = None
+        if weight is not None:
+            values = ctx.values.detach()
+            dx = ops.sparse_delta_matmul_grad_input(dy, weight, values, ctx.plan.pattern)
+        return dx, d_values, None, None, None, None, None
+
+
+class DeltaMatmul(torch.autograd.Function):
+    """`y = x @ D^T` beside a base that is no plain matrix. Saved for the backward pass: `kept`.
+
+    Shapes: x `[..., K]`, values `plan.pattern.values_shape`; y `[..., N]`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        kept: Tensor | None,
+        plan: SparsityPlan,
+        sink: Sink | None,
+    ) -> Tensor:
+        _keep(ctx, values, plan, sink)
+        ctx.save_for_backward(kept)
+        return ops.delta_matmul(x, values, plan.pattern)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_changed_values(ctx)
+        (kept,) = ctx.saved_tensors
+        flat = dy.reshape(-1, dy.shape[-1])
+        d_values = None if kept is None else _values_gradient(ctx, flat, kept)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = ops.delta_matmul_grad_input(dy, ctx.values.detach(), ctx.plan.pattern)
         return dx, d_values, None, None, None

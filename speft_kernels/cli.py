@@ -16,7 +16,9 @@ COMMANDS = {
     "finetune": "fine-tune a model; without arguments: a demo that needs nothing but this computer",
     "merge": "fold an adapter into its base model and write a plain model",
     "info": "versions and backends of this machine, or what a run's or adapter's folder holds",
+    "tune": "measure what the plan's cost model needs to know of this machine",
     "salience": "score a model's weights and write the mask that would train",
+    "bench": "time the operations against their peers on this machine",
 }
 # Modules of the optional extras, by the extra that brings them.
 _EXTRAS = {
@@ -26,6 +28,7 @@ _EXTRAS = {
     "rich": "finetune",
     "yaml": "finetune",
     "peft": "peft",
+    "matplotlib": "bench",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .errors import ConfigError, PatternError, nearest
-from .nn import SparseDeltaLinear
+from .nn import Family, SparseDeltaLinear
 from .overview import sparse_layers
 from .pattern import SparsePattern
 from .targets import check_layers
@@ -73,6 +73,10 @@ def install(
         replacements[modules[name]] = sparse.train(modules[name].training)
     undo.callback(swap_modules, model, {new: old for old, new in replacements.items()})
     swap_modules(model, replacements)
+    layers = list(sparse_layers(model).values())
+    family = Family(layers)
+    for layer in layers:
+        layer._family = family
 
     fused = _fused_paths(model)
     for module, attribute, value in fused:

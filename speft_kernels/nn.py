@@ -5,6 +5,7 @@ entries.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -13,11 +14,12 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops
-from .autograd import ResidentLinear
+from .autograd import AdditiveLinear, DeltaMatmul, ResidentLinear, Sink
 from .errors import ConfigError, PatternError, nearest
 from .ops._checks import accumulator_dtype
 from .pattern import SparsePattern
-from .plan import plan_of
+from .plan import SparsityPlan, plan_of
+from .shared_input import SharedInput
 
 MODES = ("resident", "additive")
 
@@ -32,13 +34,26 @@ def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     A resident layer sees by its version that `values` changed. Operations in place raise it, but
     fused optimizers, torch's own among them, write past it.
     """
-    ours = {id(layer.values) for layer in _layers}
+    ours: dict[int, list[Tensor]] = {}
+    for layer in _layers:
+        trained = layer.values if layer._sink is None else layer._sink.parameter
+        ours.setdefault(id(trained), []).append(layer.values)
     for group in optimizer.param_groups:
-        changed = [p for p in group["params"] if id(p) in ours]
+        changed = [values for p in group["params"] for values in ours.get(id(p), ())]
         torch.autograd.graph.increment_version(changed)
 
 
 register_optimizer_step_post_hook(_raise_versions)
+
+
+class Family:
+    """The sparse layers of one model, which are written together; they are not kept alive."""
+
+    def __init__(self, layers: Iterable[SparseDeltaLinear]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+
+    def layers(self) -> list[SparseDeltaLinear]:
+        return [layer for ref in self._layers if (layer := ref()) is not None]
 
 
 class SparseDeltaLinear(nn.Module):
@@ -99,6 +114,13 @@ class SparseDeltaLinear(nn.Module):
         # What the weight's trained entries hold now: (values, weight) by version and address, or
         # None for W0.
         self._written: tuple[int, ...] | None = None
+        self._start()
+
+    def _start(self) -> None:
+        """What belongs to this object alone, not to a copy of it."""
+        self._input = SharedInput(self._pattern)
+        self._family: Family | None = None
+        self._sink: Sink | None = None
         _layers.add(self)
 
     def _take_plain(self, linear: nn.Linear, pattern: SparsePattern) -> None:
@@ -151,47 +173,65 @@ class SparseDeltaLinear(nn.Module):
         return cls(linear, pattern, mode)
 
     @property
+    def plan(self) -> SparsityPlan:
+        """The compiled pattern that the next pass follows, with the columns that it keeps for the
+        layers that read the same input.
+        """
+        return self._input.group().plan(self._pattern)
+
+    @property
     def pattern(self) -> SparsePattern:
         return self._pattern
 
     def forward(self, x: Tensor) -> Tensor:
         if self.base is not None:
             return self._forward_over_base(x)
-        device = x.device.type
+        device, source = x.device.type, x
         autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
         if autocast:
             x = x.to(torch.get_autocast_dtype(device))
-        if self.mode == "additive" and not self._pattern.is_empty:
-            return self._forward_additive(x, autocast)
         self._sync_if_changed()
-        if self._pattern.is_empty or not (torch.is_grad_enabled() and self.values.requires_grad):
-            return F.linear(x, self.weight, self.bias)
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have shape [..., {self.in_features}], got {tuple(x.shape)}")
-        y = ResidentLinear.apply(
-            x.reshape(-1, self.in_features),
-            self.values,
-            self.weight,
-            self.bias,
-            plan_of(self._pattern),
-        )
-        return y.reshape(*x.shape[:-1], self.out_features)
+        values, weight, bias = self.values, self.weight, self.bias
+        needs_grad = torch.is_grad_enabled()
+        if self.mode == "resident" or self._pattern.is_empty:
+            if not (needs_grad and values.requires_grad):
+                return F.linear(x, weight, bias)
+            kept, plan = self._keep(source, x)
+            y: Tensor = ResidentLinear.apply(x, values, weight, bias, kept, plan, self._sink)
+            return y
+        weight = weight.detach()  # type: ignore[assignment]
+        if autocast:
+            weight = weight.to(x.dtype)  # type: ignore[assignment]
+            bias = None if bias is None else bias.to(x.dtype)  # type: ignore[assignment]
+        if needs_grad and (values.requires_grad or x.requires_grad):
+            kept, plan = self._keep(source, x)
+            return AdditiveLinear.apply(x, values, weight, bias, kept, plan, self._sink)
+        return ops.sparse_delta_matmul(x, weight, values, self._pattern, bias)
+
+    def _keep(self, source: Tensor, x: Tensor) -> tuple[Tensor | None, SparsityPlan]:
+        """What the backward pass needs of the input, which is `source` as the caller knows it, and
+        `x` as the product reads it; None where nothing trains.
+        """
+        if not self.values.requires_grad:
+            return None, plan_of(self._pattern)
+        if torch.compiler.is_compiling():  # a graph has no identity of inputs to go by
+            plan = plan_of(self._pattern)
+            return ops.keep_columns(x, plan), plan
+        self._input = self._input.group()
+        return self._input.keep(source, x, self._pattern)
 
     def _forward_over_base(self, x: Tensor) -> Tensor:
         assert self.base is not None
         y: Tensor = self.base(x)
         if self._pattern.is_empty:
             return y
+        source, x = x, x.to(y.dtype)
         values = self.values.to(accumulator_dtype(y.dtype))
-        return y + ops.delta_matmul(x.to(y.dtype), values, self._pattern)
-
-    def _forward_additive(self, x: Tensor, autocast: bool) -> Tensor:
-        self._restore()
-        weight, bias = self.weight.detach(), self.bias
-        if autocast:
-            weight = weight.to(x.dtype)
-            bias = None if bias is None else bias.to(x.dtype)  # type: ignore[assignment]
-        return ops.sparse_delta_matmul(x, weight, self.values, self._pattern, bias)
+        if not (torch.is_grad_enabled() and (values.requires_grad or x.requires_grad)):
+            return y + ops.delta_matmul(x, values, self._pattern)
+        kept, plan = self._keep(source, x)
+        sink = self._sink if values is self.values else None
+        return y + DeltaMatmul.apply(x, values, kept, plan, sink)
 
     def _state(self) -> tuple[int, ...]:
         values, weight = self.values, self.weight
@@ -207,18 +247,50 @@ class SparseDeltaLinear(nn.Module):
             self._written = ()
         self._sync_if_changed()
 
-    @torch.no_grad()
     def _sync_if_changed(self) -> None:
         if self.mode == "additive":
             self._restore()
-        elif not self._pattern.is_empty and self._written != self._state():
-            ops.write_delta(self.weight, self._pattern, self.base_values, self.values)
-            self._written = self._state()
+        elif self._is_stale():
+            self._write_stale()
 
     @torch.no_grad()
+    def _write_stale(self) -> None:
+        """Write the family's deltas where the values changed: an optimizer changes them all, and
+        one call writes them all.
+        """
+        stale = [layer for layer in self._siblings() if layer._is_stale()]
+        ops.write_deltas(
+            [layer.weight for layer in stale],
+            [layer._pattern for layer in stale],
+            [layer.base_values for layer in stale],
+            [layer.values for layer in stale],
+        )
+        for layer in stale:
+            layer._written = layer._state()
+
+    def _is_stale(self) -> bool:
+        """Whether the weight is to hold the delta and does not hold these values."""
+        return (
+            self.mode == "resident"
+            and not self._pattern.is_empty
+            and self._written != self._state()
+        )
+
+    def _siblings(self) -> list[SparseDeltaLinear]:
+        """This layer, and those of its family that are written like it."""
+        if self._family is None:
+            return [self]
+        like = (self.weight.device, self.weight.dtype)
+        return [
+            layer
+            for layer in self._family.layers()
+            if layer.base is None and (layer.weight.device, layer.weight.dtype) == like
+        ]
+
     def _restore(self) -> None:
         if self._written is not None:
-            ops.write_delta(self.weight, self._pattern, self.base_values, None)
+            with torch.no_grad():
+                ops.write_delta(self.weight, self._pattern, self.base_values, None)
             self._written = None
 
     def merge(self) -> None:
@@ -306,6 +378,7 @@ class SparseDeltaLinear(nn.Module):
         if self.indices.device.type != "meta":
             self._pattern = self._pattern.to(self.indices.device)
             self.indices = self._pattern.indices
+            self._input = SharedInput(self._pattern)
         return self
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -344,6 +417,7 @@ class SparseDeltaLinear(nn.Module):
                 self._restore()
                 self._pattern = pattern.to(self.indices.device)
                 self.indices = self._pattern.indices
+                self._input = SharedInput(self._pattern)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.base is None and not self._pattern.is_empty:
             self._settle(comes("weight"), comes("base_values"))
@@ -363,11 +437,13 @@ class SparseDeltaLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Addresses mean nothing in a copy.
         written = self._written is not None
-        return {**self.__dict__, "_written": () if written else None}
+        own = ("_input", "_family", "_sink")
+        state = {key: value for key, value in self.__dict__.items() if key not in own}
+        return {**state, "_written": () if written else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _layers.add(self)
+        self._start()
 
     def extra_repr(self) -> str:
         pattern = self._pattern

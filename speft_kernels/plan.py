@@ -1,126 +1,121 @@
 """`SparsityPlan`: a static pattern compiled into the form that the kernels read.
 
 The pattern never changes during training, so everything that depends on it alone is computed once:
-the compact index form of each direction, and which columns of the activations a backward pass has
-to keep.
+which method serves which entry, the indices in the order in which each method reads them, and which
+columns of the activations a backward pass has to keep.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from .compact import CompactIndices
+from .costs import Costs, costs_of
+from .errors import PatternError
+from .parts import TILE, HotLines, Parts, build_parts, choose_hot_lines
 from .pattern import SparsePattern, lazy_tensor
 
-# Copying x[:, used] costs a read and a write of the copy; keeping x costs nothing now but holds M *
-# K elements until the backward pass. Half is where copying stops saving memory worth its traffic.
-KEEP_COLUMNS_SHARE = 0.5
+# A copy of more columns than this share of all saves too little memory to be worth its traffic: x
+# is kept itself.
+KEEP_COLUMNS_SHARE = 0.9
 
-# Rows of dW or of the delta that the torch backend makes dense at a time, over the used columns
-# only: at most 14 MB in float32 for K = 14336.
-PANEL_ROWS = 256
+# Tokens for which parts are weighed where the caller gives no hint.
+DEFAULT_TOKENS = 2048
 
-
-class CompactIndices(NamedTuple):
-    """Entries of a sparse matrix in CSR form over the rows and columns that hold any.
-
-    Entry `e` of compact row `r` (`crow[r] <= e < crow[r + 1]`) lies at row `rows[r]`, column
-    `cols[local[e]]`.
-    """
-
-    rows: Tensor  # int32 [R], sorted: the rows that hold an entry
-    crow: Tensor  # int64 [R + 1]
-    cols: Tensor  # int32 [C], sorted: the columns that hold an entry
-    local: Tensor  # int32 [nnz]: position of each entry's column in `cols`
-    panels: Tensor  # int64, on the host: where each panel of PANEL_ROWS rows starts in the entries
-
-    @property
-    def entry_rows(self) -> Tensor:
-        """int64 `[nnz]`: the row of each entry."""
-        return self._spread(self.rows.long())
-
-    def _spread(self, of_row: Tensor) -> Tensor:
-        # Without the size, a device would be asked for the sum of the counts.
-        return torch.repeat_interleave(of_row, self.crow.diff(), output_size=self.local.numel())
-
-    def row_panels(self) -> Iterator[tuple[Tensor, slice, Tensor]]:
-        """Yield, for each panel of PANEL_ROWS compact rows: the rows, the entries, and each
-        entry's row within the panel. Nothing is read back from the device.
-        """
-        row_of_entry = self._spread(torch.arange(self.rows.numel(), device=self.rows.device))
-        for i, (start, stop) in enumerate(itertools.pairwise(self.panels.tolist())):
-            first = i * PANEL_ROWS
-            entries = slice(start, stop)
-            yield self.rows[first : first + PANEL_ROWS], entries, row_of_entry[entries] - first
-
-    @property
-    def entry_cols(self) -> Tensor:
-        """int64 `[nnz]`: the column of each entry."""
-        return self.cols.long()[self.local.long()]
-
-    @classmethod
-    def build(cls, rows: Tensor, cols: Tensor) -> CompactIndices:
-        """Compact entries given as int `[nnz]` coordinates sorted by (row, column)."""
-        used_rows, counts = torch.unique_consecutive(rows, return_counts=True)
-        crow = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=rows.device)
-        torch.cumsum(counts, 0, out=crow[1:])
-        used_cols, local = torch.unique(cols, return_inverse=True)
-        panels = torch.cat([crow[:-1:PANEL_ROWS], crow[-1:]]).cpu()
-        return cls(
-            used_rows.to(torch.int32),
-            crow,
-            used_cols.to(torch.int32),
-            local.to(torch.int32),
-            panels,
-        )
-
-    def transpose(self) -> tuple[CompactIndices, Tensor]:
-        """Return the same entries sorted by (column, row), and the int64 `[nnz]` permutation that
-        sorts values so.
-        """
-        order = torch.argsort(self.local, stable=True)
-        rows, cols = self.entry_cols[order], self.entry_rows[order]
-        return CompactIndices.build(rows, cols), order
+# Tokens of a packed block on the CPU: 128 ran fastest (real masks, 64 to 256 tried), and the packed
+# columns of one block are to stay in the L2 cache, beside a chunk of dy.
+BLOCK_TOKENS = 128
+BLOCK_BYTES = 512 << 10
+TOKEN_STEP = 16  # csrc/cpu/panel.h
 
 
 @dataclass(frozen=True)
 class SparsityPlan:
     """A pattern compiled for one device. Build it with `SparsityPlan.build`; it is data and never
     changes.
+
+    Attributes:
+        pattern: on the plan's device.
+        kept_columns: int32 `[C]`, the columns of x that the backward pass keeps, hot ones first;
+            None keeps x whole.
+        costs: what the parts were weighed with.
+        tokens: for how many tokens they were weighed.
     """
 
     pattern: SparsePattern
-    kept_columns: (
-        Tensor | None
-    )  # int32 [C]: columns of x that the backward pass keeps; None keeps x whole
+    kept_columns: Tensor | None
+    costs: Costs
+    tokens: int
 
     @classmethod
     def build(
-        cls, pattern: SparsePattern, device: torch.device | str | None = None
+        cls,
+        pattern: SparsePattern,
+        device: torch.device | str | None = None,
+        tokens_hint: int | None = None,
+        *,
+        keep: Tensor | None = None,
+        costs: Costs | None = None,
     ) -> SparsityPlan:
-        """Compile `pattern` for `device` (the pattern's own by default)."""
+        """Compile `pattern` for `device` (the pattern's own by default).
+
+        Args:
+            tokens_hint: tokens of a typical call, 2048 where left out; any number is served.
+            keep: int32, unique: keep these columns of x, which hold all that the pattern uses,
+                because other layers read them too.
+            costs: what to weigh the parts with, in place of this machine's costs.
+
+        Raises:
+            ValueError: the hint is not positive.
+            PatternError: `keep` leaves out a column that the pattern uses, or names one twice or
+                one that is not there.
+        """
         pattern = pattern.to(device) if device is not None else pattern
+        tokens = DEFAULT_TOKENS if tokens_hint is None else tokens_hint
+        if tokens < 1:
+            raise ValueError(f"tokens_hint must be at least 1, got {tokens}")
+        costs = costs_of(pattern.device) if costs is None else costs
         used = pattern.used_cols
-        keep = None if used.numel() > KEEP_COLUMNS_SHARE * pattern.shape[1] else used
-        return cls(pattern, keep)
+        if keep is not None:
+            _check_kept(keep, used, pattern)
+        plan = cls(pattern, used if keep is None else keep, costs, tokens)
+        if plan.kept_width > KEEP_COLUMNS_SHARE * pattern.shape[1]:
+            return cls(pattern, None, costs, tokens)
+        if keep is None and not pattern.is_block:
+            hot = torch.isin(used.long(), plan.hot_lines.cols)
+            return cls(pattern, torch.cat([used[hot], used[~hot]]), costs, tokens)
+        return plan
 
     @property
     def kept_width(self) -> int:
         """Number of activation columns kept for the backward pass."""
         return self.pattern.shape[1] if self.kept_columns is None else self.kept_columns.numel()
 
-    def keep(self, x: Tensor) -> Tensor:
-        """Return the part of the activations `x [M, K]` that the backward pass needs: `[M,
-        kept_width]`.
-
-        It is `x` itself where copying would not pay.
+    def block_tokens(self, tokens: int) -> int:
+        """Tokens of one block of the packed columns, a multiple of 16: all on a GPU, as many as the
+        cache holds on a CPU, and blocks of one size so that little is padding.
         """
-        return x if self.kept_columns is None else x.index_select(1, self.kept_columns)
+        most = max(self._most_tokens or tokens, 1)
+        blocks = max(1, -(-tokens // most))
+        return max(1, -(-tokens // (blocks * TOKEN_STEP))) * TOKEN_STEP
+
+    @cached_property
+    def _most_tokens(self) -> int | None:
+        """Tokens of a block at most; None where a block holds all."""
+        if self.pattern.device.type != "cpu":
+            return None
+        fit = BLOCK_BYTES // 4 // max(self._packed_columns, 1)
+        return max(TOKEN_STEP, min(BLOCK_TOKENS, fit // TOKEN_STEP * TOKEN_STEP))
+
+    @property
+    def _packed_columns(self) -> int:
+        if self.kept_columns is None:
+            return self.pattern.used_cols.numel()
+        return self.kept_columns.numel()
 
     @lazy_tensor
     def row_order(self) -> Tensor | None:
@@ -129,13 +124,18 @@ class SparsityPlan:
         """
         return torch.argsort(self.pattern.entry_indices) if self.pattern.is_block else None
 
-    @lazy_tensor
-    def csr(self) -> CompactIndices:
-        """Entries by row, columns as in the weight."""
+    @property
+    def _coordinates(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each entry, sorted by (row, column)."""
         rows, cols = self.pattern.rows, self.pattern.cols
         if self.row_order is not None:
             rows, cols = rows[self.row_order], cols[self.row_order]
-        return CompactIndices.build(rows, cols)
+        return rows, cols
+
+    @lazy_tensor
+    def csr(self) -> CompactIndices:
+        """Entries by row, columns as in the weight."""
+        return CompactIndices.build(*self._coordinates)
 
     @lazy_tensor
     def csc(self) -> tuple[CompactIndices, Tensor]:
@@ -145,19 +145,124 @@ class SparsityPlan:
         return self.csr.transpose()
 
     @lazy_tensor
-    def kept_csr(self) -> CompactIndices:
-        """Entries by row, columns as in the kept activations."""
+    def hot_lines(self) -> HotLines:
+        """The columns and rows that panels serve."""
+        rows, cols = (c.long() for c in self._coordinates)
+        shape, width = self.pattern.shape, self.kept_width
+        return choose_hot_lines(rows, cols, shape, width, self.costs, self.tokens)
+
+    @lazy_tensor
+    def packed(self) -> Parts:
+        """The parts for packed activations: positions are those of `kept_columns`."""
+        return self._parts(self.kept_columns)
+
+    @lazy_tensor
+    def whole(self) -> Parts:
+        """The parts for whole activations: positions are columns of x."""
+        return self._parts(None)
+
+    def _parts(self, operand: Tensor | None) -> Parts:
+        rows, cols = (c.long() for c in self._coordinates)
+        return build_parts(
+            rows, cols, self.row_order, self.pattern.shape, self.hot_lines, self.costs, operand
+        )
+
+    @lazy_tensor
+    def kept_block_cols(self) -> Tensor:
+        """int32 `[num_blocks]`: for a block pattern, the group of kept columns of each block."""
+        width = self.pattern.block_shape[1]
         if self.kept_columns is None:
-            return self.csr
-        width = torch.arange(self.kept_width, dtype=torch.int32, device=self.pattern.device)
-        return self.csr._replace(cols=width)
+            return self.pattern.block_cols
+        groups = torch.div(self.kept_columns[::width], width, rounding_mode="floor").long()
+        place = torch.zeros(
+            self.pattern.shape[1] // width, dtype=torch.int32, device=self.pattern.device
+        )
+        place[groups] = torch.arange(groups.numel(), dtype=torch.int32, device=place.device)
+        return place[self.pattern.block_cols.long()]
+
+    def shares(self) -> dict[str, float]:
+        """Return which share of the entries each part serves: columns, rows, tiles, gather; for a
+        block pattern all are in blocks.
+        """
+        total = max(self.pattern.nnz, 1)
+        if self.pattern.is_block:
+            return {"blocks": self.pattern.nnz / total}
+        parts = self.whole if self.kept_columns is None else self.packed
+        counts = {
+            "columns": parts.hot_col_at.numel(),
+            "rows": parts.hot_row_at.numel(),
+            "tiles": int((parts.tile_slot >= 0).sum()),
+            "gather": parts.entry_row.numel(),
+        }
+        return {name: count / total for name, count in counts.items()}
+
+    def predicted_seconds(self, tokens: int | None = None) -> dict[str, float]:
+        """Return the time that the cost model gives each part of a backward pass, packing and the
+        forward pass's copy (keep) beside.
+        """
+        tokens = self.tokens if tokens is None else tokens
+        costs, (out_features, in_features) = self.costs, self.pattern.shape
+        if self.pattern.is_block:
+            return {"blocks": self.pattern.nnz * costs.tile * tokens}
+        whole = self.kept_columns is None
+        parts = self.whole if whole else self.packed
+        width = in_features if whole else self.kept_width
+        columns, rows = parts.hot_cols.numel(), parts.hot_rows.numel()
+
+        def panel(hot: int, length: int) -> float:
+            if hot == 0:
+                return 0.0
+            return length * (hot * costs.panel + costs.read) * tokens + costs.call
+
+        lines = parts.rows.numel() + (parts.cols.numel() if whole else 0)
+        return {
+            "columns": panel(columns, out_features),
+            "rows": panel(rows, width),
+            "tiles": parts.tile_row.numel() * TILE * TILE * costs.tile * tokens,
+            "gather": parts.entry_row.numel() * costs.gather * tokens,
+            "pack": lines * costs.pack * tokens,
+            "keep": 0.0 if whole else self.kept_width * costs.pack * tokens,
+        }
+
+    def summary(self, tokens: int | None = None) -> str:
+        """Return a table: what serves which share of the entries, and the predicted time of each
+        part for `tokens` tokens (by default those of the hint).
+        """
+        tokens = self.tokens if tokens is None else tokens
+        pattern, shares, seconds = self.pattern, self.shares(), self.predicted_seconds(tokens)
+        kept = (
+            "x whole"
+            if self.kept_columns is None
+            else f"{self.kept_width} of {pattern.shape[1]} columns of x"
+        )
+        lines = [f"{pattern!r} on {pattern.device}, {tokens} tokens; kept: {kept}"]
+        for name, value in seconds.items():
+            share = f"{shares[name]:8.1%} of the entries" if name in shares else " " * 23
+            lines.append(f"  {name:8} {share}  {value * 1e6:10.1f} us predicted")
+        lines.append(f"  {'all':8} {'':23}  {sum(seconds.values()) * 1e6:10.1f} us predicted")
+        return "\n".join(lines)
+
+
+def _check_kept(keep: Tensor, used: Tensor, pattern: SparsePattern) -> None:
+    if keep.dtype != torch.int32 or keep.dim() != 1 or keep.device != pattern.device:
+        raise PatternError(
+            f"keep must be 1-D int32 on {pattern.device}, got {keep.dtype} of shape "
+            f"{tuple(keep.shape)} on {keep.device}"
+        )
+    if torch.unique(keep).numel() != keep.numel():
+        raise PatternError("keep names a column twice")
+    if keep.numel() and not 0 <= int(keep.min()) <= int(keep.max()) < pattern.shape[1]:
+        raise PatternError(f"keep names a column that is not among the {pattern.shape[1]}")
+    missing = used[~torch.isin(used, keep)]
+    if missing.numel():
+        raise PatternError(f"keep leaves out column {int(missing[0])}, which the pattern uses")
 
 
 def plan_of(pattern: SparsePattern) -> SparsityPlan:
     """Return the pattern's plan, built on the first call and kept with the pattern, which never
     changes.
     """
-    plan = pattern.__dict__.get("_plan")
+    plan: SparsityPlan | None = pattern.__dict__.get("_plan")
     if plan is None:
         plan = pattern.__dict__["_plan"] = SparsityPlan.build(pattern)
     return plan

@@ -7,8 +7,8 @@ from layers import BLOCKS, MODES, at_entries, dense_twin, make_layer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from speft_kernels import SparseDeltaLinear, ops
-from speft_kernels.autograd import ResidentLinear
+from speft_kernels import SparseDeltaLinear, SparsePattern, ops
+from speft_kernels.autograd import AdditiveLinear, DeltaMatmul, ResidentLinear
 from speft_kernels.errors import ConfigError, PatternError, StaleWeightError
 from speft_kernels.plan import plan_of
 from speft_kernels.testing import realistic_pattern, uniform_pattern
@@ -37,25 +37,36 @@ def test_output_and_gradients_equal_the_dense_layers(pattern, mode, bias):
     assert layer.bias is None or layer.bias.grad is None
 
 
-def test_gradcheck_of_the_autograd_function():
-    pattern = make_pattern("uniform", 6, 5)
+@pytest.mark.parametrize("function", ["resident", "additive", "delta"])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_gradcheck_of_the_autograd_functions(function, blocks):
+    pattern = (
+        SparsePattern.from_blocks((6, 6), (2, 3), torch.tensor([0, 3]))
+        if blocks
+        else make_pattern("row", 6, 6)
+    )
     plan = plan_of(pattern)
-    base, bias = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    base, bias = torch.randn(6, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
 
-    def resident(x, values):
+    def call(x, values):
+        kept = ops.keep_columns(x, plan)
+        if function == "delta":
+            return DeltaMatmul.apply(x, values, kept, plan, None)
+        if function == "additive":
+            return AdditiveLinear.apply(x, values, base, bias, kept, plan, None)
         weight = base.clone()
-        weight.view(-1)[pattern.indices.long()] += values.detach()
-        return ResidentLinear.apply(x, values, weight, bias, plan)
+        weight.view(-1)[pattern.entry_indices.long()] += values.detach().flatten()
+        return ResidentLinear.apply(x, values, weight, bias, kept, plan, None)
 
-    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    values = torch.randn(pattern.nnz, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(resident, (x, values))
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(pattern.values_shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(call, (x, values))
 
 
 def test_the_weight_is_written_only_when_values_changed(monkeypatch):
     writes = []
-    real = ops.write_delta
-    monkeypatch.setattr(ops, "write_delta", lambda *a, **k: (writes.append(a[3]), real(*a, **k)))
+    real = ops.write_deltas
+    monkeypatch.setattr(ops, "write_deltas", lambda *a, **k: (writes.append(a[3]), real(*a, **k)))
     layer = make_layer()
     x = torch.randn(3, 48)
     for _ in range(3):

@@ -47,6 +47,7 @@ def test_missing_kernels_are_said_once_and_torch_serves(monkeypatch):
             return "the compiled CPU kernels cannot be loaded; build them"
 
     monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(registry, "_resolved", {})
     for (op, name), found in list(registry._implementations.items()):
         if name == "cpu":
             gone = registry.Implementation(op, Gone, found.dtypes, found.function)
@@ -64,7 +65,7 @@ def test_missing_kernels_are_said_once_and_torch_serves(monkeypatch):
 
 def test_the_table_lists_each_implementation():
     table = registry.table()
-    assert {row["op"] for row in table} == set(registry.OPS)
+    assert {row["op"] for row in table} == {*registry.OPS, *registry.HELPERS}
     assert {row["backend"] for row in table} == set(registry.BACKENDS)
     defaults = [(row["op"], row["backend"]) for row in table if "cpu" in row["default"]]
-    assert defaults == [(op, "cpu") for op in registry.OPS]
+    assert defaults == [(op, "cpu") for op in (*registry.OPS, *registry.HELPERS)]

@@ -1,5 +1,4 @@
-// Panels: used columns of a row-major matrix, transposed and widened, one block of tokens at a
-// time.
+// Panels: used columns of a row-major matrix, transposed, one block of tokens at a time.
 //
 // A sum over tokens then runs along contiguous memory, whatever the columns are, and the panels of
 // one block of tokens stay in the L2 cache while every entry reads them.
@@ -30,15 +29,27 @@ inline int block_tokens(int64_t columns, int64_t tokens) {
     return int(std::max<int64_t>(kTokenStep, std::min(fit / kTokenStep * kTokenStep, most)));
 }
 
-// panel[c * width + t] = matrix[t, columns[c]] for c in `range` and t < tokens; zero for the rest
-// of the width. `matrix` points at the block's first token.
-#define SPEFT_DECLARE_PACK(T)                                                            \
-    void pack_panel(const T* matrix, int64_t stride, int tokens, const int32_t* columns, \
-                    Range range, int width, Accumulator<T>* panel);
-SPEFT_DECLARE_PACK(float)
-SPEFT_DECLARE_PACK(double)
-SPEFT_DECLARE_PACK(BFloat16)
-SPEFT_DECLARE_PACK(Float16)
+// Some tokens of a row-major matrix: `data` points at the first of `tokens` rows, `columns` long
+// and `stride` elements apart.
+template <class T>
+struct Tokens {
+    const T* data;
+    int64_t stride, columns;
+    int tokens;
+};
+
+// panel[c * width + t] = matrix[t, columns[c]] for c < count; zero for `tokens` <= t < width. The
+// columns are in any order; neighbours in the matrix that are neighbours in the list are fastest.
+// `width` is a multiple of kTokenStep, the panel aligned for vectors.
+#define SPEFT_DECLARE_PACK(T, Out)                                                             \
+    void pack_panel(const Tokens<T>& matrix, const int32_t* columns, int64_t count, int width, \
+                    Out* panel);
+SPEFT_DECLARE_PACK(float, float)
+SPEFT_DECLARE_PACK(double, double)
+SPEFT_DECLARE_PACK(BFloat16, float)
+SPEFT_DECLARE_PACK(Float16, float)
+SPEFT_DECLARE_PACK(BFloat16, BFloat16)
+SPEFT_DECLARE_PACK(Float16, Float16)
 #undef SPEFT_DECLARE_PACK
 
 }  // namespace speft

@@ -1,114 +1,337 @@
-// sampled_grad: dv[e] = sum over m of dy[m, row_e] * x[m, col_e].
+// sampled_grad: dv[e] = sum over m of dy[m, row_e] * x[m, col_e], for the entries of a plan that no
+// panel serves (speft_kernels/plan.py): those in dense tiles, and the gathered rest.
 //
-// The used columns of dy and x of one block of tokens are packed into panels; then every entry is a
-// dot product of two rows of the panels. Where a team shares a block, entries are shared out
-// evenly, whatever rows they are in.
+// One block of tokens at a time, the used columns of x and of dy lie transposed in panels, so that
+// every product runs along contiguous tokens. x may come packed so from the forward pass
+// (keep_columns); dy is packed here, a chunk of rows at a time, and used while it is in the cache.
 //
-// Count (M tokens, R used rows, C used columns, E entries, float32): reads 4 M (R + C) bytes of
-// operands, at worst whole 64-byte lines of them; writes and reads as much in L2; 2 M E operations
-// on 8 M E bytes from L1 and L2.
+// Count (M tokens, R used rows, C used columns, E gathered entries, t tiles, float32): reads 4 M R
+// bytes of dy, at worst whole 64-byte lines of them, and 4 M C of x; writes and reads as much in
+// L2; 2 M E operations on 8 M E bytes from L1 and L2, and 512 M t on 64 M t.
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
+#include <vector>
 
 #include "kernels.h"
 #include "panel.h"
 #include "parallel.h"
-#include "token_sum.h"
 
 namespace speft {
 namespace {
 
-// out[e] += row . panel[local[e]] for `count` entries of one row; four at a time, so that a loaded
-// vector of the row serves four products.
+constexpr int64_t kChunkBytes = 256 << 10;  // of dy packed at a time: a fifth of a 1.25 MB L2
+constexpr int64_t kSplitBytes = 8 << 20;    // of sums, all splits together
+constexpr int64_t kMostSplits = 16;
+constexpr int64_t kTasks = 32;       // wanted: many enough to even out the threads
+constexpr int64_t kRowsInPart = 64;  // at least: a part packs the whole of x where that is not kept
+constexpr int64_t kWorkOfRow = 4;    // packing a row costs as much as this many entries
+
+constexpr int64_t kTileEntries = kTileSide * kTileSide;
+
+// Where sums go: entry e to out[slots[e]], or to out[e] where there are no slots; product i of all
+// tiles likewise, and nowhere where its slot is -1.
 template <class Acc>
-SPEFT_INLINE void dots(const Acc* row, const Acc* panel, int width, const int32_t* local,
-                       int64_t count, Acc* out) {
+struct Sums {
+    Acc *out, *tiles;
+    const int32_t *slots, *tile_slots;
+    SPEFT_INLINE Acc& operator[](int64_t e) const { return out[slots == nullptr ? e : slots[e]]; }
+};
+
+// Four entries at a time, whatever rows they are in: four sums hide the latency of one another.
+template <class Acc>
+SPEFT_INLINE void gather(const Acc* dy, const Acc* x, int width, const int32_t* rows,
+                         const int32_t* cols, Range entries, const Sums<Acc>& sums) {
     constexpr int lanes = VectorOf<Acc>::lanes;
-    int64_t e = 0;
-    for (; e + 4 <= count; e += 4) {
-        const Acc* p0 = panel + int64_t(local[e]) * width;
-        const Acc* p1 = panel + int64_t(local[e + 1]) * width;
-        const Acc* p2 = panel + int64_t(local[e + 2]) * width;
-        const Acc* p3 = panel + int64_t(local[e + 3]) * width;
+    int64_t e = entries.begin;
+    for (; e + 4 <= entries.end; e += 4) {
+        const Acc *a[4], *b[4];
+        for (int i = 0; i < 4; ++i) {
+            a[i] = dy + int64_t(rows[e + i]) * width;
+            b[i] = x + int64_t(cols[e + i]) * width;
+        }
         Vector<Acc> s0 = {}, s1 = {}, s2 = {}, s3 = {};
         for (int t = 0; t < width; t += lanes) {
-            const Vector<Acc> r = load_aligned(row + t);
-            s0 += r * load_aligned(p0 + t);
-            s1 += r * load_aligned(p1 + t);
-            s2 += r * load_aligned(p2 + t);
-            s3 += r * load_aligned(p3 + t);
+            s0 += load_aligned(a[0] + t) * load_aligned(b[0] + t);
+            s1 += load_aligned(a[1] + t) * load_aligned(b[1] + t);
+            s2 += load_aligned(a[2] + t) * load_aligned(b[2] + t);
+            s3 += load_aligned(a[3] + t) * load_aligned(b[3] + t);
         }
-        add_sums_of_lanes<Acc>(s0, s1, s2, s3, out + e);
+        Acc sum[4] = {};
+        add_sums_of_lanes<Acc>(s0, s1, s2, s3, sum);
+        for (int i = 0; i < 4; ++i)
+            sums[e + i] += sum[i];
     }
-    for (; e < count; ++e) {
-        const Acc* p = panel + int64_t(local[e]) * width;
+    for (; e < entries.end; ++e) {
+        const Acc* a = dy + int64_t(rows[e]) * width;
+        const Acc* b = x + int64_t(cols[e]) * width;
         Vector<Acc> s = {};
         for (int t = 0; t < width; t += lanes)
-            s += load_aligned(row + t) * load_aligned(p + t);
-        out[e] += sum_lanes<Acc>(s);
+            s += load_aligned(a + t) * load_aligned(b + t);
+        sums[e] += sum_lanes<Acc>(s);
     }
 }
 
-// The entries [entries.begin, entries.end), which lie in rows from `row` on.
+// products[i, j] = dy[i] . x[j], kTileSide x kTileSide of them, 4 x 4 in registers at a time.
 template <class Acc>
-SPEFT_INLINE void all_dots(const Acc* dy_panel, const Acc* x_panel, int width,
-                           const CompactIndices& pattern, int64_t row, Range entries, Acc* out) {
-    for (int64_t e = entries.begin; e < entries.end; ++row) {
-        const int64_t stop = std::min(pattern.crow[row + 1], entries.end);
-        dots(dy_panel + row * width, x_panel, width, pattern.local + e, stop - e, out + e);
-        e = stop;
-    }
+SPEFT_INLINE void multiply(const Acc* const* dy, const Acc* const* x, int width, Acc* products) {
+    constexpr int lanes = VectorOf<Acc>::lanes;
+    for (int i = 0; i < kTileSide; i += 4)
+        for (int j = 0; j < kTileSide; j += 4) {
+            Vector<Acc> s[4][4] = {};
+            for (int t = 0; t < width; t += lanes) {
+                Vector<Acc> b[4];
+                for (int q = 0; q < 4; ++q)
+                    b[q] = load_aligned(x[j + q] + t);
+                for (int p = 0; p < 4; ++p) {
+                    const Vector<Acc> a = load_aligned(dy[i + p] + t);
+                    for (int q = 0; q < 4; ++q)
+                        s[p][q] += a * b[q];
+                }
+            }
+            for (int p = 0; p < 4; ++p) {
+                Acc sum[4] = {};
+                add_sums_of_lanes<Acc>(s[p][0], s[p][1], s[p][2], s[p][3], sum);
+                for (int q = 0; q < 4; ++q)
+                    products[(i + p) * kTileSide + j + q] = sum[q];
+            }
+        }
 }
 
-SPEFT_MULTIVERSION void sum_block(const float* dy_panel, const float* x_panel, int width,
-                                  const CompactIndices& pattern, int64_t row, Range entries,
-                                  float* out) {
-    all_dots(dy_panel, x_panel, width, pattern, row, entries, out);
+// to[i] += from[i]
+template <class Acc>
+SPEFT_INLINE void add(const Acc* from, int64_t count, Acc* to) {
+    for (int64_t i = 0; i < count; ++i)
+        to[i] += from[i];
 }
-SPEFT_MULTIVERSION void sum_block(const double* dy_panel, const double* x_panel, int width,
-                                  const CompactIndices& pattern, int64_t row, Range entries,
-                                  double* out) {
-    all_dots(dy_panel, x_panel, width, pattern, row, entries, out);
+
+#define SPEFT_DEFINE_PRODUCTS(Acc)                                                                \
+    SPEFT_MULTIVERSION void add_gathered(const Acc* dy, const Acc* x, int width,                  \
+                                         const int32_t* rows, const int32_t* cols, Range entries, \
+                                         const Sums<Acc>& sums) {                                 \
+        gather(dy, x, width, rows, cols, entries, sums);                                          \
+    }                                                                                             \
+    SPEFT_MULTIVERSION void multiply_tile(const Acc* const* dy, const Acc* const* x, int width,   \
+                                          Acc* products) {                                        \
+        multiply(dy, x, width, products);                                                         \
+    }                                                                                             \
+    SPEFT_MULTIVERSION void add_all(const Acc* from, int64_t count, Acc* to) {                    \
+        add(from, count, to);                                                                     \
+    }
+SPEFT_DEFINE_PRODUCTS(float)
+SPEFT_DEFINE_PRODUCTS(double)
+
+// The first of sorted `lines` at or after `line`.
+int64_t first_at(const int32_t* lines, int64_t count, int64_t line) {
+    return std::lower_bound(lines, lines + count, line) - lines;
+}
+
+// The used rows of part `part` of `parts`, alike in work; they begin at a multiple of kTileSide.
+Range rows_of_part(const SampledEntries& plan, int64_t part, int64_t parts) {
+    const auto work = [&](int64_t row) {
+        const int64_t tiles = first_at(plan.tile_rows, plan.num_tiles, row / kTileSide);
+        return kWorkOfRow * row + first_at(plan.entry_rows, plan.num_entries, row) +
+               tiles * kTileSide * kTileSide / 4;
+    };
+    const auto begin_of = [&](int64_t p) {
+        if (p == parts) return plan.num_rows;
+        const int64_t wanted = work(plan.num_rows) * p / parts;
+        int64_t low = 0, high = (plan.num_rows + kTileSide - 1) / kTileSide;
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            if (work(middle * kTileSide) < wanted)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        return std::min(low * kTileSide, plan.num_rows);
+    };
+    return {begin_of(part), begin_of(part + 1)};
 }
 
 template <class T>
-void run(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, int64_t tokens,
-         const CompactIndices& pattern, Accumulator<T>* out, bool accumulate, int threads) {
+struct Problem {
     using Acc = Accumulator<T>;
-    struct Panels {
-        Scratch<Acc> dy, x;
+    Tokens<T> dy, x;  // x.data is null where x is packed
+    const T* packed;  // [blocks, num_cols, width], or null
+    int64_t tokens;
+    int width;
+    const SampledEntries& plan;
+
+    int64_t blocks() const { return (tokens + width - 1) / width; }
+    Tokens<T> block_of(const Tokens<T>& matrix, int64_t block) const {
+        Tokens<T> some = matrix;
+        some.data += block * width * matrix.stride;
+        some.tokens = int(std::min<int64_t>(width, tokens - block * width));
+        return some;
+    }
+    bool in_place() const { return packed != nullptr && std::is_same<T, Acc>::value; }
+};
+
+template <class T>
+struct Panels {
+    using Acc = Accumulator<T>;
+    Scratch<Acc> dy, x;
+    int64_t rows;  // that fit into dy
+
+    explicit Panels(const Problem<T>& problem) {
+        const int64_t fit = kChunkBytes / int64_t(sizeof(Acc)) / problem.width;
+        const int64_t all = (problem.plan.num_rows + kTileSide - 1) / kTileSide * kTileSide;
+        rows = std::max<int64_t>(kTileSide, std::min(fit / kTileSide * kTileSide, all));
+        dy = scratch<Acc>(rows * problem.width);
+        if (!problem.in_place()) x = scratch<Acc>(problem.plan.num_cols * problem.width);
+    }
+
+    const Acc* x_of_block(const Problem<T>& problem, int64_t block) {
+        const int64_t size = problem.plan.num_cols * problem.width;
+        if constexpr (std::is_same<T, Acc>::value) {
+            if (problem.packed != nullptr) return problem.packed + block * size;
+        }
+        if (problem.packed != nullptr) {
+            for (int64_t i = 0; i < size; ++i)
+                x[i] = widen(problem.packed[block * size + i]);
+        } else {
+            pack_panel(problem.block_of(problem.x, block), problem.plan.cols, problem.plan.num_cols,
+                       problem.width, x.get());
+        }
+        return x.get();
+    }
+};
+
+// Adds the products of one block of tokens for the entries of `rows`.
+template <class T>
+void add_block(const Problem<T>& problem, Panels<T>& panels, int64_t block, Range rows,
+               const Sums<Accumulator<T>>& sums) {
+    using Acc = Accumulator<T>;
+    const SampledEntries& plan = problem.plan;
+    const int width = problem.width;
+    const Acc* x = panels.x_of_block(problem, block);
+    const Tokens<T> dy = problem.block_of(problem.dy, block);
+    for (int64_t first = rows.begin; first < rows.end; first += panels.rows) {
+        const int64_t last = std::min(first + panels.rows, rows.end);
+        pack_panel(dy, plan.rows + first, last - first, width, panels.dy.get());
+        const Acc* chunk = panels.dy.get() - first * width;  // its line r is row r
+        const int64_t tiles_end =
+            first_at(plan.tile_rows, plan.num_tiles, (last + kTileSide - 1) / kTileSide);
+        for (int64_t i = first_at(plan.tile_rows, plan.num_tiles, first / kTileSide); i < tiles_end;
+             ++i) {
+            const Acc *a[kTileSide], *b[kTileSide];
+            for (int64_t j = 0; j < kTileSide; ++j) {
+                a[j] = chunk + std::min(plan.tile_rows[i] * kTileSide + j, last - 1) * width;
+                b[j] = x + std::min(plan.tile_cols[i] * kTileSide + j, plan.num_cols - 1) * width;
+            }
+            alignas(kVectorBytes) Acc products[kTileEntries];
+            multiply_tile(a, b, width, products);
+            Acc* to = sums.tiles + (sums.tile_slots == nullptr ? i * kTileEntries : 0);
+            if (sums.tile_slots == nullptr) {
+                add_all(products, kTileEntries, to);
+                continue;
+            }
+            for (int64_t j = 0; j < kTileEntries; ++j) {
+                const int32_t slot = sums.tile_slots[i * kTileEntries + j];
+                if (slot >= 0) to[slot] += products[j];
+            }
+        }
+        const Range entries = {first_at(plan.entry_rows, plan.num_entries, first),
+                               first_at(plan.entry_rows, plan.num_entries, last)};
+        add_gathered(chunk, x, width, plan.entry_rows, plan.entry_cols, entries, sums);
+    }
+}
+
+// Tokens are cut into splits and used rows into parts, in numbers that depend on the problem alone.
+// A task sums one part over one split, in one order, whichever thread takes it: the result does not
+// depend on threads. The splits are summed into buffers in the order of the plan, which are added
+// in order after the threads have met, once. Where the buffers would be large there is one split; a
+// task then adds to `out` itself, and nothing is met for.
+template <class T>
+void run(const Problem<T>& problem, Accumulator<T>* out, bool accumulate, int threads) {
+    using Acc = Accumulator<T>;
+    const SampledEntries& plan = problem.plan;
+    const int64_t sums_of_split = plan.num_entries + plan.num_tiles * kTileEntries;
+    const int64_t splits = std::max<int64_t>(
+        1, std::min({problem.blocks(), kMostSplits,
+                     kSplitBytes / std::max<int64_t>(1, sums_of_split * int64_t(sizeof(Acc)))}));
+    // A part packs what it reads of x, all of it, unless that came packed.
+    const int64_t tasks = problem.packed == nullptr && splits > 1 ? splits : kTasks;
+    const int64_t parts =
+        std::max<int64_t>(1, std::min((tasks + splits - 1) / splits, plan.num_rows / kRowsInPart));
+    const bool direct = splits == 1;
+    std::vector<Range> rows;
+    for (int64_t p = 0; p < parts; ++p)
+        rows.push_back(rows_of_part(plan, p, parts));
+
+    threads = int(std::min<int64_t>(threads, splits * parts));
+    std::vector<Panels<T>> panels;
+    for (int i = 0; i < threads; ++i)
+        panels.emplace_back(problem);
+    Scratch<Acc> buffers;
+    if (!direct) buffers = scratch<Acc>(splits * sums_of_split);
+    std::atomic<int64_t> next{0};
+
+    // Calls f(place in the order of the plan, slot) for some of the entries and tiles.
+    const auto each_slot = [&](Range entries, Range tiles, auto&& f) {
+        for (int64_t e = entries.begin; e < entries.end; ++e)
+            f(e, plan.slots == nullptr ? e : plan.slots[e]);
+        for (int64_t i = tiles.begin * kTileEntries; i < tiles.end * kTileEntries; ++i)
+            if (plan.tile_slots[i] >= 0) f(plan.num_entries + i, int64_t(plan.tile_slots[i]));
     };
-    const int64_t nnz = pattern.nnz();
-    const int width = block_tokens<Acc>(pattern.num_rows + pattern.num_cols, tokens);
-    const auto make_panels = [&] {
-        return Panels{scratch<Acc>(pattern.num_rows * width),
-                      scratch<Acc>(pattern.num_cols * width)};
-    };
-    const auto add_block = [&](Worker worker, Panels& panels, int64_t m, int64_t count, Acc* sums) {
-        const Range rows = worker.share(pattern.num_rows), cols = worker.share(pattern.num_cols);
-        pack_panel(dy + m * dy_stride, dy_stride, int(count), pattern.rows, rows, width,
-                   panels.dy.get());
-        pack_panel(x + m * x_stride, x_stride, int(count), pattern.cols, cols, width,
-                   panels.x.get());
+    parallel(threads, [&](Worker worker) {
+        for (int64_t task = next++; task < splits * parts; task = next++) {
+            const int64_t split = task / parts;
+            const Range mine = rows[task % parts];
+            const Range entries = {first_at(plan.entry_rows, plan.num_entries, mine.begin),
+                                   first_at(plan.entry_rows, plan.num_entries, mine.end)};
+            const Range tiles = {
+                first_at(plan.tile_rows, plan.num_tiles, mine.begin / kTileSide),
+                first_at(plan.tile_rows, plan.num_tiles, (mine.end + kTileSide - 1) / kTileSide)};
+            Sums<Acc> sums{out, out, plan.slots, plan.tile_slots};
+            if (!direct) {
+                Acc* own = buffers.get() + split * sums_of_split;
+                sums = {own, own + plan.num_entries, nullptr, nullptr};
+                std::fill(own + entries.begin, own + entries.end, Acc(0));
+                std::fill(sums.tiles + tiles.begin * kTileEntries,
+                          sums.tiles + tiles.end * kTileEntries, Acc(0));
+            } else if (!accumulate) {
+                each_slot(entries, tiles, [&](int64_t, int64_t slot) { out[slot] = Acc(0); });
+            }
+            const Range blocks = share(problem.blocks(), split, splits);
+            for (int64_t block = blocks.begin; block < blocks.end; ++block)
+                add_block(problem, panels[worker.index], block, mine, sums);
+        }
+        if (direct) return;
         worker.barrier();
-        const Range entries = worker.share(nnz);
-        const int64_t *begin = pattern.crow, *end = begin + pattern.num_rows + 1;
-        const int64_t first = std::upper_bound(begin, end, entries.begin) - begin - 1;
-        sum_block(panels.dy.get(), panels.x.get(), width, pattern, first, entries, sums);
-        worker.barrier();
-    };
-    sum_over_tokens(tokens, width, nnz, out, accumulate, threads, make_panels, add_block);
+        const Range entries = worker.share(plan.num_entries, kVectorBytes);
+        const Range tiles = worker.share(plan.num_tiles);
+        Acc* total = buffers.get();
+        for (int64_t s = 1; s < splits; ++s) {
+            const Acc* own = total + s * sums_of_split;
+            add_all(own + entries.begin, entries.end - entries.begin, total + entries.begin);
+            const int64_t first = plan.num_entries + tiles.begin * kTileEntries;
+            add_all(own + first, (tiles.end - tiles.begin) * kTileEntries, total + first);
+        }
+        each_slot(entries, tiles, [&](int64_t place, int64_t slot) {
+            out[slot] = accumulate ? out[slot] + total[place] : total[place];
+        });
+    });
 }
 
 }  // namespace
 
-void sampled_grad(const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
-                  int64_t tokens, const CompactIndices& pattern, void* out, bool accumulate,
-                  DType dtype, int threads) {
+void sampled_grad(const void* dy, int64_t dy_stride, int64_t out_features, const void* x,
+                  int64_t x_stride, int64_t in_features, bool packed, int64_t tokens, int64_t width,
+                  const SampledEntries& plan, void* out, bool accumulate, DType dtype,
+                  int threads) {
+    if (plan.num_entries == 0 && plan.num_tiles == 0) return;
     dispatch(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        run(static_cast<const T*>(dy), dy_stride, static_cast<const T*>(x), x_stride, tokens,
-            pattern, static_cast<Accumulator<T>*>(out), accumulate, threads);
+        const T* activations = static_cast<const T*>(x);
+        const Problem<T> problem{{static_cast<const T*>(dy), dy_stride, out_features, 0},
+                                 {packed ? nullptr : activations, x_stride, in_features, 0},
+                                 packed ? activations : nullptr,
+                                 tokens,
+                                 int(width),
+                                 plan};
+        run(problem, static_cast<Accumulator<T>*>(out), accumulate, threads);
     });
 }
 

@@ -83,4 +83,57 @@ SPEFT_INLINE void add_sums_of_lanes<float>(const Vector<float>& a, const Vector<
 }
 #endif
 
+// Turns a square of vectors: v[i][j] becomes v[j][i].
+template <class T>
+SPEFT_INLINE void transpose(Vector<T>* v) {
+    constexpr int lanes = VectorOf<T>::lanes;
+    T from[lanes][lanes], to[lanes][lanes];
+    __builtin_memcpy(from, v, sizeof(from));
+    for (int i = 0; i < lanes; ++i)
+        for (int j = 0; j < lanes; ++j)
+            to[j][i] = from[i][j];
+    __builtin_memcpy(v, to, sizeof(to));
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+// In registers: pairs, then fours, within quarters of the vectors; then the quarters themselves.
+template <>
+SPEFT_INLINE void transpose<float>(Vector<float>* v) {
+    #define SPEFT_MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+    #define SPEFT_EVEN(a, b) \
+        SPEFT_MIX(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+    #define SPEFT_ODD(a, b) \
+        SPEFT_MIX(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+    Vector<float> t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = SPEFT_MIX(v[i], v[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+        t[i + 1] =
+            SPEFT_MIX(v[i], v[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            const Vector<float> a = t[i + j], b = t[i + 2 + j];
+            v[i + 2 * j] =
+                SPEFT_MIX(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+            v[i + 2 * j + 1] =
+                SPEFT_MIX(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        }
+    // Now quarter q of v[4 * i + j] is column 4 * q + j of rows 4 * i to 4 * i + 3.
+    for (int j = 0; j < 4; ++j) {
+        const Vector<float> even01 = SPEFT_EVEN(v[j], v[4 + j]), odd01 = SPEFT_ODD(v[j], v[4 + j]),
+                            even23 = SPEFT_EVEN(v[8 + j], v[12 + j]),
+                            odd23 = SPEFT_ODD(v[8 + j], v[12 + j]);
+        t[j] = SPEFT_EVEN(even01, even23);
+        t[8 + j] = SPEFT_ODD(even01, even23);
+        t[4 + j] = SPEFT_EVEN(odd01, odd23);
+        t[12 + j] = SPEFT_ODD(odd01, odd23);
+    }
+    for (int i = 0; i < 16; ++i)
+        v[i] = t[i];
+    #undef SPEFT_ODD
+    #undef SPEFT_EVEN
+    #undef SPEFT_MIX
+}
+#endif
+
 }  // namespace speft

@@ -90,7 +90,7 @@ Range rows_by_entries(const Worker& worker, const CompactIndices& delta) {
 }
 
 template <class T>
-void run(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t tokens,
+void run(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t in_features, int64_t tokens,
          const CompactIndices& delta, const Accumulator<T>* values, int threads) {
     using Acc = Accumulator<T>;
     if (delta.nnz() == 0 || tokens == 0) return;
@@ -114,8 +114,8 @@ void run(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t tokens,
         const Range mine = worker.share(blocks);
         for (int64_t m = mine.begin * width; m < std::min(tokens, mine.end * width); m += width) {
             const int count = int(std::min<int64_t>(width, tokens - m));
-            pack_panel(x + m * x_stride, x_stride, count, delta.cols, {0, delta.num_cols}, width,
-                       own_panel);
+            pack_panel(Tokens<T>{x + m * x_stride, x_stride, in_features, count}, delta.cols,
+                       delta.num_cols, width, own_panel);
             sum_rows(own_panel, width, delta, values, own_sums);
             add_rows(y + m * y_stride, y_stride, count, delta, width, own_sums);
         }
@@ -124,13 +124,13 @@ void run(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t tokens,
 
 }  // namespace
 
-void sparse_delta_matmul(void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t tokens,
-                         const CompactIndices& delta, const void* values, DType dtype,
-                         int threads) {
+void sparse_delta_matmul(void* y, int64_t y_stride, const void* x, int64_t x_stride,
+                         int64_t in_features, int64_t tokens, const CompactIndices& delta,
+                         const void* values, DType dtype, int threads) {
     dispatch(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        run(static_cast<T*>(y), y_stride, static_cast<const T*>(x), x_stride, tokens, delta,
-            static_cast<const Accumulator<T>*>(values), threads);
+        run(static_cast<T*>(y), y_stride, static_cast<const T*>(x), x_stride, in_features, tokens,
+            delta, static_cast<const Accumulator<T>*>(values), threads);
     });
 }
 

@@ -30,6 +30,7 @@ def describe_machine() -> str:
     import torch
 
     from .. import __version__, _native
+    from ..machine import processor
     from ..ops import registry
 
     rows = [
@@ -38,7 +39,7 @@ def describe_machine() -> str:
         ("torch", torch.__version__),
         *((name, _version(name)) for name in _LIBRARIES),
         ("system", f"{platform.system()} {platform.machine()}"),
-        ("processor", f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),
+        ("processor", f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),
         ("cpu kernels", _native.description()),
         ("gpus", ", ".join(_gpus()) or "none"),
     ]
@@ -144,12 +145,3 @@ def _gpus() -> list[str]:
     import torch
 
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

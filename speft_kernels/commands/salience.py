@@ -37,8 +37,8 @@ def _score(config: RunConfig) -> str:
 
     from ..adapter import save_adapter
     from ..atomic import new_folder
+    from ..files import write_json
     from ..finetune import methods
-    from ..finetune.files import write_json
     from ..finetune.inputs import read_inputs
     from ..finetune.models import quiet_transformers
     from ..finetune.progress import Display

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .files import replaced
+from ..files import replaced
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass

@@ -16,6 +16,9 @@ from torch import nn
 from transformers import get_scheduler
 
 from ..errors import SpeftError
+from ..files import replaced
+from ..flat import FlatValues
+from ..overview import sparse_layers
 from .batches import Batch, epoch_order, length_order
 from .checkpoint import (
     Progress,
@@ -25,7 +28,6 @@ from .checkpoint import (
     save_tensors,
 )
 from .config import RunConfig
-from .files import replaced
 from .methods import Prepared
 from .progress import Display
 from .signals import Interrupted, StopSignals
@@ -105,6 +107,7 @@ class Loop:
         self.total_steps = self.steps_per_epoch * config.epochs
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
+        groups = _flat(groups, prepared.model)
         fused = accelerator.device.type in ("cpu", "cuda")
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
@@ -265,6 +268,22 @@ class Loop:
                 kept.append(line + "\n")
         with replaced(self.folder.metrics) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _flat(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """The groups with the sparse layers' values replaced by the one parameter that holds them."""
+    layers = [layer for layer in sparse_layers(model).values() if layer.values.numel()]
+    if not layers:
+        return groups
+    values = {id(layer.values) for layer in layers}
+    flat = [FlatValues(model).parameter]
+    parted = []
+    for group in groups:
+        others = [p for p in group["params"] if id(p) not in values]
+        if len(others) < len(group["params"]):
+            others, flat = flat + others, []
+        parted.append({**group, "params": others})
+    return [group for group in parted if group["params"]]
 
 
 def check_finite(metrics: Mapping[str, float], when: str, remedy: str) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..adapter import save_adapter
 from ..atomic import new_folder
 from ..errors import ConfigError
+from ..files import write_json
 from ..model import apply_patterns, score_and_select, sparse_layers
 from ..pattern import SparsePattern
 from ..salience.accumulate import LossFn
@@ -28,7 +29,6 @@ from ..salience.warmup import warm_up
 from ..targets import Targets, find_dense_modules, find_targets, is_below
 from .checkpoint import trainable
 from .config import RunConfig
-from .files import write_json
 from .tasks import Task
 
 

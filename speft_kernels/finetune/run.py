@@ -13,11 +13,11 @@ from accelerate.utils import set_seed
 
 from .._version import __version__
 from ..errors import ConfigError
+from ..files import write_json
 from ..salience.memory import PeakMemory
 from . import methods
 from .checkpoint import Progress, read_checkpoint
 from .config import RunConfig, load_json
-from .files import write_json
 from .inputs import Inputs, read_inputs
 from .loop import Folder, Loop, check_finite, evaluate
 from .models import quiet_transformers

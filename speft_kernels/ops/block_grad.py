@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _native
 from ..pattern import SparsePattern
+from ..plan import SparsityPlan, plan_of
 from . import _checks, registry
 from ._library import operation
 from .sampled_grad import _check_out
@@ -26,6 +27,8 @@ def block_grad(
     x: Tensor,
     pattern: SparsePattern,
     *,
+    plan: SparsityPlan | None = None,
+    packed: bool = False,
     out: Tensor | None = None,
     accumulate: bool = False,
     backend: str | None = None,
@@ -34,7 +37,9 @@ def block_grad(
 
     Args:
         dy: `[..., N]`, the gradient of the layer's output.
-        x: `[..., K]`, the layer's input, of dy's dtype.
+        x: `[..., K]`, the layer's input, of dy's dtype; or what `keep_columns(x, plan)` kept of it.
+        plan: the compiled pattern; by default the one cached with the pattern.
+        packed: x comes from `keep_columns` with this plan.
         out: `[num_blocks, bh, bw]` of the accumulator's dtype, written in place and returned.
         accumulate: add to `out` instead of overwriting it.
 
@@ -51,11 +56,15 @@ def block_grad(
     _checks.check_same("dy", dy, "x", x)
     _checks.check_pattern_device(pattern, "dy", dy)
     dy = _checks.tokens_first("dy", dy, pattern.shape[0])
-    x = _checks.tokens_first("x", x, pattern.shape[1])
+    plan = plan_of(pattern) if plan is None else plan
+    if plan.pattern is not pattern and plan.pattern != pattern:
+        raise ValueError(f"the plan was built for another pattern: {plan.pattern}, not {pattern}")
+    x = _checks.tokens_first("x", x, plan.kept_width if packed else pattern.shape[1])
     if dy.shape[0] != x.shape[0]:
         raise ValueError(f"dy has {dy.shape[0]} tokens and x has {x.shape[0]}")
     bh, bw = pattern.block_shape
-    where = (pattern.block_rows, pattern.block_cols, bh, bw)
+    cols = plan.kept_block_cols if packed else pattern.block_cols
+    where = (pattern.block_rows, cols, bh, bw)
     if out is None:
         if accumulate:
             raise ValueError("accumulate=True needs the buffer to accumulate into: pass out=")

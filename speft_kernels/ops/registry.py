@@ -19,6 +19,7 @@ from .. import _native
 from ..errors import BackendError, nearest
 
 OPS = ("sparse_delta_matmul", "sampled_grad", "block_grad", "topk_salience", "write_delta")
+HELPERS = ("keep_columns",)  # of sampled_grad: its forward half
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -102,6 +103,20 @@ def resolve(
             message says why), or, in an automatic choice, none can.
     """
     forced = backend or os.environ.get("SPEFT_BACKEND")
+    key = (op, device.type, dtype, forced)
+    found = _resolved.get(key)
+    if found is None:
+        found = _resolved[key] = _resolve(op, device, dtype, backend, forced)
+    return found
+
+
+# Answers given. What can run does not change while a process runs; a refusal is not kept.
+_resolved: dict[tuple[str, str, torch.dtype, str | None], Implementation] = {}
+
+
+def _resolve(
+    op: str, device: torch.device, dtype: torch.dtype, backend: str | None, forced: str | None
+) -> Implementation:
     if forced:
         return _forced(op, device, dtype, forced, by_environment=not backend)
     refusals = []
@@ -162,7 +177,7 @@ def table() -> list[dict[str, Any]]:
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []
-    for op in OPS:
+    for op in (*OPS, *HELPERS):
         for name, backend in BACKENDS.items():
             implementation = _implementations.get((op, name))
             if implementation is None:

@@ -3,20 +3,29 @@
     dv[e] = sum over m of dy[m, row_e] * x[m, col_e]
 
 Accumulated in float32 (float64 for float64 inputs). No buffer of `N * K` elements exists at any
-density: the compiled kernel keeps one block of tokens of the used rows and columns, the torch
-backend one panel of rows.
+density up to 25 %: the compiled kernel keeps a block of tokens of the used rows and columns, and
+what a panel or the torch backend makes dense is a bounded piece.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
 
 from .. import _native
+from ..compact import PANEL_ROWS, CompactIndices
+from ..parts import TILE, Parts, gathered
 from ..pattern import SparsePattern
-from ..plan import CompactIndices, SparsityPlan, plan_of
+from ..plan import BLOCK_TOKENS, SparsityPlan, plan_of
 from . import _checks, registry
-from ._library import operation
+from ._library import is_plain, operation
+from .keep_columns import unpack
+from .panels import add_panels
+
+# Tiles that the torch backend multiplies at a time.
+TILES_AT_ONCE = 64
 
 
 def sampled_grad(
@@ -25,17 +34,19 @@ def sampled_grad(
     pattern: SparsePattern,
     *,
     plan: SparsityPlan | None = None,
+    packed: bool = False,
     out: Tensor | None = None,
     accumulate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Return `dv [nnz]`: `dy^T @ x` at the entries of `pattern`.
+    """Return `dv [nnz]`: `dy^T @ x` at the entries of `pattern`, differentiable in dy and x unless
+    x is packed.
 
     Args:
         dy: `[..., N]`, the gradient of the layer's output.
-        x: `[..., K]`, the layer's input, of dy's dtype; or `[..., plan.kept_width]`, what
-            `plan.keep` kept of it.
+        x: `[..., K]`, the layer's input, of dy's dtype; or what `keep_columns(x, plan)` kept of it.
         plan: the compiled pattern; by default the one cached with the pattern.
+        packed: x comes from `keep_columns` with this plan.
         out: `[nnz]` of the accumulator's dtype, written in place and returned.
         accumulate: add to `out` instead of overwriting it.
 
@@ -59,18 +70,51 @@ def sampled_grad(
     if plan.pattern is not pattern and plan.pattern != pattern:
         raise ValueError(f"the plan was built for another pattern: {plan.pattern}, not {pattern}")
     dy = _checks.tokens_first("dy", dy, pattern.shape[0])
-    kept = x.shape[-1:] == (plan.kept_width,)
-    x = _checks.tokens_first("x", x, plan.kept_width if kept else pattern.shape[1])
-    if dy.shape[0] != x.shape[0]:
-        raise ValueError(f"dy has {dy.shape[0]} tokens and x has {x.shape[0]}")
-    csr = list(plan.kept_csr if kept else plan.csr)
+    width = plan.block_tokens(dy.shape[0])
+    packed = packed and plan.kept_columns is not None
+    if packed:
+        shape = (-(-dy.shape[0] // width), plan.kept_width, width)
+        if tuple(x.shape) != shape:
+            raise ValueError(
+                f"the packed x of {dy.shape[0]} tokens must have shape {shape}, got "
+                f"{tuple(x.shape)}"
+            )
+    else:
+        x = _checks.tokens_first("x", x, pattern.shape[1])
+        if dy.shape[0] != x.shape[0]:
+            raise ValueError(f"dy has {dy.shape[0]} tokens and x has {x.shape[0]}")
+    parts = list(plan.packed if packed else plan.whole)
     if out is None:
         if accumulate:
             raise ValueError("accumulate=True needs the buffer to accumulate into: pass out=")
-        return torch.ops.speft.sampled_grad(dy, x, csr, backend)
+        return torch.ops.speft.sampled_grad(dy, x, parts, pattern.nnz, width, backend)
     _check_out(out, (pattern.nnz,), dy, x)
-    torch.ops.speft.sampled_grad_(dy, x, csr, out, accumulate, backend)
+    torch.ops.speft.sampled_grad_(dy, x, parts, width, out, accumulate, backend)
     return out
+
+
+def add_sampled_grad(
+    dy: Tensor, x: Tensor, plan: SparsityPlan, out: Tensor, accumulate: bool
+) -> None:
+    """`sampled_grad` into `out` for a caller that has made its arguments itself: dy `[M, N]`, and x
+    as `keep_columns(x, plan)` gave it. Carries no gradient.
+    """
+    parts = plan.packed if x.dim() == 3 else plan.whole
+    width = plan.block_tokens(dy.shape[0])
+    if is_plain(dy):
+        serve = registry.resolve("sampled_grad", dy.device, dy.dtype).function
+        serve(dy, x, parts, width, out, accumulate)
+    else:
+        torch.ops.speft.sampled_grad_(dy, x, list(parts), width, out, accumulate, None)
+
+
+def gradient_of_entries(dy: Tensor, x: Tensor, csr: list[Tensor], backend: str | None) -> Tensor:
+    """`dy^T @ x` at the entries of a CompactIndices, in its order: for gradients of products with a
+    sparse matrix.
+    """
+    parts = gathered(CompactIndices(*csr))
+    nnz, width = parts.entry_row.shape[0], BLOCK_TOKENS
+    return torch.ops.speft.sampled_grad(dy, x, list(parts), nnz, width, backend)
 
 
 def _check_out(out: Tensor, shape: tuple[int, ...], dy: Tensor, x: Tensor) -> None:
@@ -85,26 +129,64 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dy: Tensor, x: Tensor) -> No
     _checks.check_device("out", out, "dy", dy)
 
 
+# An implementation is called with dy [M, N]; x [M, K], or packed [B, C, T]; the parts that fit the
+# one or the other; the tokens of a block; out [nnz]; and whether to add to it.
+
+
 @registry.implement("sampled_grad", "reference")
-def _reference(dy: Tensor, x: Tensor, csr: CompactIndices, out: Tensor, accumulate: bool) -> None:
-    acc = out.dtype
-    dense = dy.to(acc).t() @ x.to(acc)
-    values = dense[csr.entry_rows, csr.entry_cols]
-    out.copy_(out + values if accumulate else values)
+def _reference(
+    dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumulate: bool
+) -> None:
+    operand = unpack(x, dy.shape[0]) if x.dim() == 3 else x
+    dense = dy.to(out.dtype).t() @ operand.to(out.dtype)
+    if not accumulate:
+        out.zero_()
+    for row, position, slot in parts.each_entry(*dense.shape):
+        out[slot] += dense[row, position]
 
 
 @registry.implement("sampled_grad", "torch")
-def _torch(dy: Tensor, x: Tensor, csr: CompactIndices, out: Tensor, accumulate: bool) -> None:
+def _torch(dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumulate: bool) -> None:
+    if not accumulate:
+        out.zero_()
+    add_panels(dy, x, parts, out)
+    if not parts.rows.numel():
+        return
+    used = unpack(x, dy.shape[0]) if x.dim() == 3 else x.index_select(1, parts.cols)
     # Products accumulate in float32 inside the GEMM, but its result has the operands' dtype: widen
     # them first, on the used rows and columns alone.
-    x_used = x.index_select(1, csr.cols).to(out.dtype)
-    for rows, entries, row in csr.row_panels():
-        product = _product(dy.index_select(1, rows).to(out.dtype), x_used)
-        values = product[row, csr.local[entries].long()]
-        if accumulate:
-            out[entries] += values
+    used = used.to(out.dtype)
+    _add_tiles(dy, used, parts, out)
+    for i, (start, stop) in enumerate(itertools.pairwise(parts.entry_panels.tolist())):
+        if start == stop:
+            continue
+        first = i * PANEL_ROWS
+        rows = parts.rows[first : first + PANEL_ROWS]
+        product = _product(dy.index_select(1, rows).to(out.dtype), used)
+        entries = slice(start, stop)
+        place = (parts.entry_row[entries].long() - first) * used.shape[1] + parts.entry_col[entries]
+        values = product.reshape(-1).index_select(0, place)
+        if parts.entry_slot.numel():
+            out.index_add_(0, parts.entry_slot[entries], values)
         else:
-            out[entries] = values
+            out[entries] += values
+
+
+def _add_tiles(dy: Tensor, used: Tensor, parts: Parts, out: Tensor) -> None:
+    # A tile at the edge repeats the last line: those products have no slot.
+    side = torch.arange(TILE, dtype=torch.int32, device=dy.device)
+    for start in range(0, parts.tile_row.numel(), TILES_AT_ONCE):
+        some = slice(start, start + TILES_AT_ONCE)
+        row = (parts.tile_row[some, None] * TILE + side).clamp(max=parts.rows.numel() - 1)
+        col = (parts.tile_col[some, None] * TILE + side).clamp(max=used.shape[1] - 1)
+        left = dy.index_select(1, parts.rows[row.long().flatten()]).to(out.dtype)
+        right = used.index_select(1, col.flatten())
+        tall, wide = (side.unflatten(1, (-1, TILE)).transpose(0, 1) for side in (left, right))
+        products = torch.bmm(tall.transpose(1, 2), wide)
+        # Where nothing trains, zero is added to the first value.
+        slot = parts.tile_slot[some]
+        products = torch.where(slot >= 0, products, 0)
+        out.index_add_(0, slot.clamp(min=0).flatten(), products.flatten())
 
 
 def _product(dy: Tensor, x: Tensor) -> Tensor:
@@ -117,55 +199,82 @@ def _product(dy: Tensor, x: Tensor) -> Tensor:
 
 
 @registry.implement("sampled_grad", "cpu")
-def _cpu(dy: Tensor, x: Tensor, csr: CompactIndices, out: Tensor, accumulate: bool) -> None:
-    dy, x = _native.rows_contiguous(dy), _native.rows_contiguous(x)
+def _cpu(dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumulate: bool) -> None:
+    if not accumulate and parts.hot_cols.numel() + parts.hot_rows.numel():
+        out.zero_()
+        accumulate = True
+    add_panels(dy, x, parts, out)
+    dy = _native.rows_contiguous(dy)
+    packed = x.dim() == 3
+    x = x if packed else _native.rows_contiguous(x)
     _native.kernels().sampled_grad(
-        *(dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), dy.shape[0]),
-        *(csr.rows.data_ptr(), csr.crow.data_ptr(), csr.rows.numel()),
-        *(csr.cols.data_ptr(), csr.local.data_ptr(), csr.cols.numel()),
-        *(out.data_ptr(), accumulate, _native.dtype_code(dy), torch.get_num_threads()),
+        *(dy.data_ptr(), dy.stride(0), dy.shape[1]),
+        *(x.data_ptr(), x.stride(0), x.shape[1], packed, dy.shape[0], width),
+        *(parts.rows.data_ptr(), parts.rows.numel(), parts.cols.data_ptr(), parts.cols.numel()),
+        *(parts.entry_row.data_ptr(), parts.entry_col.data_ptr()),
+        parts.entry_slot.data_ptr() if parts.entry_slot.numel() else 0,
+        parts.entry_row.numel(),
+        *(parts.tile_row.data_ptr(), parts.tile_col.data_ptr(), parts.tile_slot.data_ptr()),
+        parts.tile_row.numel(),
+        *(out.data_ptr(), accumulate),
+        *(_native.dtype_code(dy), torch.get_num_threads()),
     )
 
 
 @operation("speft::sampled_grad_", mutates=["out"])
 def _sampled_grad_out(
-    dy: Tensor, x: Tensor, csr: list[Tensor], out: Tensor, accumulate: bool, backend: str | None
+    dy: Tensor,
+    x: Tensor,
+    parts: list[Tensor],
+    width: int,
+    out: Tensor,
+    accumulate: bool,
+    backend: str | None,
 ) -> None:
     serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend).function
-    serve(dy, x, CompactIndices(*csr), out, accumulate)
+    serve(dy, x, Parts(*parts), width, out, accumulate)
 
 
 @_sampled_grad_out.register_fake
-def _(dy, x, csr, out, accumulate, backend):  # type: ignore[no-untyped-def]
+def _(dy, x, parts, width, out, accumulate, backend):  # type: ignore[no-untyped-def]
     return None
 
 
-def _allocate(dy: Tensor, csr: list[Tensor]) -> Tensor:
-    return dy.new_empty(csr[3].shape, dtype=_checks.accumulator_dtype(dy.dtype))
+def _allocate(dy: Tensor, nnz: int) -> Tensor:
+    return dy.new_empty(nnz, dtype=_checks.accumulator_dtype(dy.dtype))
 
 
 @operation("speft::sampled_grad")
-def _sampled_grad(dy: Tensor, x: Tensor, csr: list[Tensor], backend: str | None) -> Tensor:
-    out = _allocate(dy, csr)
+def _sampled_grad(
+    dy: Tensor, x: Tensor, parts: list[Tensor], nnz: int, width: int, backend: str | None
+) -> Tensor:
+    out = _allocate(dy, nnz)
     serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend).function
-    serve(dy, x, CompactIndices(*csr), out, False)
+    serve(dy, x, Parts(*parts), width, out, False)
     return out
 
 
 @_sampled_grad.register_fake
-def _(dy, x, csr, backend):  # type: ignore[no-untyped-def]
-    return _allocate(dy, csr)
+def _(dy, x, parts, nnz, width, backend):  # type: ignore[no-untyped-def]
+    return _allocate(dy, nnz)
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    dy, x, csr, ctx.backend = inputs
-    ctx.save_for_backward(dy, x, *csr)
+    dy, x, parts, _, _, ctx.backend = inputs
+    ctx.save_for_backward(dy, x, *parts)
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     # dv is bilinear: its gradient to dy is x times the sparse matrix of `grad`, and to x the twin.
-    dy, x, *csr = ctx.saved_tensors
-    sparse = CompactIndices(*csr)
+    dy, x, *parts = ctx.saved_tensors
+    if x.dim() == 3:
+        raise RuntimeError("sampled_grad is not differentiable where x is packed: pass x whole")
+    rows, cols, slots = (
+        torch.cat(some)
+        for some in zip(*Parts(*parts).each_entry(dy.shape[1], x.shape[1]), strict=True)
+    )
+    order = torch.argsort(slots)
+    sparse = CompactIndices.build(rows[order], cols[order])
     by_column, order = sparse.transpose()
     product = torch.ops.speft.delta_matmul
     d_dy = d_x = None
@@ -174,7 +283,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     if ctx.needs_input_grad[1]:
         back = torch.argsort(order)
         d_x = product(dy, grad[order], list(by_column), [*sparse, back], x.shape[1], ctx.backend)
-    return d_dy, d_x, [None] * len(csr), None
+    return d_dy, d_x, [None] * len(parts), None, None, None
 
 
 _sampled_grad.register_autograd(_backward, setup_context=_save)

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _native
+from ..compact import CompactIndices
 from ..pattern import SparsePattern
-from ..plan import CompactIndices, plan_of
+from ..plan import plan_of
 from . import _checks, registry
 from ._library import operation
+from .sampled_grad import gradient_of_entries
 
 
 def sparse_delta_matmul(
@@ -89,10 +91,24 @@ def delta_matmul(
     flat = _checks.tokens_first("x", x, pattern.shape[1])
     _checks.check_float(x=x)
     _check_values(flat, "x", values, pattern)
-    plan = plan_of(pattern)
     values, csr, csc = _sorted_by_row(values, pattern)
     y = torch.ops.speft.delta_matmul(flat, values, csr, csc, pattern.shape[0], backend)
-    return y.reshape(*x.shape[:-1], plan.pattern.shape[0])
+    return y.reshape(*x.shape[:-1], pattern.shape[0])
+
+
+def delta_matmul_grad_input(
+    dy: Tensor, values: Tensor, pattern: SparsePattern, *, backend: str | None = None
+) -> Tensor:
+    """Return `dy @ D`, `[..., K]` of dy's dtype: the input-gradient twin of `delta_matmul`."""
+    flat = _checks.tokens_first("dy", dy, pattern.shape[0])
+    _checks.check_float(dy=dy)
+    _check_values(flat, "dy", values, pattern)
+    values, csr, (*by_column, order) = _sorted_by_row(values, pattern)
+    back = torch.argsort(order)
+    dx = torch.ops.speft.delta_matmul(
+        flat, values[order], by_column, [*csr, back], pattern.shape[1], backend
+    )
+    return dx.reshape(*dy.shape[:-1], pattern.shape[1])
 
 
 def _check(flat: Tensor, name: str, weight: Tensor, values: Tensor, pattern: SparsePattern) -> None:
@@ -163,7 +179,7 @@ def _cpu(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> None:
     x = _native.rows_contiguous(x)
     values = values.contiguous()
     _native.kernels().sparse_delta_matmul(
-        *(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[0]),
+        *(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], x.shape[0]),
         *(sparse.rows.data_ptr(), sparse.crow.data_ptr(), sparse.rows.numel()),
         *(sparse.cols.data_ptr(), sparse.local.data_ptr(), sparse.cols.numel()),
         *(values.data_ptr(), _native.dtype_code(x), torch.get_num_threads()),
@@ -228,7 +244,7 @@ def _delta_backward(ctx, dy):  # type: ignore[no-untyped-def]
             dy, values[csc[-1]], csc[:-1], [*csr, back], x.shape[1], ctx.backend
         )
     if ctx.needs_input_grad[1]:
-        d_values = torch.ops.speft.sampled_grad(dy, x, csr, ctx.backend)
+        d_values = gradient_of_entries(dy, x, csr, ctx.backend)
     return dx, d_values, [None] * len(csr), [None] * len(csc), None, None
 
 
@@ -280,7 +296,7 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     if ctx.needs_input_grad[1]:
         d_weight = rows_side.t() @ cols_side
     if ctx.needs_input_grad[2]:
-        d_values = torch.ops.speft.sampled_grad(rows_side, cols_side, csr, ctx.backend)
+        d_values = gradient_of_entries(rows_side, cols_side, csr, ctx.backend)
     if ctx.needs_input_grad[3]:
         d_bias = dy.sum(0)
     return dx, d_weight, d_values, d_bias, [None] * len(csr), [None] * len(csc), None, None

@@ -10,6 +10,8 @@ and rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,45 @@ def write_delta(
         TypeError: dtypes do not fit.
         BackendError: the backend that was asked for cannot serve the call.
     """
+    write_deltas(
+        [weight], [pattern], [base_values], None if values is None else [values], backend=backend
+    )
+
+
+def write_deltas(
+    weights: Sequence[Tensor],
+    patterns: Sequence[SparsePattern],
+    base_values: Sequence[Tensor],
+    values: Sequence[Tensor] | None,
+    *,
+    backend: str | None = None,
+) -> None:
+    """`write_delta` for several weights of one dtype and device in one call: a whole model's
+    layers. Nothing is written where an argument is refused.
+
+    Raises:
+        ValueError: the sequences differ in length; and as `write_delta`, for any of them.
+    """
+    lengths = {len(weights), len(patterns), len(base_values)}
+    if values is not None:
+        lengths.add(len(values))
+    if len(lengths) != 1:
+        raise ValueError(f"the sequences must have one length, got {sorted(lengths)}")
+    for i, (weight, pattern, base) in enumerate(zip(weights, patterns, base_values, strict=True)):
+        _check(weight, pattern, base, None if values is None else values[i])
+        _checks.check_same("weight", weight, "the first weight", weights[0])
+    if not weights:
+        return
+    torch.ops.speft.write_delta(
+        [weight.detach() for weight in weights],
+        [pattern.entry_indices for pattern in patterns],
+        [base.reshape(-1) for base in base_values],
+        [] if values is None else [v.detach().reshape(-1) for v in values],
+        backend,
+    )
+
+
+def _check(weight: Tensor, pattern: SparsePattern, base: Tensor, values: Tensor | None) -> None:
     _checks.check_float(weight=weight)
     if tuple(weight.shape) != pattern.shape:
         raise ValueError(
@@ -48,9 +89,9 @@ def write_delta(
         )
     if not weight.is_contiguous():
         raise ValueError(f"weight must be contiguous, got strides {weight.stride()}")
-    _checks.check_same("base_values", base_values, "weight", weight)
+    _checks.check_same("base_values", base, "weight", weight)
     _checks.check_pattern_device(pattern, "weight", weight)
-    for name, tensor in (("base_values", base_values), ("values", values)):
+    for name, tensor in (("base_values", base), ("values", values)):
         if tensor is not None and tuple(tensor.shape) != pattern.values_shape:
             raise ValueError(
                 f"{name} must have shape {pattern.values_shape}, got {tuple(tensor.shape)}"
@@ -62,43 +103,64 @@ def write_delta(
                 f"values must be {dtype} beside a {weight.dtype} weight, got {values.dtype}"
             )
         _checks.check_device("values", values, "weight", weight)
-        values = values.detach().reshape(-1)
-    torch.ops.speft.write_delta(
-        weight.detach(), pattern.entry_indices, base_values.reshape(-1), values, backend
-    )
+
+
+# An implementation is called with lists of weights, indices, base values and values (empty: the
+# base values alone), all of one length.
+
+
+def _totals(base: list[Tensor], values: list[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    for i, taken in enumerate(base):
+        yield (taken.to(values[i].dtype) + values[i]).to(dtype) if values else taken
 
 
 @registry.implement("write_delta", "reference")
-def _reference(weight: Tensor, indices: Tensor, base: Tensor, values: Tensor | None) -> None:
-    total = base if values is None else (base.to(values.dtype) + values).to(weight.dtype)
-    weight.view(-1)[indices.long()] = total
+def _reference(
+    weights: list[Tensor], indices: list[Tensor], base: list[Tensor], values: list[Tensor]
+) -> None:
+    totals = _totals(base, values, weights[0].dtype)
+    for weight, where, total in zip(weights, indices, totals, strict=True):
+        weight.view(-1)[where.long()] = total
 
 
 @registry.implement("write_delta", "torch")
-def _torch(weight: Tensor, indices: Tensor, base: Tensor, values: Tensor | None) -> None:
-    total = base if values is None else (base.to(values.dtype) + values).to(weight.dtype)
-    weight.view(-1).index_copy_(0, indices.long(), total)
+def _torch(
+    weights: list[Tensor], indices: list[Tensor], base: list[Tensor], values: list[Tensor]
+) -> None:
+    totals = _totals(base, values, weights[0].dtype)
+    for weight, where, total in zip(weights, indices, totals, strict=True):
+        weight.view(-1).index_copy_(0, where.long(), total)
 
 
 @registry.implement("write_delta", "cpu")
-def _cpu(weight: Tensor, indices: Tensor, base: Tensor, values: Tensor | None) -> None:
-    base = base.contiguous()
-    values = None if values is None else values.contiguous()
+def _cpu(
+    weights: list[Tensor], indices: list[Tensor], base: list[Tensor], values: list[Tensor]
+) -> None:
+    base, values = [b.contiguous() for b in base], [v.contiguous() for v in values]
     _native.kernels().write_delta(
-        *(weight.data_ptr(), indices.data_ptr(), indices.dtype == torch.int64, indices.numel()),
-        *(base.data_ptr(), 0 if values is None else values.data_ptr()),
-        *(_native.dtype_code(weight), torch.get_num_threads()),
+        [w.data_ptr() for w in weights],
+        [i.data_ptr() for i in indices],
+        [i.dtype == torch.int64 for i in indices],
+        [i.numel() for i in indices],
+        [b.data_ptr() for b in base],
+        [v.data_ptr() for v in values],
+        *(_native.dtype_code(weights[0]), torch.get_num_threads()),
     )
 
 
-@operation("speft::write_delta", mutates=["weight"])
+@operation("speft::write_delta", mutates=["weights"])
 def _write_delta(
-    weight: Tensor, indices: Tensor, base: Tensor, values: Tensor | None, backend: str | None
+    weights: list[Tensor],
+    indices: list[Tensor],
+    base: list[Tensor],
+    values: list[Tensor],
+    backend: str | None,
 ) -> None:
-    serve = registry.resolve("write_delta", weight.device, weight.dtype, backend).function
-    serve(weight, indices, base, values)
+    first = weights[0]
+    serve = registry.resolve("write_delta", first.device, first.dtype, backend).function
+    serve(weights, indices, base, values)
 
 
 @_write_delta.register_fake
-def _(weight, indices, base, values, backend):  # type: ignore[no-untyped-def]
+def _(weights, indices, base, values, backend):  # type: ignore[no-untyped-def]
     return None

@@ -1,0 +1,209 @@
+"""A case, its sides, and how they are timed: all sides in interleaved rounds of one process.
+
+A round calls each side a few times, one side after the other. The figure is the median over all
+calls; beside it stands the median of each round's first call, when the side before has just used
+the caches. A case is checked before anything is timed: a wrong result has no speed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import SpeftError
+from . import machine
+from .machine import Light
+
+
+class WrongResultError(SpeftError, RuntimeError):
+    """A side of a case computes something else than the case says, so nothing was timed."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call cannot do without: bytes moved, by operand, and operations (a multiply-add
+    is two).
+    """
+
+    bytes: Mapping[str, int]
+    operations: int = 0
+    dtype: torch.dtype = torch.float32  # the GEMM rate of this dtype bounds the operations
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes.values())
+
+    def seconds(self, light: Light) -> float:
+        """The least time that a machine of this speed of light needs."""
+        return max(self.total_bytes / light.bandwidth, self.operations / light.rate)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes kept for the backward pass, and of the layers' inputs that they are compared with."""
+
+    bytes: int
+    inputs: int
+    at_most: float | None = None  # goal for the share
+
+    @property
+    def share(self) -> float:
+        return self.bytes / self.inputs
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to do what the case is about.
+
+    Args:
+        run: one call; it leaves its operands as it found them, or as good for the next call.
+        ours: whether it is this package's. The others are its peers.
+        goals: peer's name -> the largest wanted ratio of the times, ours / peer.
+        trained: number of entries that train, task head left out.
+    """
+
+    name: str
+    run: Callable[[], object]
+    ours: bool = False
+    work: Work | None = None
+    goals: Mapping[str, float] = field(default_factory=dict)
+    saved: Saved | None = None
+    trained: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sides that are compared with each other.
+
+    Args:
+        check: raises WrongResultError when a side computes the wrong thing.
+        rounds: by default; the caller of `measure` may ask for another number.
+        calls: calls of each side in a round.
+    """
+
+    operation: str
+    name: str
+    sides: Sequence[Side]
+    check: Callable[[], None]
+    rounds: int = 15
+    calls: int = 4
+
+    def __post_init__(self) -> None:
+        names = [side.name for side in self.sides]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{self.name}: two sides share a name: {names}")
+        peers = {side.name for side in self.sides if not side.ours}
+        for side in self.sides:
+            if not set(side.goals) <= peers:
+                raise ValueError(f"{self.name}: {side.name} has a goal for no peer: {side.goals}")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: the median of all calls, of each round's first, and the speed of light."""
+
+    median: float
+    first: float
+    light: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One ratio, ours over a peer's time, or of saved bytes over inputs, and its goal."""
+
+    ours: str
+    peer: str
+    ratio: float
+    first_ratio: float | None = None
+    at_most: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.at_most is None else self.ratio <= self.at_most
+
+    def __str__(self) -> str:
+        text = f"{self.ours} / {self.peer}: {self.ratio:.3f}"
+        if self.first_ratio is not None:
+            text += f" (first calls {self.first_ratio:.3f})"
+        if self.at_most is not None:
+            text += f", goal at most {self.at_most:g}: {'met' if self.met else 'MISSED'}"
+        return text
+
+
+INPUTS = "bytes of inputs"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case as it was timed; `name` says also in which state the caches were."""
+
+    case: Case
+    name: str
+    rounds: int
+    timings: Mapping[str, Timing]
+
+    def verdicts(self) -> list[Verdict]:
+        """Each of our sides against each peer, then its saved bytes."""
+        verdicts = []
+        for ours in (side for side in self.case.sides if side.ours):
+            mine = self.timings[ours.name]
+            for peer in (side for side in self.case.sides if not side.ours):
+                theirs = self.timings[peer.name]
+                verdicts.append(
+                    Verdict(
+                        ours.name,
+                        peer.name,
+                        mine.median / theirs.median,
+                        mine.first / theirs.first,
+                        ours.goals.get(peer.name),
+                    )
+                )
+            if ours.saved is not None:
+                share, goal = ours.saved.share, ours.saved.at_most
+                verdicts.append(Verdict(f"{ours.name}, bytes saved", INPUTS, share, None, goal))
+        return verdicts
+
+
+def measure(
+    case: Case,
+    *,
+    rounds: int | None = None,
+    cold: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Result:
+    """Check the case, call each side once to warm up, and time it.
+
+    Args:
+        rounds: instead of the case's own number.
+        cold: before each call, outside the time taken, read a buffer larger than the last cache.
+
+    Raises:
+        WrongResultError: a side is wrong; nothing was timed.
+    """
+    case.check()
+    rounds = case.rounds if rounds is None else rounds
+    for side in case.sides:
+        side.run()
+    spent: dict[str, list[float]] = {side.name: [] for side in case.sides}
+    evict = machine.evict_caches if cold else None
+    for _ in range(rounds):
+        for side in case.sides:
+            for _ in range(case.calls):
+                if evict is not None:
+                    evict()
+                start = clock()
+                side.run()
+                spent[side.name].append(clock() - start)
+    timings = {
+        side.name: Timing(
+            statistics.median(spent[side.name]),
+            statistics.median(spent[side.name][:: case.calls]),
+            None if side.work is None else side.work.seconds(machine.light(side.work.dtype)),
+        )
+        for side in case.sides
+    }
+    return Result(case, f"{case.name}, cold caches" if cold else case.name, rounds, timings)

@@ -1,0 +1,177 @@
+"""Results as rows of a CSV file: one row for each side of each case on each machine and commit.
+
+A row is named by all of `KEY`; measuring the same again replaces it where it stands, so that a
+committed file changes in the rows that were measured and nowhere else.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError
+from ..files import replaced
+from .harness import Result
+from .machine import Machine
+
+
+@dataclass(frozen=True)
+class Record:
+    """One side of one case. Times in milliseconds; `light_ms` is the speed of light's.
+
+    `goals` lists `peer<=ratio`, split by "; "; None, an empty field, is what was not counted.
+    """
+
+    processor: str
+    cores: int
+    threads: int
+    python: str
+    torch: str
+    speft_kernels: str
+    transformers: str
+    peft: str
+    commit: str
+    operation: str
+    case: str
+    side: str
+    role: str
+    rounds: int
+    calls: int
+    median_ms: float
+    first_ms: float
+    light_ms: float | None
+    bytes: int | None
+    operations: int | None
+    trained: int | None
+    saved_bytes: int | None
+    input_bytes: int | None
+    saved_goal: float | None
+    goals: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in KEY)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Peer's name -> the largest wanted ratio."""
+        pairs = (goal.rpartition("<=") for goal in self.goals.split("; ") if goal)
+        return {peer: float(ratio) for peer, _, ratio in pairs}
+
+
+KEY = (
+    *("processor", "cores", "threads", "python", "torch", "speft_kernels", "transformers", "peft"),
+    *("commit", "operation", "case", "side"),
+)
+_COLUMNS = tuple(field.name for field in fields(Record))
+_PARSERS: dict[str, Any] = {"str": str, "int": int, "float": float}
+
+
+def records_of(result: Result, machine: Machine) -> list[Record]:
+    """The rows of a result, one for each side."""
+    rows = []
+    for side in result.case.sides:
+        timing = result.timings[side.name]
+        rows.append(
+            Record(
+                **asdict(machine),
+                operation=result.case.operation,
+                case=result.name,
+                side=side.name,
+                role="ours" if side.ours else "peer",
+                rounds=result.rounds,
+                calls=result.case.calls,
+                median_ms=_short(timing.median * 1e3),
+                first_ms=_short(timing.first * 1e3),
+                light_ms=None if timing.light is None else _short(timing.light * 1e3),
+                bytes=None if side.work is None else side.work.total_bytes,
+                operations=None if side.work is None else side.work.operations,
+                trained=side.trained,
+                saved_bytes=None if side.saved is None else side.saved.bytes,
+                input_bytes=None if side.saved is None else side.saved.inputs,
+                saved_goal=None if side.saved is None else side.saved.at_most,
+                goals="; ".join(f"{peer}<={ratio:g}" for peer, ratio in side.goals.items()),
+            )
+        )
+    return rows
+
+
+def _short(number: float) -> float:
+    """Six digits: more than any timing holds, few enough to read."""
+    return float(f"{number:.6g}")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The rows of a file.
+
+    Raises:
+        DataError: the file is not such a table; the message names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[Record] = []
+    try:
+        header = next(reader, [])
+        if tuple(header) != _COLUMNS:
+            raise DataError(
+                f"{path}: is no table of benchmark results: its first line must be "
+                f"{','.join(_COLUMNS)}; name another file, or move this one away"
+            )
+        for cells in reader:
+            rows.append(_parsed(path, reader.line_num, cells))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: broken CSV ({error})") from error
+    return rows
+
+
+def _parsed(path: Path, line: int, cells: list[str]) -> Record:
+    if len(cells) != len(_COLUMNS):
+        raise DataError(f"{path}, line {line}: {len(cells)} fields, expected {len(_COLUMNS)}")
+    values: dict[str, Any] = {}
+    for field, cell in zip(fields(Record), cells, strict=True):
+        kind, _, optional = str(field.type).partition(" | ")
+        try:
+            values[field.name] = None if optional and not cell else _PARSERS[kind](cell)
+        except ValueError:
+            raise DataError(
+                f"{path}, line {line}: {field.name} = {cell!r} is not of type {kind}"
+            ) from None
+    try:
+        record = Record(**values)
+        _ = record.limits
+    except ValueError:
+        raise DataError(
+            f"{path}, line {line}: goals = {values['goals']!r} must be 'peer<=ratio', split by '; '"
+        ) from None
+    return record
+
+
+def write_records(path: Path, rows: Iterable[Record]) -> list[Record]:
+    """Add rows to a file, in the place of those with the same key; return all it then holds.
+
+    The file is replaced in one step, and only after all of it could be read.
+
+    Raises:
+        DataError: the file holds something else.
+        ConfigError: its folder is missing, or nothing may be written there.
+    """
+    merged = {row.key: row for row in (read_records(path) if path.exists() else [])}
+    merged.update((row.key, row) for row in rows)
+    try:
+        with (
+            replaced(path) as temporary,
+            open(temporary, "w", encoding="utf-8", newline="") as file,
+        ):
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(_COLUMNS)
+            writer.writerows(asdict(row).values() for row in merged.values())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return list(merged.values())

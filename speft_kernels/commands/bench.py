@@ -1,0 +1,72 @@
+"""`speft bench`: the operations against their peers on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from ..bench.cases import KERNELS, OPERATIONS, cases_of
+from ..errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "operations",
+        nargs="*",
+        metavar="OPERATION",
+        help=f"what to measure: {', '.join(OPERATIONS)} [the quick cases of {', '.join(KERNELS)}]",
+    )
+    parser.add_argument("--quick", action="store_true", help="only the quick cases")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each case [its own]")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and the kernels")
+    parser.add_argument("--cold", action="store_true", help="empty the caches before each call")
+    parser.add_argument("--output", metavar="CSV", help="file to add the results to")
+    parser.add_argument("--plot", metavar="FILE", help="figure of --output, or of this run")
+
+
+def run(args: argparse.Namespace) -> int:
+    operations = args.operations or KERNELS
+    quick = args.quick or not args.operations
+    builds = [build for name in operations for build in cases_of(name, quick=quick)]
+    for name in ("rounds", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {value}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("no matplotlib", name="matplotlib")  # before the time is spent
+
+    import torch
+
+    from ..bench.harness import measure
+    from ..bench.machine import this_machine
+    from ..bench.plot import plot
+    from ..bench.records import Record, read_records, records_of, write_records
+    from ..bench.report import describe, heading
+
+    output = Path(args.output).expanduser() if args.output else None
+    _check_folders(args)
+    if output is not None and output.exists():
+        read_records(output)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    machine = this_machine()
+    print(heading(machine))
+    rows: list[Record] = []
+    for build in builds:
+        result = measure(build(), rounds=args.rounds, cold=args.cold)
+        print(f"\n{describe(result)}", flush=True)
+        fresh = records_of(result, machine)
+        # After each case: an interrupted run keeps what it has measured.
+        rows = rows + fresh if output is None else write_records(output, fresh)
+    if args.plot:
+        plot(rows, Path(args.plot).expanduser())
+    return 0
+
+
+def _check_folders(args: argparse.Namespace) -> None:
+    for flag in ("output", "plot"):
+        value = getattr(args, flag)
+        folder = None if value is None else Path(value).expanduser().parent
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"--{flag} {value}: the folder {folder} does not exist")

@@ -1,0 +1,81 @@
+"""`CompactIndices`: entries of a sparse matrix over the rows and columns that hold any."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows of dW or of the delta that the torch backend makes dense at a time, over the used columns
+# only: at most 14 MB in float32 for K = 14336.
+PANEL_ROWS = 256
+
+
+class CompactIndices(NamedTuple):
+    """Entries in CSR form over the rows and columns that hold any.
+
+    Entry `e` of compact row `r` (`crow[r] <= e < crow[r + 1]`) lies at row `rows[r]`, column
+    `cols[local[e]]`.
+    """
+
+    rows: Tensor  # int32 [R], sorted: the rows that hold an entry
+    crow: Tensor  # int64 [R + 1]
+    cols: Tensor  # int32 [C], sorted: the columns that hold an entry
+    local: Tensor  # int32 [nnz]: position of each entry's column in `cols`
+    panels: Tensor  # int64, on the host: where each panel of PANEL_ROWS rows starts in the entries
+
+    @property
+    def compact_rows(self) -> Tensor:
+        """int64 `[nnz]`: position of each entry's row in `rows`."""
+        return self._spread(torch.arange(self.rows.numel(), device=self.rows.device))
+
+    @property
+    def entry_rows(self) -> Tensor:
+        """int64 `[nnz]`: the row of each entry."""
+        return self._spread(self.rows.long())
+
+    @property
+    def entry_cols(self) -> Tensor:
+        """int64 `[nnz]`: the column of each entry."""
+        return self.cols.long()[self.local.long()]
+
+    def _spread(self, of_row: Tensor) -> Tensor:
+        # Without the size, a device would be asked for the sum of the counts.
+        return torch.repeat_interleave(of_row, self.crow.diff(), output_size=self.local.numel())
+
+    def row_panels(self) -> Iterator[tuple[Tensor, slice, Tensor]]:
+        """Yield, for each panel of PANEL_ROWS compact rows: the rows, the entries, and each
+        entry's row within the panel. Nothing is read back from the device.
+        """
+        row_of_entry = self.compact_rows
+        for i, (start, stop) in enumerate(itertools.pairwise(self.panels.tolist())):
+            first = i * PANEL_ROWS
+            entries = slice(start, stop)
+            yield self.rows[first : first + PANEL_ROWS], entries, row_of_entry[entries] - first
+
+    @classmethod
+    def build(cls, rows: Tensor, cols: Tensor) -> CompactIndices:
+        """Compact entries given as int `[nnz]` coordinates sorted by (row, column)."""
+        used_rows, counts = torch.unique_consecutive(rows, return_counts=True)
+        crow = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=rows.device)
+        torch.cumsum(counts, 0, out=crow[1:])
+        used_cols, local = torch.unique(cols, return_inverse=True)
+        panels = torch.cat([crow[:-1:PANEL_ROWS], crow[-1:]]).cpu()
+        return cls(
+            used_rows.to(torch.int32),
+            crow,
+            used_cols.to(torch.int32),
+            local.to(torch.int32),
+            panels,
+        )
+
+    def transpose(self) -> tuple[CompactIndices, Tensor]:
+        """Return the same entries sorted by (column, row), and the int64 `[nnz]` permutation that
+        sorts values so.
+        """
+        order = torch.argsort(self.local, stable=True)
+        rows, cols = self.entry_cols[order], self.entry_rows[order]
+        return CompactIndices.build(rows, cols), order

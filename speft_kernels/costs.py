@@ -1,0 +1,118 @@
+"""What the work of `sampled_grad` costs on a device: the constants of the plan's cost model.
+
+The defaults were measured on the machines named beside them; `speft tune` measures this one's and
+keeps them in a file per user, which is read from then on.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from .files import write_json
+from .machine import processor
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds for one unit of each kind of work, by all threads together.
+
+    Attributes:
+        panel: a multiply-add in the GEMM of a panel, of which every product is computed.
+        read: an element of the matrix that a panel multiplies by its thin one, dy or x.
+        tile: a multiply-add in a dense tile.
+        gather: a multiply-add of a gathered entry.
+        pack: an element of a used column of x or dy, transposed for tiles and gathering.
+        call: what a panel costs beside its multiply-adds.
+    """
+
+    panel: float
+    read: float
+    tile: float
+    gather: float
+    pack: float
+    call: float
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, (int, float)) or not value > 0 or math.isnan(value):
+                raise ValueError(f"cost {name!r} must be a positive number of seconds, got {value}")
+
+
+DEFAULTS = {
+    # Measured: two Ice Lake cores with AVX-512, float32, `speft tune`.
+    "cpu": Costs(
+        panel=1.3e-11, read=3.6e-10, tile=2.3e-11, gather=3.1e-11, pack=2.5e-10, call=7e-4
+    ),
+    # Arithmetic, not measured: 3 bytes of L2 traffic a gathered entry at 6 TB/s; 700 TFLOP/s in a
+    # panel and a third of it in a tile; 2 bytes read at 4 TB/s, in packing 4 read and written.
+    "cuda": Costs(panel=2.9e-15, read=5e-13, tile=8.6e-15, gather=5e-13, pack=1e-12, call=5e-6),
+}
+
+
+def costs_of(device: torch.device) -> Costs:
+    """Return this machine's measured costs where `speft tune` has run, else the defaults (those of
+    the CPU for a device without any).
+    """
+    if device.type not in DEFAULTS:
+        return DEFAULTS["cpu"]
+    return _measured().get(machine_key(device), DEFAULTS[device.type])
+
+
+def machine_key(device: torch.device) -> str:
+    """What a measurement holds for: the processor and its threads, or the GPU."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {processor()}, {torch.get_num_threads()} threads"
+
+
+def cache_file() -> Path:
+    """The file of measured costs: `$SPEFT_CACHE/costs.json`, else in the user's cache folder."""
+    folder = os.environ.get("SPEFT_CACHE")
+    if folder:
+        return Path(folder) / "costs.json"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "speft_kernels" / "costs.json"
+
+
+def remember(device: torch.device, costs: Costs) -> Path:
+    """Keep the measured costs of this machine's `device`; return the file."""
+    path = cache_file()
+    kept = {key: asdict(value) for key, value in _read(path).items()}
+    kept[machine_key(device)] = asdict(costs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, kept)
+    _measured.cache_clear()
+    return path
+
+
+@functools.lru_cache(maxsize=1)
+def _measured() -> dict[str, Costs]:
+    return _read(cache_file())
+
+
+def _read(path: Path) -> dict[str, Costs]:
+    """The costs in a file; a file that cannot be used is said so, and the defaults hold."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = [field.name for field in fields(Costs)]
+        return {
+            key: Costs(**{name: values[name] for name in names}) for key, values in content.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"the measured costs in {path} cannot be used ({type(error).__name__}: {error}); the "
+            "defaults hold. Run `speft tune` to measure again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}

@@ -1,0 +1,104 @@
+"""`FlatValues`: the values of all sparse layers of a model as one parameter with one gradient.
+
+An optimizer then takes one step over one tensor, whatever the number of layers, and the gradients
+of micro-batches are summed where they belong: a layer's backward pass adds to its part of the one
+buffer, and no gradient of a layer is ever allocated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .nn import SparseDeltaLinear
+from .overview import sparse_layers
+
+
+class FlatValues:
+    """One buffer for the values of a model's sparse layers, and one for their gradients.
+
+    Build it when the model is where it trains, and give `parameter` to the optimizer in place of
+    the layers' `values`, which become views of it. Everything else stays as it was: each layer has
+    its `values` and their `.grad`, in state dicts, adapters and gradient clipping alike, and DDP
+    reduces them in one bucket.
+
+    Gradients come by `backward()` alone: they are added to the buffer, past autograd, so
+    `torch.autograd.grad` sees none, nor do hooks on `values`. A layer without a gradient in a step
+    counts as one whose gradient is zero.
+
+    Attributes:
+        parameter: `[total]`, of the values' dtype and device; requires grad. Its `.grad` is the
+            buffer, from the first backward pass after `zero_grad` on.
+
+    Raises:
+        ConfigError: the model has no sparse layer with entries, its values are of several dtypes or
+            on several devices, or they are flat already.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [layer for layer in sparse_layers(model).values() if layer.values.numel()]
+        if not layers:
+            raise ConfigError("the model has no sparse layer with values to train")
+        kinds = {(layer.values.dtype, layer.values.device) for layer in layers}
+        if len(kinds) > 1:
+            raise ConfigError(
+                f"the values are of several kinds ({', '.join(sorted(map(str, kinds)))}); they "
+                "cannot share one buffer"
+            )
+        if any(layer._sink is not None for layer in layers):
+            raise ConfigError("the values are flat already; release() the other FlatValues first")
+        self._layers = layers
+        flat = torch.cat([layer.values.detach().reshape(-1) for layer in layers])
+        self.parameter = nn.Parameter(flat)
+        self._grad = torch.zeros_like(flat)
+        self._spans: dict[int, tuple[int, int]] = {}
+        start = 0
+        for layer in layers:
+            stop = start + layer.values.numel()
+            self._spans[id(layer.values)] = (start, stop)
+            layer.values.grad = None
+            layer.values.data = flat[start:stop].view_as(layer.values)
+            layer._sink = self
+            start = stop
+
+    def place(self, values: Tensor) -> tuple[Tensor, bool]:
+        """Return the part of the gradient's buffer for a layer's `values`, and whether it holds a
+        sum to be added to. Called by the layer's backward pass.
+
+        Raises:
+            ConfigError: the values are no longer in the buffer: the model was moved or cast.
+        """
+        start, stop = self._spans[id(values)]
+        first = self.parameter.data_ptr() + start * self.parameter.element_size()
+        if values.data_ptr() != first:
+            raise ConfigError(
+                "the values have left the one buffer of FlatValues (the model was moved or cast "
+                "after it was built): release() it and build it again"
+            )
+        if self.parameter.grad is None:  # as zero_grad() leaves it
+            self._grad.zero_()
+            self.parameter.grad = self._grad
+            for layer in self._layers:
+                layer.values.grad = None
+        elif self.parameter.grad is not self._grad:
+            self._grad = self.parameter.grad
+            for layer in self._layers:
+                layer.values.grad = None if layer.values.grad is None else self._part(layer)
+        part = self._grad[start:stop].view_as(values)
+        accumulate = values.grad is not None
+        if not accumulate:
+            values.grad = part
+        return part, accumulate
+
+    def _part(self, layer: SparseDeltaLinear) -> Tensor:
+        start, stop = self._spans[id(layer.values)]
+        return self._grad[start:stop].view_as(layer.values)
+
+    def release(self) -> None:
+        """Give each layer values of its own again; `parameter` trains nothing afterwards."""
+        for layer in self._layers:
+            layer.values.data = layer.values.detach().clone()
+            layer.values.grad = None
+            layer._sink = None
+        self._layers = []

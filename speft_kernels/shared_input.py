@@ -1,0 +1,126 @@
+"""`SharedInput`: one copy of the kept activation columns for the layers that read the same input.
+
+Queries, keys and values read one tensor, as do gate and up projections. Which layers are siblings
+is not guessed from their names: it is seen in the forward pass, by the identity of the input. From
+the next pass on, the first sibling keeps the columns that any of them uses and the others keep the
+same copy. A wrong guess costs columns, never correctness: a copy is shared only with a layer that
+is given the very tensor, unchanged, that it was made of.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .pattern import SparsePattern
+from .plan import SparsityPlan, plan_of
+
+
+class _Copy(NamedTuple):
+    """The last copy made: of which tensor, at which version."""
+
+    source: weakref.ref[Tensor]
+    version: int
+    kept: weakref.ref[Tensor]
+
+
+class _Last(threading.local):
+    """The tensor last read by a layer of this thread, and the group of that layer."""
+
+    source: weakref.ref[Tensor] | None = None
+    group: SharedInput | None = None
+
+
+_last = _Last()
+
+
+class SharedInput:
+    """The layers that read one input, by their patterns; at first a layer of its own."""
+
+    def __init__(self, pattern: SparsePattern) -> None:
+        self._merged_into: SharedInput | None = None
+        self._columns: Tensor | None = None  # None: those of the one pattern
+        self._patterns = [pattern]
+        self._plans: dict[int, SparsityPlan] = {}
+        self._copy: _Copy | None = None
+
+    def group(self) -> SharedInput:
+        """The group that this one has become part of, or itself."""
+        found = self
+        while found._merged_into is not None:
+            found = found._merged_into
+        return found
+
+    def plan(self, pattern: SparsePattern) -> SparsityPlan:
+        """The plan of a layer of this group, which keeps the columns of all of it."""
+        if self._columns is None:
+            return plan_of(pattern)
+        plan = self._plans.get(id(pattern))
+        if plan is None or plan.pattern is not pattern:
+            plan = SparsityPlan.build(pattern, keep=self._columns)
+            self._plans[id(pattern)] = plan
+        return plan
+
+    def keep(
+        self, source: Tensor, x: Tensor, pattern: SparsePattern
+    ) -> tuple[Tensor, SparsityPlan]:
+        """Return what the backward pass of the layer with `pattern` keeps of its input, and the
+        plan that reads it. `source` is the input as the caller knows it, x the same in the dtype of
+        the product.
+        """
+        group = self._note(source, pattern)
+        if group is not self:  # merged just now: the sibling before has kept its own columns alone
+            plan = plan_of(pattern)
+            return ops.keep_columns(x, plan), plan
+        return self._keep(source, x, pattern)
+
+    def _keep(
+        self, source: Tensor, x: Tensor, pattern: SparsePattern
+    ) -> tuple[Tensor, SparsityPlan]:
+        plan, copy = self.plan(pattern), self._copy
+        if copy is not None and copy.source() is source and copy.version == source._version:
+            kept = copy.kept()
+            if kept is not None and kept.dtype == x.dtype:
+                return kept, plan
+            # Someone took the copy away (a hook on saved tensors that moves them): this layer
+            # keeps its own columns alone.
+            plan = plan_of(pattern)
+            return ops.keep_columns(x, plan), plan
+        kept = ops.keep_columns(x, plan)
+        if plan.kept_columns is not None and len(self._patterns) > 1:
+            self._copy = _Copy(weakref.ref(source), source._version, weakref.ref(kept))
+        return kept, plan
+
+    def _note(self, source: Tensor, pattern: SparsePattern) -> SharedInput:
+        """Merge with the group of the layer that has just read the same tensor; return it."""
+        last, other = _last.source, _last.group
+        group: SharedInput = self
+        if last is not None and other is not None and last() is source:
+            other = other.group()
+            if other is not self and other._fits(pattern):
+                other._take(self)
+                group = other
+        _last.source, _last.group = weakref.ref(source), group
+        return group
+
+    def _fits(self, pattern: SparsePattern) -> bool:
+        first = self._patterns[0]
+        return (
+            first.shape[1] == pattern.shape[1]
+            and first.block_shape == pattern.block_shape
+            and first.device == pattern.device
+        )
+
+    def _take(self, other: SharedInput) -> None:
+        other._merged_into = self
+        self._patterns += other._patterns
+        columns = [pattern.used_cols for pattern in self._patterns]
+        with torch.inference_mode(False):
+            self._columns = torch.unique(torch.cat(columns)).int()
+        self._plans.clear()
+        self._copy = None

@@ -1,0 +1,104 @@
+"""Measuring the constants of the plan's cost model on this machine (`costs.py`).
+
+Each constant is the slope between two patterns that differ in one kind of work alone, on the
+backend that serves the device: medians of alternating calls, with a pass over other memory before
+each, because in a training step nothing finds its operands in the nearest cache.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .costs import Costs
+from .pattern import SparsePattern
+from .plan import SparsityPlan
+
+TOKENS = 2048
+ROUNDS = 15
+FLUSH_BYTES = 64 << 20
+
+# What makes a plan gather all entries, and what makes it put all into tiles or into columns.
+_GATHER = Costs(panel=1, read=1, tile=1, gather=1e-12, pack=1e-12, call=1)
+_TILES = Costs(panel=1, read=1, tile=1e-15, gather=1, pack=1e-12, call=1)
+_COLUMNS = Costs(panel=1e-15, read=1e-15, tile=1, gather=1, pack=1e-12, call=1e-15)
+
+_LEAST = 1e-16  # where noise leaves a slope at nothing
+
+
+def calibrate(device: torch.device | str = "cpu", rounds: int = ROUNDS) -> Costs:
+    """Measure the costs on `device` with the threads that torch uses now; some seconds.
+
+    Raises:
+        BackendError: no backend serves the device.
+    """
+    device = torch.device(device)
+    cases = {
+        "few entries": _case(_grid(512, 8), _GATHER, device),
+        "many entries": _case(_grid(512, 64), _GATHER, device),
+        "few rows": _case(_grid(256, 16), _GATHER, device),
+        "many rows": _case(_grid(1024, 4), _GATHER, device),
+        "few tiles": _case(_grid(512, 16), _TILES, device),
+        "many tiles": _case(_grid(512, 64), _TILES, device),
+        "thin panel": _case(_grid(1024, 8), _COLUMNS, device),
+        "wide panel": _case(_grid(1024, 64), _COLUMNS, device),
+        "short panel": _case(_grid(256, 8), _COLUMNS, device),
+    }
+    seconds = _alternate(cases, device, rounds)
+
+    def slope(more: str, less: str, units: int) -> float:
+        return max((seconds[more] - seconds[less]) / (units * TOKENS), _LEAST)
+
+    panel = slope("wide panel", "thin panel", 1024 * 56)
+    whole = slope("thin panel", "short panel", 768)  # read + 8 panel, a row
+    read = max(whole - 8 * panel, _LEAST)
+    call = max(seconds["short panel"] - 256 * TOKENS * (read + 8 * panel), _LEAST)
+    return Costs(
+        panel=panel,
+        read=read,
+        tile=slope("many tiles", "few tiles", 512 * 48),
+        gather=slope("many entries", "few entries", 512 * 56),
+        pack=slope("many rows", "few rows", 768),
+        call=call,
+    )
+
+
+def _grid(rows: int, cols: int) -> SparsePattern:
+    """All entries of the first `cols` columns of a `rows` x 1024 weight."""
+    mask = torch.zeros(rows, 1024, dtype=torch.bool)
+    mask[:, :cols] = True
+    return SparsePattern.from_mask(mask)
+
+
+def _case(pattern: SparsePattern, costs: Costs, device: torch.device) -> Callable[[], Tensor]:
+    plan = SparsityPlan.build(pattern, device, TOKENS, costs=costs)
+    dy = torch.randn(TOKENS, pattern.shape[0], device=device)
+    kept = ops.keep_columns(torch.randn(TOKENS, pattern.shape[1], device=device), plan)
+    out = torch.empty(pattern.nnz, device=device)
+    return lambda: ops.sampled_grad(dy, kept, plan.pattern, plan=plan, packed=True, out=out)
+
+
+def _alternate(
+    cases: dict[str, Callable[[], Tensor]], device: torch.device, rounds: int
+) -> dict[str, float]:
+    other = torch.zeros(FLUSH_BYTES // 4, device=device)
+    spent: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            other.sum()
+            _wait(device)
+            start = time.perf_counter()
+            case()
+            _wait(device)
+            spent[name].append(time.perf_counter() - start)
+    return {name: statistics.median(some[1:] or some) for name, some in spent.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
