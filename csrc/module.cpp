@@ -58,14 +58,11 @@ PYBIND11_MODULE(_C, m) {
                                        at<void>(values), DType(dtype), threads);
         },
         released);
-    m.def(
-        "sampled_grad",
-        [](Ptr dy, int64_t dy_stride, int64_t out_features, Ptr x, int64_t x_stride,
-           int64_t in_features, bool packed, int64_t tokens, int64_t width, Ptr rows,
-           int64_t num_rows, Ptr cols, int64_t num_cols, Ptr entry_rows, Ptr entry_cols, Ptr slots,
-           int64_t num_entries, Ptr tile_rows, Ptr tile_cols, Ptr tile_slots, int64_t num_tiles,
-           Ptr out, bool accumulate, int dtype, int threads) {
-            const SampledEntries plan{
+    py::class_<SampledEntries>(m, "SampledEntries")
+        .def(py::init([](Ptr rows, int64_t num_rows, Ptr cols, int64_t num_cols, Ptr entry_rows,
+                         Ptr entry_cols, Ptr slots, int64_t num_entries, Ptr tile_rows,
+                         Ptr tile_cols, Ptr tile_slots, int64_t num_tiles) {
+            return SampledEntries{
                 at<int32_t>(rows),       num_rows,
                 at<int32_t>(cols),       num_cols,
                 at<int32_t>(entry_rows), at<int32_t>(entry_cols),
@@ -73,9 +70,15 @@ PYBIND11_MODULE(_C, m) {
                 at<int32_t>(tile_rows),  at<int32_t>(tile_cols),
                 at<int32_t>(tile_slots), num_tiles,
             };
+        }));
+    m.def(
+        "sampled_grad",
+        [](Ptr dy, int64_t dy_stride, int64_t out_features, Ptr x, int64_t x_stride,
+           int64_t in_features, bool packed, int64_t tokens, int64_t width,
+           const SampledEntries& plan, Ptr out, bool accumulate, int dtype, int threads) {
             speft::sampled_grad(at<void>(dy), dy_stride, out_features, at<void>(x), x_stride,
-                                in_features, packed, tokens, width, plan, at<void>(out), accumulate,
-                                DType(dtype), threads);
+                                in_features, packed, tokens, width, plan, at<void>(out),
+                                accumulate, DType(dtype), threads);
         },
         released);
     m.def(

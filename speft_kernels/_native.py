@@ -60,4 +60,6 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
     """Return a 2-D tensor whose rows are contiguous: itself wherever its last stride is 1
     already.
     """
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] <= 1 else tensor.contiguous()
+    if tensor.is_contiguous() or tensor.stride(1) == 1 or tensor.shape[1] <= 1:
+        return tensor
+    return tensor.contiguous()

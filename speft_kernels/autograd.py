@@ -34,6 +34,8 @@ class Sink(Protocol):
 
 def _values_gradient(ctx: Any, dy: Tensor, kept: Tensor) -> Tensor | None:
     plan, pattern = ctx.plan, ctx.plan.pattern
+    if dy.dim() != 2:
+        dy = dy.reshape(-1, dy.shape[-1])
     if ctx.sink is None:
         dtype = accumulator_dtype(dy.dtype)
         out, accumulate = dy.new_empty(pattern.values_shape, dtype=dtype), False
@@ -90,12 +92,11 @@ class ResidentLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_changed_values(ctx)
         kept, weight = ctx.saved_tensors
-        flat = dy.reshape(-1, dy.shape[-1])
-        d_values = None if kept is None else _values_gradient(ctx, flat, kept)
+        d_values = None if kept is None else _values_gradient(ctx, dy, kept)
         dx = None
         if weight is not None:
             weight = weight if weight.dtype == dy.dtype else weight.to(dy.dtype)
-            dx = (flat @ weight).view(*dy.shape[:-1], weight.shape[1])
+            dx = dy @ weight
         return dx, d_values, None, None, None, None, None
 
 
@@ -126,8 +127,7 @@ class AdditiveLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_changed_values(ctx)
         kept, weight = ctx.saved_tensors
-        flat = dy.reshape(-1, dy.shape[-1])
-        d_values = None if kept is None else _values_gradient(ctx, flat, kept)
+        d_values = None if kept is None else _values_gradient(ctx, dy, kept)
         dx = None
         if weight is not None:
             values = ctx.values.detach()
@@ -159,8 +159,7 @@ class DeltaMatmul(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_changed_values(ctx)
         (kept,) = ctx.saved_tensors
-        flat = dy.reshape(-1, dy.shape[-1])
-        d_values = None if kept is None else _values_gradient(ctx, flat, kept)
+        d_values = None if kept is None else _values_gradient(ctx, dy, kept)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = ops.delta_matmul_grad_input(dy, ctx.values.detach(), ctx.plan.pattern)

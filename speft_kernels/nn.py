@@ -191,7 +191,10 @@ class SparseDeltaLinear(nn.Module):
         if autocast:
             x = x.to(torch.get_autocast_dtype(device))
         self._sync_if_changed()
-        values, weight, bias = self.values, self.weight, self.bias
+        # Straight from the dictionary: a step asks each layer, and finds none of this in a cache.
+        parameters = self._parameters
+        values, weight, bias = parameters["values"], parameters["weight"], parameters.get("bias")
+        assert values is not None and weight is not None
         needs_grad = torch.is_grad_enabled()
         if self.mode == "resident" or self._pattern.is_empty:
             if not (needs_grad and values.requires_grad):
@@ -212,7 +215,8 @@ class SparseDeltaLinear(nn.Module):
         """What the backward pass needs of the input, which is `source` as the caller knows it, and
         `x` as the product reads it; None where nothing trains.
         """
-        if not self.values.requires_grad:
+        values = self._parameters["values"]
+        if values is None or not values.requires_grad:
             return None, plan_of(self._pattern)
         if torch.compiler.is_compiling():  # a graph has no identity of inputs to go by
             plan = plan_of(self._pattern)
@@ -234,7 +238,8 @@ class SparseDeltaLinear(nn.Module):
         return y + DeltaMatmul.apply(x, values, kept, plan, sink)
 
     def _state(self) -> tuple[int, ...]:
-        values, weight = self.values, self.weight
+        values, weight = self._parameters["values"], self._parameters["weight"]
+        assert values is not None and weight is not None
         return values._version, values.data_ptr(), weight._version, weight.data_ptr()
 
     def sync(self) -> None:
@@ -272,8 +277,8 @@ class SparseDeltaLinear(nn.Module):
         """Whether the weight is to hold the delta and does not hold these values."""
         return (
             self.mode == "resident"
-            and not self._pattern.is_empty
             and self._written != self._state()
+            and not self._pattern.is_empty
         )
 
     def _siblings(self) -> list[SparseDeltaLinear]:

@@ -12,11 +12,14 @@ pattern is always split alike on one machine.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _native
 from .compact import PANEL_ROWS, CompactIndices
 from .costs import Costs
 
@@ -33,7 +36,8 @@ def panel_lines(length: int, other: int) -> int:
     return max(1, min(PANEL_ELEMENTS // max(length, 1), other // 4))
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True)
+class Parts:
     """All that `sampled_grad` reads of a plan. The operand of a plan is the matrix that stands for
     x: x itself, or the packed columns; `position` is a column of it.
 
@@ -61,6 +65,28 @@ class Parts(NamedTuple):
     hot_row_slot: Tensor  # [n]
     hot_row_panels: Tensor  # likewise
 
+    def tensors(self) -> list[Tensor]:
+        """The fields in order, as an operation takes them; `Parts(*tensors)` is the inverse."""
+        return [getattr(self, name) for name in _FIELDS]
+
+    @cached_property
+    def has_panels(self) -> bool:
+        return self.hot_cols.numel() + self.hot_rows.numel() > 0
+
+    @cached_property
+    def native(self) -> Any:
+        """What the compiled CPU kernel reads of tiles and rest: addresses, kept once, because a
+        call that asks for each takes longer than a small kernel.
+        """
+        return _native.kernels().SampledEntries(
+            *(self.rows.data_ptr(), self.rows.numel(), self.cols.data_ptr(), self.cols.numel()),
+            *(self.entry_row.data_ptr(), self.entry_col.data_ptr()),
+            self.entry_slot.data_ptr() if self.entry_slot.numel() else 0,
+            self.entry_row.numel(),
+            *(self.tile_row.data_ptr(), self.tile_col.data_ptr(), self.tile_slot.data_ptr()),
+            self.tile_row.numel(),
+        )
+
     def each_entry(self, out_features: int, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (row of the weight, position, slot), int64, of the entries of each part in turn.
 
@@ -78,6 +104,9 @@ class Parts(NamedTuple):
         yield at % out_features, self.hot_cols.long()[at // out_features], self.hot_col_slot.long()
         at = self.hot_row_at
         yield self.hot_rows.long()[at // width], at % width, self.hot_row_slot.long()
+
+
+_FIELDS = [field.name for field in fields(Parts)]
 
 
 def gathered(csr: CompactIndices) -> Parts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class SparsityPlan:
         Raises:
             ValueError: the hint is not positive.
             PatternError: `keep` leaves out a column that the pattern uses, or names one twice or
-                one that is not there.
+                one that is not there, or, for a block pattern, a part of a block's width.
         """
         pattern = pattern.to(device) if device is not None else pattern
         tokens = DEFAULT_TOKENS if tokens_hint is None else tokens_hint
@@ -116,6 +117,13 @@ class SparsityPlan:
         if self.kept_columns is None:
             return self.pattern.used_cols.numel()
         return self.kept_columns.numel()
+
+    @cached_property
+    def calls(self) -> dict[Any, Any]:
+        """What operations have found out about calls with this plan, by operation, dtype and
+        tokens: a training step asks the same again and again.
+        """
+        return {}
 
     @lazy_tensor
     def row_order(self) -> Tensor | None:
@@ -256,6 +264,11 @@ def _check_kept(keep: Tensor, used: Tensor, pattern: SparsePattern) -> None:
     missing = used[~torch.isin(used, keep)]
     if missing.numel():
         raise PatternError(f"keep leaves out column {int(missing[0])}, which the pattern uses")
+    width = pattern.block_shape[1]
+    first, side = keep[::width, None], torch.arange(width, device=keep.device)
+    whole = keep.numel() % width == 0 and bool((first % width == 0).all())
+    if not (whole and torch.equal((first + side).flatten(), keep.long())):
+        raise PatternError(f"keep must name whole groups of {width} columns, as the blocks are")
 
 
 def plan_of(pattern: SparsePattern) -> SparsityPlan:

@@ -14,6 +14,7 @@ import weakref
 from typing import NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from . import ops
@@ -37,6 +38,14 @@ class _Last(threading.local):
 
 
 _last = _Last()
+
+
+def _in_checkpoint() -> bool:
+    """Whether a checkpoint (the kind that is not reentrant) takes what is saved, to throw it away
+    or, when it computes a part again, to compare it with what it threw away.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
 
 
 class SharedInput:
@@ -73,8 +82,11 @@ class SharedInput:
         plan that reads it. `source` is the input as the caller knows it, x the same in the dtype of
         the product.
         """
-        group = self._note(source, pattern)
-        if group is not self:  # merged just now: the sibling before has kept its own columns alone
+        # What is kept must not depend on the passes before where a checkpoint compares it with
+        # what it computed the first time; and a tensor without a version may change unseen.
+        alone = source.is_inference() or _in_checkpoint()
+        # Merged just now: the sibling before has kept its own columns alone.
+        if alone or self._note(source, pattern) is not self:
             plan = plan_of(pattern)
             return ops.keep_columns(x, plan), plan
         return self._keep(source, x, pattern)

@@ -84,10 +84,11 @@ def test_rounds_interleave_the_sides_and_medians_leave_the_warm_up_out():
     result = measure(script.case(), clock=script.clock)
     one_round = ["ours", "ours", "peer", "peer"]
     assert script.log == ["check", "ours", "peer", *one_round, *one_round]
-    assert result.timings["ours"] == Timing(3.5, 5.0, None)
-    assert result.timings["peer"] == Timing(10.0, 10.0, None)
+    assert result.timings["ours"] == Timing(3.5, 5.0, None, (2.5, 4.5), (4.0, 6.0))
+    assert result.timings["peer"] == Timing(10.0, 10.0, None, (8.5, 11.5), (8.0, 12.0))
     (verdict,) = result.verdicts()
-    assert (verdict.ratio, verdict.first_ratio, verdict.met) == (0.35, 0.5, True)
+    assert verdict.ratio == pytest.approx((2.5 / 8.5 + 4.5 / 11.5) / 2)  # of the rounds' ratios
+    assert (verdict.first_ratio, verdict.met) == (0.5, True)
 
 
 def test_cold_caches_are_made_so_before_each_call_and_outside_the_time(monkeypatch):
@@ -118,7 +119,7 @@ def test_speed_of_light():
     assert Work({"a": 3_000_000}, 5 * 10**9).seconds(light) == pytest.approx(5e-3)
     side = Side("ours", lambda: None, True, Work({"a": 4_000_000}, 2 * 10**9))
     case = Case("op", "name", [side], lambda: None)
-    text = describe(Result(case, "name", 1, {"ours": Timing(8e-3, 8e-3, 4e-3)}))
+    text = describe(Result(case, "name", 1, {"ours": Timing(8e-3, 8e-3, 4e-3, (8e-3,), (8e-3,))}))
     milliseconds, _, gbytes, gflops, share = text.splitlines()[2].split()[1:]
     assert (milliseconds, gbytes, gflops, share) == ("8.000", "0.5", "250.0", "50%")
 
@@ -185,7 +186,10 @@ def result_of(median, name="case", goals=None):
         Side("peer, dense", lambda: None),
     ]
     case = Case("op", name, sides, lambda: None)
-    timings = {"ours": Timing(median, 2e-3, 1e-3), "peer, dense": Timing(4e-3, 4e-3, None)}
+    timings = {
+        "ours": Timing(median, 2e-3, 1e-3, (median,), (2e-3,)),
+        "peer, dense": Timing(4e-3, 4e-3, None, (4e-3,), (4e-3,)),
+    }
     return Result(case, name, 3, timings)
 
 
@@ -198,6 +202,7 @@ def test_records_come_back_as_they_were_written(tmp_path):
     assert (ours.median_ms, ours.bytes, ours.operations, ours.trained) == (1.25, 40, 7, 5)
     assert (ours.saved_bytes, ours.input_bytes, ours.saved_goal) == (3, 12, 0.3)
     assert ours.limits == {"peer, dense": 0.5}
+    assert ours.measured == {"peer, dense": 0.3125}
     assert (peer.light_ms, peer.bytes, peer.limits) == (None, None, {})
 
 
@@ -219,7 +224,7 @@ def test_a_row_with_the_same_key_is_replaced_where_it_stands(tmp_path):
         (lambda text: "", "no table of benchmark results"),
         (lambda text: text.replace("median_ms", "median"), "first line must be processor,cores"),
         (lambda text: text.replace(",1.25,", ",fast,"), "line 2: median_ms = 'fast' is not of"),
-        (lambda text: text + "a,b\n", "line 4: 2 fields, expected 25"),
+        (lambda text: text + "a,b\n", "line 4: 2 fields, expected 26"),
         (lambda text: text.replace("<=0.5", "<=half"), "line 2: goals = 'peer, dense<=half'"),
         (lambda text: text + '"', "broken CSV"),
         (lambda text: text.replace("a processor", "\udce9"), "cannot be read"),

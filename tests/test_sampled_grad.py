@@ -1,4 +1,6 @@
-"""sampled_grad against float64, on every backend, and what it must never do."""
+"""sampled_grad against float64, on every backend and by every part, and what it must never do."""
+
+import functools
 
 import pytest
 import torch
@@ -16,158 +18,349 @@ from kernels import (
     implementation,
     make_pattern,
 )
+from plans import PARTS, mixed_pattern, plan_with
 
 from speft_kernels import SparsePattern, SparsityPlan, ops
 from speft_kernels.plan import plan_of
 from speft_kernels.testing import uniform_pattern
 
 BACKENDS = backends("sampled_grad")
+FORMS = ("whole", "packed")
 
 
 def at(dense, pattern):
     return dense.reshape(-1)[pattern.entry_indices.long()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_error_is_at_most_twice_torchs(backend, dtype, kind):
-    for m, n, k in SHAPES:
-        pattern = make_pattern(kind, n, k)
-        dy, x = torch.randn(m, n).to(dtype), torch.randn(m, k).to(dtype)
-        ours = ops.sampled_grad(dy, x, pattern, backend=backend)
+def sampled(dy, x, plan, form, **more):
+    """The values with x given as `form` says."""
+    packed = form == "packed"
+    x = ops.keep_columns(x, plan) if packed else x
+    return ops.sampled_grad(dy, x, plan.pattern, plan=plan, packed=packed, **more)
+
+
+def error_bound(dy, x):
+    """By how much two sums of the same products may differ, in whatever order each is summed.
+
+    Each is off by at most M roundings of half `eps` of the sum of the products' magnitudes.
+    """
+    wide = accumulator(dy.dtype)
+    magnitude = (dy.to(wide).abs().t() @ x.to(wide).abs()).max() if dy.numel() else 0
+    return float(dy.shape[0] * torch.finfo(wide).eps * magnitude)
+
+
+def assert_same_sums(ours, theirs, dy, x):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=error_bound(dy, x))
+
+
+@functools.lru_cache(maxsize=None)
+def problem(dtype, shape):
+    """dy, x, torch's own product and the exact one: the same for every test of a shape."""
+    generator = torch.Generator().manual_seed(1)
+    m, n, k = shape
+    dy, x = (torch.randn(m, size, generator=generator).to(dtype) for size in (n, k))
+    wide = accumulator(dtype)
+    return dy, x, dy.to(wide).t() @ x.to(wide), exact_product(dy.t(), x)
+
+
+@functools.lru_cache(maxsize=None)
+def plan_for(part, kind, n, k):
+    pattern = mixed_pattern(n, k) if kind == "mixed" else make_pattern(kind, n, k)
+    return SparsityPlan.build(pattern) if part == "default" else plan_with(part, pattern)
+
+
+def check_the_numbers_contract(backend, dtype, plan, shape):
+    dy, x, theirs, exact = problem(dtype, shape)
+    for form in FORMS:
+        ours = sampled(dy, x, plan, form, backend=backend)
         assert ours.dtype == accumulator(dtype)
-        wide = accumulator(dtype)
-        theirs = dy.to(wide).t() @ x.to(wide)
-        assert_as_exact_as_torch(ours, theirs, exact_product(dy.t(), x), pattern.entry_indices)
+        assert_as_exact_as_torch(ours, theirs, exact, plan.pattern.entry_indices)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_kept_activations_give_the_same_bits(backend):
-    pattern = make_pattern("realistic", 96, 130)
-    plan = plan_of(pattern)
-    assert plan.kept_width < 130
-    dy, x = torch.randn(77, 96), torch.randn(77, 130)
-    whole = ops.sampled_grad(dy, x, pattern, backend=backend)
-    kept = ops.sampled_grad(dy, plan.keep(x), pattern, plan=plan, backend=backend)
-    # Same entries, same order of summation: only the reference multiplies other columns beside.
-    if backend == "reference":
-        torch.testing.assert_close(kept, whole)
-    else:
-        assert torch.equal(kept, whole)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("m", [9, 2100])
-def test_out_is_overwritten_or_accumulated_into(backend, m):
-    pattern = make_pattern("uniform", 33, 17)
-    dy, x = torch.randn(m, 33), torch.randn(m, 17)
-    alone = ops.sampled_grad(dy, x, pattern, backend=backend)
-    out = torch.full((pattern.nnz,), 3.0)
-    assert ops.sampled_grad(dy, x, pattern, out=out, backend=backend) is out
-    assert torch.equal(out, alone)
-    ops.sampled_grad(dy, x, pattern, out=out, accumulate=True, backend=backend)
-    # The sums of up to 32 splits are added to what is there, each rounded at twice the result.
-    tolerance = 32 * torch.finfo(torch.float32).eps * 2 * float(alone.abs().max())
-    torch.testing.assert_close(out, 2 * alone, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strides_and_leading_dimensions(backend):
-    pattern = make_pattern("uniform", 33, 17)
-    dy, x = torch.randn(2, 5, 33), torch.randn(2, 5, 17)
-    plain = ops.sampled_grad(dy, x, pattern, backend=backend)
-    views = {
-        "transposed": (dy.mT.contiguous().mT, x.mT.contiguous().mT),
-        "wide rows": (torch.randn(2, 5, 40)[..., :33].copy_(dy), torch.randn(2, 5, 19)[..., 1:18]),
-        "every other": (
-            dy.repeat_interleave(2, -1)[..., ::2],
-            x.repeat_interleave(2, -1)[..., ::2],
-        ),
-    }
-    views["wide rows"][1].copy_(x)
-    for dy_view, x_view in views.values():
-        assert torch.equal(ops.sampled_grad(dy_view, x_view, pattern, backend=backend), plain)
-
-
-@pytest.mark.parametrize("m", [613, 2100])
+@pytest.mark.parametrize("part", [*PARTS, "default"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_do_not_change_a_bit(dtype, m):
-    pattern = make_pattern("realistic", 96, 130)
-    dy, x = torch.randn(m, 96).to(dtype), torch.randn(m, 130).to(dtype)
-    results = []
-    for threads in (1, 2, 3, 7):
-        torch.set_num_threads(threads)
-        results += [ops.sampled_grad(dy, x, pattern, backend="cpu") for _ in range(2)]
-    assert all(torch.equal(result, results[0]) for result in results)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_is_at_most_twice_torchs(backend, dtype, part):
+    for shape in SHAPES:
+        for kind in KINDS:
+            check_the_numbers_contract(backend, dtype, plan_for(part, kind, *shape[1:]), shape)
+    plan = plan_for(part, "mixed", 96, 130)
+    check_the_numbers_contract(backend, dtype, plan, (613, 96, 130))
+    if part == "mixed":
+        assert all(share > 0.01 for share in plan.shares().values())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_any_pattern(data):
-    m, n, k = (data.draw(st.integers(0, 40)), *(data.draw(st.integers(1, 40)) for _ in "nk"))
-    seed, density = data.draw(st.integers(0, 99)), data.draw(st.floats(0, 1))
-    generator = torch.Generator().manual_seed(seed)
+def test_any_sizes_and_any_pattern(data):
+    m = data.draw(st.one_of(st.integers(0, 40), st.integers(120, 300)))
+    n, k = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    density = data.draw(st.floats(0, 1))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     pattern = SparsePattern.from_mask(torch.rand(n, k, generator=generator) < density)
+    keep = None
+    if data.draw(st.booleans()):
+        kept = torch.rand(k, generator=generator) < 0.4
+        kept[pattern.used_cols.long()] = True
+        keep = kept.nonzero().flatten().int()
+        keep = keep[torch.randperm(keep.numel(), generator=generator)]
+    plan = plan_with(data.draw(st.sampled_from(PARTS)), pattern, keep)
     dy = torch.randn(m, n, generator=generator, dtype=torch.float64)
     x = torch.randn(m, k, generator=generator, dtype=torch.float64)
     expected = at(dy.t() @ x, pattern)
     for backend in BACKENDS:
-        got = ops.sampled_grad(dy, x, pattern, backend=backend)
-        # Sums of at most 40 products of unit normals, in float64, in another order.
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        for form in FORMS:
+            assert_same_sums(sampled(dy, x, plan, form, backend=backend), expected, dy, x)
 
 
-@pytest.mark.parametrize("density", [0.001, 0.005, 0.25])
-def test_no_dense_gradient_exists_in_the_torch_backend(density):
+@pytest.mark.parametrize("part", ["tiles", "gather"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_and_whole_activations_give_the_same_bits(dtype, part):
+    """In the compiled kernel, which then sums the same numbers in the same order. The panels are
+    products of the vendor's library over other stretches of tokens.
+    """
+    plan = plan_for(part, "realistic", 96, 130)
+    assert plan.kept_width < 130
+    for m in (77, 613, 2100):
+        dy, x = torch.randn(m, 96).to(dtype), torch.randn(m, 130).to(dtype)
+        whole, packed = (sampled(dy, x, plan, form, backend="cpu") for form in FORMS)
+        assert torch.equal(whole, packed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("m", [0, 9, 2100])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_is_overwritten_or_accumulated_into(backend, m, part, form):
+    plan = plan_for(part, "mixed", 96, 130)
+    dy, x = torch.randn(m, 96), torch.randn(m, 130)
+    alone = sampled(dy, x, plan, form, backend=backend)
+    # An overwritten buffer is as torch.empty leaves it: nothing of it may be read.
+    out = torch.full((plan.pattern.nnz,), torch.nan)
+    assert sampled(dy, x, plan, form, out=out, backend=backend) is out
+    assert torch.equal(out, alone)
+    sampled(dy, x, plan, form, out=out, accumulate=True, backend=backend)
+    # The products are added to what is there one stretch of tokens after the other, at worst.
+    assert_same_sums(out, 2 * alone, dy.repeat(2, 1), x.repeat(2, 1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_is_not_finite_reaches_its_own_entries_alone(poison, backend, part, form):
+    plan = plan_for(part, "mixed", 96, 130)
+    pattern = plan.pattern
+    dy, x = torch.randn(150, 96), torch.randn(150, 130)
+    clean = sampled(dy, x, plan, form, backend=backend)
+    unused = torch.ones(130, dtype=torch.bool)
+    unused[pattern.used_cols.long()] = False
+    assert unused.sum() > 20
+
+    bad = x.masked_fill(unused, poison)
+    assert torch.equal(sampled(dy, bad, plan, form, backend=backend), clean)
+    # A line that trains: its own entries, and those of no other line.
+    for line in (3, 7, 129):
+        bad = x.clone()
+        bad[140, line] = poison
+        got = sampled(dy, bad, plan, form, backend=backend)
+        own = pattern.cols == line
+        assert own.any()
+        assert not got[own].isfinite().any()
+        assert torch.equal(got[~own], clean[~own])
+    for line in (0, 60, 95):
+        bad = dy.clone()
+        bad[140, line] = poison
+        got = sampled(bad, x, plan, form, backend=backend)
+        own = pattern.rows == line
+        assert own.any()
+        assert not got[own].isfinite().any()
+        assert torch.equal(got[~own], clean[~own])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_output_that_trains_nothing_may_be_anything(backend, part, form):
+    mask = mixed_pattern(96, 130).mask()
+    mask[40:50] = False
+    plan = plan_with(part, SparsePattern.from_mask(mask))
+    dy, x = torch.randn(150, 96), torch.randn(150, 130)
+    clean = sampled(dy, x, plan, form, backend=backend)
+    dy[:, 40:50] = torch.nan
+    assert torch.equal(sampled(dy, x, plan, form, backend=backend), clean)
+
+
+def views(dy, x):
+    """The same numbers with other strides."""
+    n, k = dy.shape[-1], x.shape[-1]
+    yield "transposed", dy.mT.contiguous().mT, x.mT.contiguous().mT
+    wide_dy, wide_x = torch.randn(*dy.shape[:-1], n + 7), torch.randn(*x.shape[:-1], k + 2)
+    yield "wide rows", wide_dy[..., :n].copy_(dy), wide_x[..., 1:-1].copy_(x)
+    yield "every other", *(t.repeat_interleave(2, -1)[..., ::2] for t in (dy, x))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_and_leading_dimensions(backend, part, form):
+    plan = plan_for(part, "mixed", 96, 130)
+    dy, x = torch.randn(3, 70, 96), torch.randn(3, 70, 130)
+    flat = dy.reshape(210, 96), x.reshape(210, 130)
+    plain = sampled(*flat, plan, form, backend=backend)
+    for name, dy_view, x_view in views(dy, x):
+        got = sampled(dy_view, x_view, plan, form, backend=backend)
+        # Another layout may make the vendor's library sum in another order.
+        assert_same_sums(got, plain, *flat)
+        if backend == "cpu" and part in ("tiles", "gather"):
+            assert torch.equal(got, plain), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", PARTS)
+def test_the_gradient_of_a_sum_has_no_strides_at_all(part, form):
+    plan = plan_for(part, "mixed", 96, 130)
+    dy, x = torch.ones(()).expand(150, 96), torch.randn(1, 130).expand(150, 130)
+    got = sampled(dy, x, plan, form, backend="cpu")
+    assert_same_sums(got, at(dy.t() @ x, plan.pattern), dy, x)
+
+
+def assert_threads_change_nothing(run):
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results += [run() for _ in range(2)]
+    assert all(torch.equal(result, results[0]) for result in results)
+    return results[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_do_not_change_a_bit(dtype, part, form):
+    plan = plan_for(part, "mixed", 96, 130)
+    # One block, whose sums go straight to the result; several blocks; many.
+    for m in (100, 613, 2100):
+        dy, x = torch.randn(m, 96).to(dtype), torch.randn(m, 130).to(dtype)
+        assert_threads_change_nothing(lambda: sampled(dy, x, plan, form, backend="cpu"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("part", "density"), [("gather", 0.14), ("gather", 0.6), ("tiles", 0.3)])
+def test_threads_do_not_change_a_bit_of_many_sums(part, density, form):
+    """Sums of one split above 4 MiB are added where they belong by the task that has them: there is
+    no second split, however many blocks of tokens. 0.14 makes two splits or three.
+    """
+    n, k, m = 2048, 1024, 400
+    plan = plan_with(part, uniform_pattern((n, k), density))
+    sums = plan.whole.entry_row.numel() + plan.whole.tile_slot.numel()
+    splits = (8 << 20) // (4 * sums)
+    assert splits > 1 if density == 0.14 else splits <= 1
+    dy, x = torch.randn(m, n), torch.randn(m, k)
+    got = assert_threads_change_nothing(lambda: sampled(dy, x, plan, form, backend="cpu"))
+    expected = at(dy.t() @ x, plan.pattern)
+    assert_same_sums(got, expected, dy, x)
+
+    def accumulated():
+        out = torch.ones(plan.pattern.nnz)
+        return sampled(dy, x, plan, form, backend="cpu", out=out, accumulate=True)
+
+    torch.testing.assert_close(
+        assert_threads_change_nothing(accumulated), got + 1, rtol=0, atol=error_bound(dy, x)
+    )
+    out = torch.full((plan.pattern.nnz,), torch.nan)
+    assert torch.equal(sampled(dy, x, plan, form, backend="cpu", out=out), got)
+
+
+@pytest.mark.parametrize("part", ["default", *PARTS])
+@pytest.mark.parametrize("density", [0.001, 0.005, 0.05, 0.25])
+def test_no_dense_gradient_exists(density, part):
     n, k, m = 2048, 1024, 16
     pattern = uniform_pattern((n, k), density)
-    csr, out = plan_of(pattern).csr, torch.empty(pattern.nnz)
-    dy, x = torch.randn(m, n), torch.randn(m, k)
-    largest = {}
-    for backend in ("torch", "reference"):
+    plan = SparsityPlan.build(pattern) if part == "default" else plan_with(part, pattern)
+    dy, x, out = torch.randn(m, n), torch.randn(m, k), torch.empty(pattern.nnz)
+    width = plan.block_tokens(m)
+
+    def largest(backend, form):
+        operand = ops.keep_columns(x, plan) if form == "packed" else x
+        parts = plan.packed if form == "packed" else plan.whole
         with LargestTensor() as seen:
-            implementation("sampled_grad", backend)(dy, x, csr, out, False)
-        largest[backend] = seen.numel
-    # A panel of 256 of the 2048 rows, or the values themselves.
-    assert largest["torch"] <= max(n * k // 8, pattern.nnz)
-    assert largest["reference"] == n * k  # the check sees what it is there for
+            implementation("sampled_grad", backend)(dy, operand, parts, width, out, False)
+        return seen.numel
+
+    # A panel is a quarter of the weight at most, and so are the values here.
+    for form in FORMS:
+        assert largest("torch", form) <= n * k // 4
+        assert largest("cpu", form) <= n * k // 4
+    assert largest("reference", "whole") == n * k  # the check sees what it is there for
 
 
-def test_compiled_kernels_scratch_is_bounded(memory_high_water):
-    n = k = 8192
-    pattern = uniform_pattern((n, k), 0.001)
-    assert plan_of(pattern).csr is not None  # built beforehand, as in training
-    dy, x = torch.randn(64, n), torch.randn(64, k)
-    grown = memory_high_water(lambda: ops.sampled_grad(dy, x, pattern, backend="cpu"))
-    # Panels of 16 tokens of all 16384 lines are 1 MiB, the result 0.27 MB; the dense dW is 256 MiB.
-    assert grown < 16 << 20
+@pytest.mark.parametrize("density", [0.001, 0.25])
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_kernels_scratch_is_bounded(memory_high_water, density, form):
+    torch.set_num_threads(2)
+    n = k = 8192 if density < 0.01 else 3072
+    plan = SparsityPlan.build(uniform_pattern((n, k), density))
+    dy, x, out = torch.randn(300, n), torch.randn(300, k), torch.empty(plan.pattern.nnz)
+    sampled(dy, x, plan, form, backend="cpu")  # builds the parts beforehand, as in training
+    kept = ops.keep_columns(x, plan) if form == "packed" else x
+    grown = memory_high_water(
+        lambda: ops.sampled_grad(
+            dy, kept, plan.pattern, plan=plan, packed=form == "packed", out=out, backend="cpu"
+        )
+    )
+    # Stated in csrc/cpu/sampled_grad.cpp and plan.py: sums of 8 MiB at most, and for each thread
+    # 256 KiB of dy and 512 KiB of x; a panel has 4 MiB. The dense dW has 256 MiB, or 36.
+    assert grown <= (8 << 20) + 2 * (768 << 10) + (4 << 20)
 
 
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_library_contract_and_gradients(backend):
+def test_library_contract_and_gradients(backend, part):
     pattern = make_pattern("uniform", 6, 5)
-    csr = list(plan_of(pattern).csr)
+    mask = pattern.mask()
+    mask[2, :4] = mask[:, 3] = True
+    pattern = SparsePattern.from_mask(mask)
+    plan = plan_with(part, pattern)
+    parts, width = plan.whole.tensors(), plan.block_tokens(4)
     dy = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(torch.ops.speft.sampled_grad.default, (dy, x, csr, backend))
+    op = torch.ops.speft.sampled_grad.default
+    torch.library.opcheck(op, (dy, x, parts, pattern.nnz, width, backend))
     out = torch.zeros(pattern.nnz, dtype=torch.float64)
     torch.library.opcheck(
         torch.ops.speft.sampled_grad_.default,
-        (dy.detach(), x.detach(), csr, out, True, backend),
-    )
-    assert torch.autograd.gradcheck(
-        lambda dy, x: ops.sampled_grad(dy, x, pattern, backend=backend), (dy, x)
+        (dy.detach(), x.detach(), parts, width, out, True, backend),
     )
 
+    def call(dy, x):
+        return ops.sampled_grad(dy, x, pattern, plan=plan, backend=backend)
 
+    assert torch.autograd.gradcheck(call, (dy, x))
+    assert torch.autograd.gradgradcheck(call, (dy, x))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_packed_activations_carry_no_gradient(part):
+    plan = plan_for(part, "mixed", 96, 130)
+    x = torch.randn(20, 130, requires_grad=True)
+    kept = ops.keep_columns(x, plan)
+    assert not kept.requires_grad
+    dy = torch.randn(20, 96, requires_grad=True)
+    values = ops.sampled_grad(dy, kept, plan.pattern, plan=plan, packed=True)
+    with pytest.raises(RuntimeError, match="not differentiable where x is packed: pass x whole"):
+        values.sum().backward()
+
+
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_changes_nothing_inside(backend):
-    pattern = make_pattern("uniform", 33, 17)
-    dy, x = torch.randn(50, 33), torch.randn(50, 17)
-    plain = ops.sampled_grad(dy, x, pattern, backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(ops.sampled_grad(dy, x, pattern, backend=backend), plain)
+def test_autocast_changes_nothing_inside(backend, part):
+    plan = plan_for(part, "mixed", 96, 130)
+    dy, x = torch.randn(50, 96), torch.randn(50, 130)
+    for form in FORMS:
+        plain = sampled(dy, x, plan, form, backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(sampled(dy, x, plan, form, backend=backend), plain)
 
 
 def test_out_cannot_carry_a_gradient():
@@ -175,6 +368,23 @@ def test_out_cannot_carry_a_gradient():
     x = torch.randn(4, 5, requires_grad=True)
     with pytest.raises(ValueError, match="out= cannot carry a gradient"):
         ops.sampled_grad(torch.randn(4, 6), x, pattern, out=torch.zeros(pattern.nnz))
+
+
+def test_what_is_written_raises_the_version():
+    pattern = make_pattern("uniform", 6, 5)
+    out = torch.zeros(pattern.nnz)
+    ops.sampled_grad(torch.randn(4, 6), torch.randn(4, 5), pattern, out=out)
+    assert out._version > 0
+
+
+def test_packed_means_nothing_where_x_is_kept_whole():
+    plan = plan_of(make_pattern("full", 6, 5))
+    dy, x = torch.randn(4, 6), torch.randn(4, 5)
+    kept = ops.keep_columns(x, plan)
+    assert torch.equal(
+        ops.sampled_grad(dy, kept, plan.pattern, plan=plan, packed=True),
+        ops.sampled_grad(dy, x, plan.pattern),
+    )
 
 
 def test_bad_arguments_name_the_fact():
@@ -197,3 +407,19 @@ def test_bad_arguments_name_the_fact():
     other = SparsityPlan.build(make_pattern("row", 6, 5))
     with pytest.raises(ValueError, match="the plan was built for another pattern"):
         ops.sampled_grad(dy, x, pattern, plan=other)
+
+
+def test_packed_activations_of_another_shape_are_refused():
+    plan = plan_for("gather", "mixed", 96, 130)
+    dy, kept = torch.randn(20, 96), ops.keep_columns(torch.randn(20, 130), plan)
+    width = plan.kept_width
+
+    def call(dy, x):
+        return ops.sampled_grad(dy, x, plan.pattern, plan=plan, packed=True)
+
+    wanted = rf"the packed x of 20 tokens must have shape \(1, {width}, 32\), got "
+    for wrong in (kept[:, :-1], kept[..., :16], torch.randn(20, 130), kept.repeat(2, 1, 1)):
+        with pytest.raises(ValueError, match=wanted):
+            call(dy, wrong)
+    with pytest.raises(ValueError, match="the packed x of 40 tokens"):
+        call(dy.repeat(2, 1), kept)

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import SpeftError
 from . import machine
+from .heap import keep_heap
 from .machine import Light
 
 
@@ -104,11 +105,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: the median of all calls, of each round's first, and the speed of light."""
+    """Seconds: the median of all calls, of each round's first, and the speed of light; and of
+    each round the median of its calls, and the first.
+    """
 
     median: float
     first: float
     light: float | None
+    rounds: tuple[float, ...]
+    firsts: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -157,8 +162,8 @@ class Result:
                     Verdict(
                         ours.name,
                         peer.name,
-                        mine.median / theirs.median,
-                        mine.first / theirs.first,
+                        _ratio(mine.rounds, theirs.rounds),
+                        _ratio(mine.firsts, theirs.firsts),
                         ours.goals.get(peer.name),
                     )
                 )
@@ -166,6 +171,13 @@ class Result:
                 share, goal = ours.saved.share, ours.saved.at_most
                 verdicts.append(Verdict(f"{ours.name}, bytes saved", INPUTS, share, None, goal))
         return verdicts
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of the rounds' ratios: a machine that slows down for a while slows down both sides
+    of a round.
+    """
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def measure(
@@ -184,6 +196,7 @@ def measure(
     Raises:
         WrongResultError: a side is wrong; nothing was timed.
     """
+    keep_heap()
     case.check()
     rounds = case.rounds if rounds is None else rounds
     for side in case.sides:
@@ -198,12 +211,16 @@ def measure(
                 start = clock()
                 side.run()
                 spent[side.name].append(clock() - start)
-    timings = {
-        side.name: Timing(
-            statistics.median(spent[side.name]),
-            statistics.median(spent[side.name][:: case.calls]),
-            None if side.work is None else side.work.seconds(machine.light(side.work.dtype)),
-        )
-        for side in case.sides
-    }
+    timings = {side.name: _timing(side, spent[side.name], case.calls) for side in case.sides}
     return Result(case, f"{case.name}, cold caches" if cold else case.name, rounds, timings)
+
+
+def _timing(side: Side, spent: Sequence[float], calls: int) -> Timing:
+    firsts = tuple(spent[::calls])
+    return Timing(
+        statistics.median(spent),
+        statistics.median(firsts),
+        None if side.work is None else side.work.seconds(machine.light(side.work.dtype)),
+        tuple(statistics.median(spent[i : i + calls]) for i in range(0, len(spent), calls)),
+        firsts,
+    )

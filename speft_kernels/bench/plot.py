@@ -41,8 +41,9 @@ def bars_of(records: Sequence[Record]) -> list[Bar]:
         for ours in (side for side in sides.values() if side.role == "ours"):
             for peer in (side for side in sides.values() if side.role == "peer"):
                 label = f"{operation}: {case}\n{ours.side} / {peer.side}"
-                ratio = ours.median_ms / peer.median_ms
-                bars.append(Bar(label, ratio, ours.limits.get(peer.side)))
+                if peer.side in ours.measured:
+                    ratio = ours.measured[peer.side]
+                    bars.append(Bar(label, ratio, ours.limits.get(peer.side)))
     return bars
 
 

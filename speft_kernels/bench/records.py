@@ -23,7 +23,8 @@ from .machine import Machine
 class Record:
     """One side of one case. Times in milliseconds; `light_ms` is the speed of light's.
 
-    `goals` lists `peer<=ratio`, split by "; "; None, an empty field, is what was not counted.
+    `ratios` lists `peer=ratio`, the median of the rounds' ratios of the times, `goals` lists
+    `peer<=ratio`, both split by "; "; None, an empty field, is what was not counted.
     """
 
     processor: str
@@ -50,6 +51,7 @@ class Record:
     saved_bytes: int | None
     input_bytes: int | None
     saved_goal: float | None
+    ratios: str
     goals: str
 
     @property
@@ -59,8 +61,17 @@ class Record:
     @property
     def limits(self) -> dict[str, float]:
         """Peer's name -> the largest wanted ratio."""
-        pairs = (goal.rpartition("<=") for goal in self.goals.split("; ") if goal)
-        return {peer: float(ratio) for peer, _, ratio in pairs}
+        return _pairs(self.goals, "<=")
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """Peer's name -> the ratio found."""
+        return _pairs(self.ratios, "=")
+
+
+def _pairs(text: str, sign: str) -> dict[str, float]:
+    pairs = (entry.rpartition(sign) for entry in text.split("; ") if entry)
+    return {peer: float(ratio) for peer, _, ratio in pairs}
 
 
 KEY = (
@@ -94,6 +105,11 @@ def records_of(result: Result, machine: Machine) -> list[Record]:
                 saved_bytes=None if side.saved is None else side.saved.bytes,
                 input_bytes=None if side.saved is None else side.saved.inputs,
                 saved_goal=None if side.saved is None else side.saved.at_most,
+                ratios="; ".join(
+                    f"{verdict.peer}={_short(verdict.ratio):g}"
+                    for verdict in result.verdicts()
+                    if verdict.ours == side.name
+                ),
                 goals="; ".join(f"{peer}<={ratio:g}" for peer, ratio in side.goals.items()),
             )
         )
@@ -145,10 +161,11 @@ def _parsed(path: Path, line: int, cells: list[str]) -> Record:
             ) from None
     try:
         record = Record(**values)
-        _ = record.limits
+        _ = record.limits, record.measured
     except ValueError:
         raise DataError(
-            f"{path}, line {line}: goals = {values['goals']!r} must be 'peer<=ratio', split by '; '"
+            f"{path}, line {line}: goals = {values['goals']!r} must be 'peer<=ratio', and ratios = "
+            f"{values['ratios']!r} 'peer=ratio', split by '; '"
         ) from None
     return record
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import SpeftConfig
-from ..model import apply_patterns
+from ..flat import FlatValues
+from ..model import apply_patterns, sparse_layers
 from ..pattern import SparsePattern
 from .masks import Batch
 
@@ -39,6 +40,10 @@ class Trainer:
         deltas = {id(layer.delta) for layer in self.masked}
         trained = [p for p in self.model.parameters() if p.requires_grad and id(p) not in deltas]
         self.entries = sum(p.numel() for p in trained)
+        sparse = {id(layer.values) for layer in sparse_layers(self.core).values()}
+        if sparse:
+            flat = FlatValues(self.core).parameter
+            trained = [flat, *(p for p in trained if id(p) not in sparse)]
         self.optimizer = torch.optim.AdamW(trained, lr=LR, fused=True)
         self._first, self._batches = batches[0], itertools.cycle(batches)
 

@@ -34,7 +34,13 @@ def keep_columns(x: Tensor, plan: SparsityPlan, *, backend: str | None = None) -
         TypeError: dtypes do not fit.
         BackendError: the backend that was asked for cannot serve the call.
     """
-    pattern = plan.pattern
+    pattern, tokens = plan.pattern, x.numel() // max(x.shape[-1], 1) if x.dim() else 0
+    call = plan.calls.get(("keep", x.dtype, x.device, tokens))
+    if call is not None and backend is None and x.shape[-1] == pattern.shape[1] and is_plain(x):
+        shape, serve = call
+        kept = x.new_empty(shape)
+        serve(x.detach().reshape(tokens, x.shape[-1]), plan.kept_columns, kept)
+        return kept
     _checks.check_float(x=x)
     _checks.check_pattern_device(pattern, "x", x)
     x = _checks.tokens_first("x", x.detach(), pattern.shape[1])
@@ -49,7 +55,9 @@ def keep_columns(x: Tensor, plan: SparsityPlan, *, backend: str | None = None) -
     width = plan.block_tokens(x.shape[0])
     if backend is None and is_plain(x):
         kept = _allocate(x, columns, width)
-        registry.resolve("keep_columns", x.device, x.dtype).function(x, columns, kept)
+        serve = registry.resolve("keep_columns", x.device, x.dtype).function
+        serve(x, columns, kept)
+        plan.calls["keep", x.dtype, x.device, x.shape[0]] = kept.shape, serve
         return kept
     return torch.ops.speft.keep_columns(x, columns, width, backend)
 

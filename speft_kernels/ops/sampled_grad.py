@@ -83,7 +83,7 @@ def sampled_grad(
         x = _checks.tokens_first("x", x, pattern.shape[1])
         if dy.shape[0] != x.shape[0]:
             raise ValueError(f"dy has {dy.shape[0]} tokens and x has {x.shape[0]}")
-    parts = list(plan.packed if packed else plan.whole)
+    parts = (plan.packed if packed else plan.whole).tensors()
     if out is None:
         if accumulate:
             raise ValueError("accumulate=True needs the buffer to accumulate into: pass out=")
@@ -99,13 +99,17 @@ def add_sampled_grad(
     """`sampled_grad` into `out` for a caller that has made its arguments itself: dy `[M, N]`, and x
     as `keep_columns(x, plan)` gave it. Carries no gradient.
     """
-    parts = plan.packed if x.dim() == 3 else plan.whole
-    width = plan.block_tokens(dy.shape[0])
-    if is_plain(dy):
+    key = ("grad", dy.dtype, dy.device, dy.shape[0], x.dim())
+    call = plan.calls.get(key)
+    if call is None:
+        parts = plan.packed if x.dim() == 3 else plan.whole
         serve = registry.resolve("sampled_grad", dy.device, dy.dtype).function
+        call = plan.calls[key] = serve, parts, plan.block_tokens(dy.shape[0])
+    serve, parts, width = call
+    if is_plain(dy):
         serve(dy, x, parts, width, out, accumulate)
     else:
-        torch.ops.speft.sampled_grad_(dy, x, list(parts), width, out, accumulate, None)
+        torch.ops.speft.sampled_grad_(dy, x, parts.tensors(), width, out, accumulate, None)
 
 
 def gradient_of_entries(dy: Tensor, x: Tensor, csr: list[Tensor], backend: str | None) -> Tensor:
@@ -114,7 +118,7 @@ def gradient_of_entries(dy: Tensor, x: Tensor, csr: list[Tensor], backend: str |
     """
     parts = gathered(CompactIndices(*csr))
     nnz, width = parts.entry_row.shape[0], BLOCK_TOKENS
-    return torch.ops.speft.sampled_grad(dy, x, list(parts), nnz, width, backend)
+    return torch.ops.speft.sampled_grad(dy, x, parts.tensors(), nnz, width, backend)
 
 
 def _check_out(out: Tensor, shape: tuple[int, ...], dy: Tensor, x: Tensor) -> None:
@@ -200,23 +204,18 @@ def _product(dy: Tensor, x: Tensor) -> Tensor:
 
 @registry.implement("sampled_grad", "cpu")
 def _cpu(dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumulate: bool) -> None:
-    if not accumulate and parts.hot_cols.numel() + parts.hot_rows.numel():
-        out.zero_()
-        accumulate = True
-    add_panels(dy, x, parts, out)
+    if parts.has_panels:
+        if not accumulate:
+            out.zero_()
+            accumulate = True
+        add_panels(dy, x, parts, out)
     dy = _native.rows_contiguous(dy)
     packed = x.dim() == 3
-    x = x if packed else _native.rows_contiguous(x)
+    if not packed:
+        x = _native.rows_contiguous(x)
     _native.kernels().sampled_grad(
-        *(dy.data_ptr(), dy.stride(0), dy.shape[1]),
-        *(x.data_ptr(), x.stride(0), x.shape[1], packed, dy.shape[0], width),
-        *(parts.rows.data_ptr(), parts.rows.numel(), parts.cols.data_ptr(), parts.cols.numel()),
-        *(parts.entry_row.data_ptr(), parts.entry_col.data_ptr()),
-        parts.entry_slot.data_ptr() if parts.entry_slot.numel() else 0,
-        parts.entry_row.numel(),
-        *(parts.tile_row.data_ptr(), parts.tile_col.data_ptr(), parts.tile_slot.data_ptr()),
-        parts.tile_row.numel(),
-        *(out.data_ptr(), accumulate),
+        *(dy.data_ptr(), dy.stride(0), dy.shape[1], x.data_ptr(), x.stride(0), x.shape[1]),
+        *(packed, dy.shape[0], width, parts.native, out.data_ptr(), accumulate),
         *(_native.dtype_code(dy), torch.get_num_threads()),
     )
 

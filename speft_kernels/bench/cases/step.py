@@ -77,6 +77,7 @@ def _setup(density: float) -> Case:
     sides: list[Side] = []
     for name, trainer in trainers.items():
         layers = [trainer.core.get_submodule(layer) for layer in per_layer]
+        trainer.loss()  # the first pass finds out which layers read the same input
         goals = GOALS.get(name, {})
         sides.append(
             Side(

@@ -1,0 +1,193 @@
+"""FlatValues: one parameter for all layers, which trains as many do."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from speft_kernels import FlatValues, SparsePattern, SpeftConfig, apply_patterns
+from speft_kernels.errors import ConfigError, StaleWeightError
+from speft_kernels.testing import realistic_pattern
+
+NAMES = ("q", "k", "v", "o")
+
+
+class Model(nn.Module):
+    """Three layers that read one input, and one with blocks above them."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(48, 64) for _ in "qkv")
+        self.o = nn.Linear(64, 32)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.head(self.o(torch.tanh(self.q(x)) * self.k(x) + self.v(x)))
+
+
+def patterns():
+    some = {n: realistic_pattern((64, 48), 0.05, seed=i) for i, n in enumerate("qkv")}
+    return {**some, "o": SparsePattern.from_blocks((32, 64), (4, 8), torch.tensor([1, 5, 30]))}
+
+
+def sparse_model(mode="resident", seed=1):
+    torch.manual_seed(seed)
+    model = Model()
+    config = SpeftConfig(density=0.05, mode=mode, modules_to_train=["head"])
+    apply_patterns(model, patterns(), config)
+    return model
+
+
+def values(model):
+    return [model.get_submodule(name).values for name in NAMES]
+
+
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_it_trains_as_separate_values_do(mode, to_none, fused):
+    apart, together = sparse_model(mode), sparse_model(mode)
+    flat = FlatValues(together)
+    settings = {"lr": 1e-2, "weight_decay": 0.0, "fused": fused}
+    optimizers = [
+        torch.optim.AdamW([*values(apart), *apart.head.parameters()], **settings),
+        torch.optim.AdamW([flat.parameter, *together.head.parameters()], **settings),
+    ]
+    for _ in range(5):
+        micro = [torch.randn(3, 7, 48) for _ in range(2)]
+        losses = []
+        for model, optimizer in zip((apart, together), optimizers, strict=True):
+            total = 0.0
+            for x in micro:
+                loss = model(x).square().mean()
+                loss.backward()
+                total += loss.item()
+            losses.append(total)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+        # The same sums; clipping adds the squares of one tensor or of four, in float32.
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for one, other in zip(values(apart), values(together), strict=True):
+        # Five steps of 1e-2, by gradients that differ in the last bits.
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_gradients_of_micro_batches_are_added_in_place():
+    model = sparse_model()
+    flat = FlatValues(model)
+    x = torch.randn(5, 48)
+    model(x).sum().backward()
+    once, buffer = flat.parameter.grad.clone(), flat.parameter.grad.data_ptr()
+    parts = [v.grad.data_ptr() for v in values(model)]
+    model(x).sum().backward()
+    assert flat.parameter.grad.data_ptr() == buffer
+    assert [v.grad.data_ptr() for v in values(model)] == parts
+    assert parts[0] == buffer
+    # Twice the same sums: one rounding of the doubled result.
+    torch.testing.assert_close(flat.parameter.grad, 2 * once, rtol=1e-6, atol=0)
+    flat.parameter.grad = None
+    model(x).sum().backward()
+    assert torch.equal(flat.parameter.grad, once)
+    model.q.values.grad = None  # one layer's alone
+    model(x).sum().backward()
+    count = model.q.values.numel()
+    assert torch.equal(flat.parameter.grad[:count], once[:count])
+
+
+def test_a_layer_that_takes_no_part_has_a_zero_gradient():
+    model = sparse_model()
+    flat = FlatValues(model)
+    model(torch.randn(5, 48)).sum().backward()
+    flat.parameter.grad = None
+    model.q(torch.randn(5, 48)).sum().backward()
+    count = model.q.values.numel()
+    assert flat.parameter.grad[:count].abs().sum() > 0
+    assert flat.parameter.grad[count:].abs().sum() == 0
+    assert model.k.values.grad is None
+
+
+def test_a_gradient_that_was_replaced_is_added_to():
+    model = sparse_model()
+    flat = FlatValues(model)
+    x = torch.randn(5, 48)
+    model(x).sum().backward()
+    once = flat.parameter.grad.clone()
+    flat.parameter.grad = once.clone()  # as unscaling or reducing out of place does
+    model(x).sum().backward()
+    torch.testing.assert_close(flat.parameter.grad, 2 * once, rtol=1e-6, atol=0)
+
+
+def test_the_stale_weight_is_seen_through_the_one_parameter():
+    model = sparse_model()
+    flat = FlatValues(model)
+    optimizer = torch.optim.SGD([flat.parameter], lr=0.1)
+    loss = model(torch.randn(5, 48)).sum()
+    flat.parameter.grad = torch.ones_like(flat.parameter)
+    optimizer.step()
+    with pytest.raises(StaleWeightError):
+        loss.backward()
+    x = torch.randn(5, 48)
+    before = model.q.base_weight()
+    model(x)
+    assert not torch.equal(model.q.weight, before)
+
+
+def test_state_dicts_copies_and_release():
+    model = sparse_model()
+    flat = FlatValues(model)
+    with torch.no_grad():
+        flat.parameter.normal_()
+    for layer in (model.q, model.o):
+        layer.sync()
+    x = torch.randn(5, 48)
+    expected = model(x)
+    fresh = sparse_model(seed=2)
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(x), expected)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(x), expected)
+    twin(x).sum().backward()  # a copy is not flat: autograd has its gradients
+    assert twin.q.values.grad is not None
+    assert flat.parameter.grad is None
+    flat.release()
+    with torch.no_grad():
+        flat.parameter.zero_()
+    assert torch.equal(model(x), expected)
+    FlatValues(model)
+
+
+def test_bad_models_are_refused():
+    with pytest.raises(ConfigError, match="no sparse layer"):
+        FlatValues(Model())
+    model = sparse_model()
+    FlatValues(model)
+    with pytest.raises(ConfigError, match="flat already"):
+        FlatValues(model)
+    mixed = sparse_model()
+    mixed.q.double()
+    with pytest.raises(ConfigError, match="several kinds"):
+        FlatValues(mixed)
+
+
+def test_a_cast_of_the_weights_leaves_the_values_where_they_are():
+    model = sparse_model()
+    flat = FlatValues(model)
+    model.bfloat16()
+    model(torch.randn(5, 48).bfloat16()).sum().backward()
+    assert model.q.values.dtype == torch.float32
+    assert model.q.values.grad.data_ptr() == flat.parameter.grad.data_ptr()
+
+
+def test_values_that_were_moved_are_refused_at_the_first_backward():
+    model = sparse_model()
+    flat = FlatValues(model)
+    model.double()  # their dtype follows
+    x = torch.randn(5, 48).double()
+    with pytest.raises(ConfigError, match="left the one buffer"):
+        model(x).sum().backward()
+    flat.release()
+    model(x).sum().backward()
+    assert model.q.values.grad is not None
