@@ -42,7 +42,7 @@ class Costs:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not isinstance(value, (int, float)) or not value > 0 or math.isnan(value):
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"cost {name!r} must be a positive number of seconds, got {value}")
 
 

@@ -194,7 +194,8 @@ class SparseDeltaLinear(nn.Module):
         # Straight from the dictionary: a step asks each layer, and finds none of this in a cache.
         parameters = self._parameters
         values, weight, bias = parameters["values"], parameters["weight"], parameters.get("bias")
-        assert values is not None and weight is not None
+        assert values is not None
+        assert weight is not None
         needs_grad = torch.is_grad_enabled()
         if self.mode == "resident" or self._pattern.is_empty:
             if not (needs_grad and values.requires_grad):
@@ -239,7 +240,8 @@ class SparseDeltaLinear(nn.Module):
 
     def _state(self) -> tuple[int, ...]:
         values, weight = self._parameters["values"], self._parameters["weight"]
-        assert values is not None and weight is not None
+        assert values is not None
+        assert weight is not None
         return values._version, values.data_ptr(), weight._version, weight.data_ptr()
 
     def sync(self) -> None:

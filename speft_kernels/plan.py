@@ -120,8 +120,8 @@ class SparsityPlan:
 
     @cached_property
     def calls(self) -> dict[Any, Any]:
-        """What operations have found out about calls with this plan, by operation, dtype and
-        tokens: a training step asks the same again and again.
+        """The kernels that serve a layer's passes, by operation, dtype and device: a training step
+        asks the same again and again. So `SPEFT_BACKEND` holds for a layer from its first pass on.
         """
         return {}
 

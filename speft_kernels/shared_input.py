@@ -23,11 +23,14 @@ from .plan import SparsityPlan, plan_of
 
 
 class _Copy(NamedTuple):
-    """The last copy made: of which tensor, at which version."""
+    """The last copy made: of which tensor, at which version, and by which layer, whose pattern it
+    is.
+    """
 
     source: weakref.ref[Tensor]
     version: int
     kept: weakref.ref[Tensor]
+    maker: SparsePattern
 
 
 class _Last(threading.local):
@@ -99,13 +102,15 @@ class SharedInput:
             kept = copy.kept()
             if kept is not None and kept.dtype == x.dtype:
                 return kept, plan
-            # Someone took the copy away (a hook on saved tensors that moves them): this layer
-            # keeps its own columns alone.
-            plan = plan_of(pattern)
-            return ops.keep_columns(x, plan), plan
+            # Its maker is here again: a new pass over the same tensor, which needs a new copy. Any
+            # other finds that someone took the copy away (a hook on saved tensors that moves them)
+            # and keeps its own columns alone.
+            if copy.maker is not pattern:
+                plan = plan_of(pattern)
+                return ops.keep_columns(x, plan), plan
         kept = ops.keep_columns(x, plan)
         if plan.kept_columns is not None and len(self._patterns) > 1:
-            self._copy = _Copy(weakref.ref(source), source._version, weakref.ref(kept))
+            self._copy = _Copy(weakref.ref(source), source._version, weakref.ref(kept), pattern)
         return kept, plan
 
     def _note(self, source: Tensor, pattern: SparsePattern) -> SharedInput:

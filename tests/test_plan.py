@@ -66,10 +66,7 @@ def plans(draw):
     return plan_with(part, pattern, keep), keep
 
 
-@settings(max_examples=300, deadline=None)
-@given(made=plans())
-def test_each_entry_is_in_exactly_one_part(made):
-    plan, _ = made
+def check_each_entry_is_in_one_part(plan):
     pattern = plan.pattern
     for packed in (True, False):
         row, col, slot = each_entry(plan, packed)
@@ -77,6 +74,26 @@ def test_each_entry_is_in_exactly_one_part(made):
         assert torch.equal(slot[order], torch.arange(pattern.nnz))
         flat = row[order] * pattern.shape[1] + col[order]
         assert torch.equal(flat, pattern.entry_indices.long())
+
+
+@settings(max_examples=300, deadline=None)
+@given(made=plans())
+def test_each_entry_is_in_exactly_one_part(made):
+    check_each_entry_is_in_one_part(made[0])
+
+
+@pytest.mark.parametrize("keeps_more", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_each_entry_is_in_exactly_one_part_of_all(part, keeps_more):
+    pattern = mixed_pattern(96, 130)
+    keep = None
+    if keeps_more:
+        unused = torch.tensor([c for c in range(130) if c not in pattern.used_cols])[:3].int()
+        keep = torch.cat([pattern.used_cols, unused])
+        keep = keep[torch.randperm(keep.numel())]
+    plan = plan_with(part, pattern, keep)
+    assert plan.kept_columns is not None
+    check_each_entry_is_in_one_part(plan)
 
 
 @settings(max_examples=200, deadline=None)

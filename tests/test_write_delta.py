@@ -1,7 +1,12 @@
-"""write_delta: rounded once as torch rounds, idempotent, and exactly undone."""
+"""write_delta: rounded once as torch rounds, idempotent, and exactly undone, for one weight or many
+in a call.
+"""
+
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 from kernels import DTYPES, KINDS, accumulator, backends, make_pattern
 
 from speft_kernels import SparsePattern, ops
@@ -65,13 +70,18 @@ def test_blocks(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_library_contract(backend):
-    pattern = make_pattern("uniform", 6, 5)
-    weight = torch.randn(6, 5)
-    base = take(weight, pattern).clone()
-    for values in (torch.randn(pattern.nnz), None):
+    some = make_weights(torch.float32)
+    for values in (some.values, []):
+        flat = [tensor.reshape(-1) for tensor in values]
         torch.library.opcheck(
             torch.ops.speft.write_delta.default,
-            (weight, pattern.entry_indices, base, values, backend),
+            (
+                some.weights,
+                [pattern.entry_indices for pattern in some.patterns],
+                [base.reshape(-1) for base in some.base],
+                flat,
+                backend,
+            ),
         )
 
 
@@ -121,3 +131,151 @@ def test_bad_arguments_name_the_fact():
         ops.write_delta(weight, pattern, base, values.double())
     with pytest.raises(ValueError, match=r"base_values must have shape \(3,\), got \(4,\)"):
         ops.write_delta(weight, pattern, torch.randn(4), values)
+    with pytest.raises(ValueError, match="the pattern is on cpu and weight on meta"):
+        ops.write_delta(weight.to("meta"), pattern, base.to("meta"), None)
+    with pytest.raises(TypeError, match="weight must be one of .* got torch.int32"):
+        ops.write_delta(weight.int(), pattern, base.int(), None)
+
+
+class Weights(NamedTuple):
+    weights: list[Tensor]
+    patterns: list[SparsePattern]
+    base: list[Tensor]
+    values: list[Tensor]
+
+
+def make_weights(dtype, shapes=((33, 17), (1, 5), (64, 48), (0, 3), (20, 20))):
+    """Weights of several shapes with patterns of every kind, blocks and none among them."""
+    kinds = ("uniform", "empty", "full", "realistic", "row", "single")
+    patterns = [make_pattern(kinds[i % 6], *shape) for i, shape in enumerate(shapes) if all(shape)]
+    patterns += [SparsePattern(shape, torch.arange(0)) for shape in shapes if not all(shape)]
+    patterns.append(SparsePattern.from_blocks((12, 8), (3, 2), torch.tensor([1, 6, 9])))
+    patterns.append(make_pattern("empty", 7, 7))
+    weights = [torch.randn(pattern.shape).to(dtype) for pattern in patterns]
+    base = [take(w, p).clone() for w, p in zip(weights, patterns, strict=True)]
+    values = [torch.randn(p.values_shape, dtype=accumulator(dtype)) for p in patterns]
+    return Weights(weights, patterns, base, values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_weights_in_one_call_are_written_as_one_by_one(backend, dtype):
+    some = make_weights(dtype)
+    before = [weight.clone() for weight in some.weights]
+    alone = [weight.clone() for weight in some.weights]
+    for weight, pattern, base, values in zip(alone, *some[1:], strict=True):
+        ops.write_delta(weight, pattern, base, values, backend=backend)
+    for _ in range(2):
+        ops.write_deltas(*some, backend=backend)
+        assert all(map(torch.equal, some.weights, alone))
+    changed = [not torch.equal(a, b) for a, b in zip(alone, before, strict=True)]
+    assert changed == [not pattern.is_empty for pattern in some.patterns]
+    ops.write_deltas(*some[:3], None, backend=backend)
+    assert all(map(torch.equal, some.weights, before))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_share_the_entries_of_all_weights(dtype):
+    """Entries enough for seven threads, whose shares begin and end within weights."""
+    shapes = [(64, 48), (3, 9), (200, 160), (64, 64), (1, 1), (128, 100)] * 3
+    some = make_weights(dtype, shapes)
+    total = sum(pattern.nnz for pattern in some.patterns)
+    assert total > 7 * 4096  # csrc/cpu/write_delta.cpp
+    before = [weight.clone() for weight in some.weights]
+    ops.write_deltas(*some, backend="reference")
+    wanted = [weight.clone() for weight in some.weights]
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        ops.write_deltas(*some[:3], None, backend="cpu")
+        assert all(map(torch.equal, some.weights, before))
+        ops.write_deltas(*some, backend="cpu")
+        assert all(map(torch.equal, some.weights, wanted))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wide_indices_beside_narrow_ones(backend):
+    large = SparsePattern((1 << 16, 1 << 15), torch.tensor([5, (1 << 31) - 1]))
+    small = make_pattern("uniform", 33, 17)
+    assert large.entry_indices.dtype != small.entry_indices.dtype
+    weights = [torch.zeros(33, 17, dtype=torch.bfloat16) for _ in range(3)]
+    # 4 GiB, of which 2 pages are used.
+    weights[1] = torch.empty(large.shape, dtype=torch.bfloat16)
+    patterns = [small, large, small]
+    base = [torch.zeros(p.nnz, dtype=torch.bfloat16) for p in patterns]
+    values = [torch.arange(1.0, p.nnz + 1) for p in patterns]
+    ops.write_deltas(weights, patterns, base, values, backend=backend)
+    for i in (0, 2):
+        assert torch.equal(take(weights[i], small), values[i].bfloat16())
+    assert [weights[1][0, 5].item(), weights[1][-1, -1].item()] == [1.0, 2.0]
+
+
+def test_strided_base_values_and_values():
+    some = make_weights(torch.float32)
+    wanted = [weight.clone() for weight in some.weights]
+    ops.write_deltas(wanted, *some[1:])
+    base, values = (
+        [t.unsqueeze(-1).repeat_interleave(2, -1)[..., 0] for t in tensors]
+        for tensors in (some.base, some.values)
+    )
+    assert not any(t.is_contiguous() for t in base if t.numel() > 1)
+    for backend in BACKENDS:
+        ops.write_deltas(some.weights, some.patterns, base, values, backend=backend)
+        assert all(map(torch.equal, some.weights, wanted))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("values", [True, False])
+def test_autograd_sees_that_every_weight_was_written(values, backend):
+    some = make_weights(torch.float32)
+    before = [weight._version for weight in some.weights]
+    leaf = torch.nn.Parameter(some.weights[0])
+    graph = (leaf.square().sum(), leaf)
+    weights = [leaf, *some.weights[1:]]
+    delta = some.values if values else None
+    ops.write_deltas(weights, some.patterns, some.base, delta, backend=backend)
+    assert all(w._version > v for w, v in zip(weights, before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        graph[0].backward()
+
+
+def test_nothing_is_written_where_any_argument_is_refused():
+    """Each mistake comes last, behind weights that could have been written."""
+    some = make_weights(torch.float32)
+    before = [weight.clone() for weight in some.weights]
+    good = make_pattern("row", 6, 5)
+    weight, base, values = torch.randn(6, 5), torch.randn(5), torch.randn(5)
+    mistakes = {
+        r"weight has shape \(5, 6\), the pattern is for \(6, 5\)": (weight.t(), base, values),
+        "weight must be contiguous": (torch.randn(5, 6).t(), base, values),
+        r"base_values must have shape \(5,\), got \(4,\)": (weight, base[:4], values),
+        r"values must have shape \(5,\), got \(4,\)": (weight, base, values[:4]),
+        "values must be torch.float32 beside a torch.float32": (weight, base, values.double()),
+        "base_values and weight must have one dtype": (weight, base.double(), values),
+        "weight and the first weight must have one dtype": (
+            weight.bfloat16(),
+            base.bfloat16(),
+            values,
+        ),
+        "weight must be one of": (weight.int(), base.int(), values),
+    }
+    for message, (w, b, v) in mistakes.items():
+        untouched = w.clone()
+        with pytest.raises((ValueError, TypeError), match=message):
+            ops.write_deltas(
+                [*some.weights, w], [*some.patterns, good], [*some.base, b], [*some.values, v]
+            )
+        assert torch.equal(w, untouched)
+        assert all(map(torch.equal, some.weights, before))
+    for lengths in (
+        (some.weights[:-1], *some[1:]),
+        (*some[:3], some.values[1:]),
+        (*some[:2], some.base[1:], None),
+    ):
+        with pytest.raises(ValueError, match="the sequences must have one length"):
+            ops.write_deltas(*lengths)
+        assert all(map(torch.equal, some.weights, before))
+
+
+def test_no_weights_are_no_work():
+    ops.write_deltas([], [], [], [])
+    ops.write_deltas([], [], [], None)

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..costs import DEFAULTS, machine_key, remember
+    from ..costs import DEFAULTS, cache_file, machine_key, remember
     from ..tune import calibrate
 
     if args.device not in DEFAULTS:
@@ -34,5 +34,11 @@ def run(args: argparse.Namespace) -> int:
     for name, seconds in asdict(costs).items():
         default = getattr(DEFAULTS[args.device], name)
         print(f"  {name:8} {seconds * 1e12:14,.1f} ({default * 1e12:,.1f})")
-    print("nothing kept" if args.dry_run else f"kept in {remember(device, costs)}")
+    if args.dry_run:
+        print("nothing kept")
+        return 0
+    try:
+        print(f"kept in {remember(device, costs)}")
+    except OSError as error:
+        raise ConfigError(f"the costs cannot be kept in {cache_file()}: {error}") from error
     return 0

@@ -77,7 +77,13 @@ def _stretches(operand: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor]]:
 def _multiply(panel: Tensor, left: Tensor, right: Tensor) -> None:
     # Products accumulate in float32 inside the GEMM, but its result has the operands' dtype: widen
     # them first.
-    panel.addmm_(left.to(panel.dtype), right.to(panel.dtype))
+    left, right = left.to(panel.dtype), right.to(panel.dtype)
+    if 1 in panel.shape:
+        # A gemv, which may add the tokens one after the other to what is there: then the sums of
+        # stretches would be one long sum (up to 3.7 times the error of torch's product).
+        panel.add_(left @ right)
+    else:
+        panel.addmm_(left, right)
 
 
 def _sample(panel: Tensor, place: Tensor, slot: Tensor, out: Tensor) -> None:

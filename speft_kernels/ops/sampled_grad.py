@@ -99,13 +99,13 @@ def add_sampled_grad(
     """`sampled_grad` into `out` for a caller that has made its arguments itself: dy `[M, N]`, and x
     as `keep_columns(x, plan)` gave it. Carries no gradient.
     """
-    key = ("grad", dy.dtype, dy.device, dy.shape[0], x.dim())
-    call = plan.calls.get(key)
-    if call is None:
-        parts = plan.packed if x.dim() == 3 else plan.whole
+    key = ("grad", dy.dtype, dy.device)
+    serve = plan.calls.get(key)
+    if serve is None:
         serve = registry.resolve("sampled_grad", dy.device, dy.dtype).function
-        call = plan.calls[key] = serve, parts, plan.block_tokens(dy.shape[0])
-    serve, parts, width = call
+        plan.calls[key] = serve
+    parts = plan.packed if x.dim() == 3 else plan.whole
+    width = plan.block_tokens(dy.shape[0])
     if is_plain(dy):
         serve(dy, x, parts, width, out, accumulate)
     else:
