@@ -77,8 +77,8 @@ PYBIND11_MODULE(_C, m) {
            int64_t in_features, bool packed, int64_t tokens, int64_t width,
            const SampledEntries& plan, Ptr out, bool accumulate, int dtype, int threads) {
             speft::sampled_grad(at<void>(dy), dy_stride, out_features, at<void>(x), x_stride,
-                                in_features, packed, tokens, width, plan, at<void>(out),
-                                accumulate, DType(dtype), threads);
+                                in_features, packed, tokens, width, plan, at<void>(out), accumulate,
+                                DType(dtype), threads);
         },
         released);
     m.def(

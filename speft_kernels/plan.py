@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,13 +116,6 @@ class SparsityPlan:
         if self.kept_columns is None:
             return self.pattern.used_cols.numel()
         return self.kept_columns.numel()
-
-    @cached_property
-    def calls(self) -> dict[Any, Any]:
-        """The kernels that serve a layer's passes, by operation, dtype and device: a training step
-        asks the same again and again. So `SPEFT_BACKEND` holds for a layer from its first pass on.
-        """
-        return {}
 
     @lazy_tensor
     def row_order(self) -> Tensor | None:

@@ -37,7 +37,7 @@ class _Last(threading.local):
     """The tensor last read by a layer of this thread, and the group of that layer."""
 
     source: weakref.ref[Tensor] | None = None
-    group: SharedInput | None = None
+    group: weakref.ref[SharedInput] | None = None
 
 
 _last = _Last()
@@ -115,14 +115,14 @@ class SharedInput:
 
     def _note(self, source: Tensor, pattern: SparsePattern) -> SharedInput:
         """Merge with the group of the layer that has just read the same tensor; return it."""
-        last, other = _last.source, _last.group
+        last, other = _last.source, None if _last.group is None else _last.group()
         group: SharedInput = self
         if last is not None and other is not None and last() is source:
             other = other.group()
             if other is not self and other._fits(pattern):
                 other._take(self)
                 group = other
-        _last.source, _last.group = weakref.ref(source), group
+        _last.source, _last.group = weakref.ref(source), weakref.ref(group)
         return group
 
     def _fits(self, pattern: SparsePattern) -> bool:

@@ -1,21 +1,22 @@
 """Measuring the constants of the plan's cost model on this machine (`costs.py`).
 
 Each constant is the slope between two patterns that differ in one kind of work alone, on the
-backend that serves the device: medians of alternating calls, with a pass over other memory before
-each, because in a training step nothing finds its operands in the nearest cache.
+backend that serves the device: the least of alternating calls (other processes only add to a
+time), with a pass over other memory before each, because in a training step nothing finds its
+operands in the nearest cache. A slope that noise has turned around says nothing: the default holds.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .costs import Costs
+from .costs import DEFAULTS, Costs
 from .pattern import SparsePattern
 from .plan import SparsityPlan
 
@@ -27,8 +28,6 @@ FLUSH_BYTES = 64 << 20
 _GATHER = Costs(panel=1, read=1, tile=1, gather=1e-12, pack=1e-12, call=1)
 _TILES = Costs(panel=1, read=1, tile=1e-15, gather=1, pack=1e-12, call=1)
 _COLUMNS = Costs(panel=1e-15, read=1e-15, tile=1, gather=1, pack=1e-12, call=1e-15)
-
-_LEAST = 1e-16  # where noise leaves a slope at nothing
 
 
 def calibrate(device: torch.device | str = "cpu", rounds: int = ROUNDS) -> Costs:
@@ -52,20 +51,20 @@ def calibrate(device: torch.device | str = "cpu", rounds: int = ROUNDS) -> Costs
     seconds = _alternate(cases, device, rounds)
 
     def slope(more: str, less: str, units: int) -> float:
-        return max((seconds[more] - seconds[less]) / (units * TOKENS), _LEAST)
+        return (seconds[more] - seconds[less]) / (units * TOKENS)
 
     panel = slope("wide panel", "thin panel", 1024 * 56)
-    whole = slope("thin panel", "short panel", 768)  # read + 8 panel, a row
-    read = max(whole - 8 * panel, _LEAST)
-    call = max(seconds["short panel"] - 256 * TOKENS * (read + 8 * panel), _LEAST)
-    return Costs(
-        panel=panel,
-        read=read,
-        tile=slope("many tiles", "few tiles", 512 * 48),
-        gather=slope("many entries", "few entries", 512 * 56),
-        pack=slope("many rows", "few rows", 768),
-        call=call,
-    )
+    read = slope("thin panel", "short panel", 768) - 8 * panel
+    found = {
+        "panel": panel,
+        "read": read,
+        "tile": slope("many tiles", "few tiles", 512 * 48),
+        "gather": slope("many entries", "few entries", 512 * 56),
+        "pack": slope("many rows", "few rows", 768),
+        "call": seconds["short panel"] - 256 * TOKENS * (read + 8 * panel),
+    }
+    default = DEFAULTS.get(device.type, DEFAULTS["cpu"])
+    return replace(default, **{name: value for name, value in found.items() if value > 0})
 
 
 def _grid(rows: int, cols: int) -> SparsePattern:
@@ -96,7 +95,7 @@ def _alternate(
             case()
             _wait(device)
             spent[name].append(time.perf_counter() - start)
-    return {name: statistics.median(some[1:] or some) for name, some in spent.items()}
+    return {name: min(some) for name, some in spent.items()}
 
 
 def _wait(device: torch.device) -> None:

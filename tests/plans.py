@@ -1,4 +1,4 @@
-"""Plans for tests: those that put all entries into one kind of part, and one that has every kind."""
+"""Plans for tests: those that put all entries into one kind of part, and one that has each kind."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ from rich.console import Console
 from tiny_text import save_bert
 
 from speft_kernels.errors import ConfigError
+from speft_kernels.files import replaced, write_json
 from speft_kernels.finetune import load_classifier
 from speft_kernels.finetune.batches import epoch_order, length_order
 from speft_kernels.finetune.config import load_yaml
-from speft_kernels.files import replaced, write_json
 from speft_kernels.finetune.models import pooling_of
 from speft_kernels.finetune.progress import Display, duration
 from speft_kernels.finetune.tasks import classification_scores

@@ -227,7 +227,7 @@ def test_a_wrong_guess_costs_columns_alone():
 
 
 def test_groups_that_meet_later_become_one():
-    layers = siblings() + [layer_of(realistic_pattern((N, K), 0.03, seed=9))]
+    layers = [*siblings(), layer_of(realistic_pattern((N, K), 0.03, seed=9))]
     merged(layers[:2]), merged(layers[2:])
     x = torch.randn(TOKENS, K, dtype=torch.float64)
     for _ in range(2):

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 from kernels import DTYPES, KINDS, accumulator, backends, make_pattern
+from torch import Tensor
 
 from speft_kernels import SparsePattern, ops
 

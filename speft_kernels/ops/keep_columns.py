@@ -9,8 +9,6 @@ the columns of one block stay in a cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,10 +34,7 @@ def keep_columns(x: Tensor, plan: SparsityPlan, *, backend: str | None = None) -
         TypeError: dtypes do not fit.
         BackendError: the backend that was asked for cannot serve the call.
     """
-    pattern, tokens = plan.pattern, x.numel() // max(x.shape[-1], 1) if x.dim() else 0
-    serve = plan.calls.get(("keep", x.dtype, x.device))
-    if serve is not None and backend is None and x.shape[-1] == pattern.shape[1] and is_plain(x):
-        return _packed(x.detach().reshape(tokens, x.shape[-1]), plan, serve)
+    pattern = plan.pattern
     _checks.check_float(x=x)
     _checks.check_pattern_device(pattern, "x", x)
     x = _checks.tokens_first("x", x.detach(), pattern.shape[1])
@@ -52,18 +47,9 @@ def keep_columns(x: Tensor, plan: SparsityPlan, *, backend: str | None = None) -
         parted = x.reshape(x.shape[0], pattern.shape[1] // width, width)
         return parted.index_select(1, groups).reshape(x.shape[0], columns.numel())
     width = plan.block_tokens(x.shape[0])
-    if backend is None and is_plain(x):
-        serve = registry.resolve("keep_columns", x.device, x.dtype).function
-        plan.calls["keep", x.dtype, x.device] = serve
-        return _packed(x, plan, serve)
+    if is_plain(x):
+        return _packed(x, columns, width, backend)
     return torch.ops.speft.keep_columns(x, columns, width, backend)
-
-
-def _packed(x: Tensor, plan: SparsityPlan, serve: Callable[..., None]) -> Tensor:
-    assert plan.kept_columns is not None
-    kept = _allocate(x, plan.kept_columns, plan.block_tokens(x.shape[0]))
-    serve(x, plan.kept_columns, kept)
-    return kept
 
 
 def unpack(kept: Tensor, tokens: int) -> Tensor:
@@ -106,6 +92,10 @@ def _allocate(x: Tensor, columns: Tensor, width: int) -> Tensor:
 
 @operation("speft::keep_columns")
 def _keep_columns(x: Tensor, columns: Tensor, width: int, backend: str | None) -> Tensor:
+    return _packed(x, columns, width, backend)
+
+
+def _packed(x: Tensor, columns: Tensor, width: int, backend: str | None) -> Tensor:
     kept = _allocate(x, columns, width)
     serve = registry.resolve("keep_columns", x.device, x.dtype, backend).function
     serve(x, columns, kept)

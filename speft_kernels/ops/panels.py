@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..parts import Parts
 
-# Tokens multiplied at a time where x is not packed in blocks: sums of stretches are closer to the
-# exact sum than one long sum is.
-STRETCH = 256
+# Tokens multiplied at a time, and elements of dy or of x. The GEMM cuts a longer sum into as many
+# parts as there are threads (512 tokens: other bits with 1, 2 and 3 threads); and what is widened
+# stays small.
+STRETCH_TOKENS, STRETCH_ELEMENTS = 256, 1 << 20
 
 
 def add_panels(dy: Tensor, operand: Tensor, parts: Parts, out: Tensor) -> None:
@@ -37,10 +38,18 @@ def _add_columns(dy: Tensor, operand: Tensor, parts: Parts, out: Tensor) -> None
     for first, last, entries in _pieces(parts.hot_col_panels):
         hot = parts.hot_cols[first:last]
         panel = out.new_zeros(hot.numel(), dy.shape[1])
-        for tokens, x in _stretches(operand, dy.shape[0]):
-            _multiply(panel, x.index_select(0, hot), dy[tokens])
+        thin = _columns(operand, hot)
+        for tokens in _stretches(dy.shape[0], dy.shape[1]):
+            _multiply(panel, thin[:, tokens], dy[tokens])
         place = parts.hot_col_at[entries] - first * dy.shape[1]
         _sample(panel, place, parts.hot_col_slot[entries], out)
+
+
+def _columns(operand: Tensor, positions: Tensor) -> Tensor:
+    """Some columns of x or of the packed ones, `[columns, tokens]`."""
+    if operand.dim() == 3:
+        return operand.index_select(1, positions).transpose(0, 1).flatten(1)
+    return operand.index_select(1, positions).t()
 
 
 def _add_rows(dy: Tensor, operand: Tensor, parts: Parts, out: Tensor) -> None:
@@ -49,8 +58,15 @@ def _add_rows(dy: Tensor, operand: Tensor, parts: Parts, out: Tensor) -> None:
         hot = parts.hot_rows[first:last]
         # Thin in the rows of the weight, as it is in memory.
         panel = out.new_zeros(hot.numel(), width)
-        for tokens, x in _stretches(operand, dy.shape[0]):
-            _multiply(panel, dy[tokens].index_select(1, hot).t(), x.t())
+        thin = dy.index_select(1, hot).t()
+        if operand.dim() == 3:
+            size = operand.shape[2]
+            for block, some in enumerate(operand):
+                tokens = slice(block * size, min((block + 1) * size, dy.shape[0]))
+                _multiply(panel, thin[:, tokens], some[:, : tokens.stop - tokens.start].t())
+        else:
+            for tokens in _stretches(dy.shape[0], width):
+                _multiply(panel, thin[:, tokens], operand[tokens])
         place = parts.hot_row_at[entries] - first * width
         _sample(panel, place, parts.hot_row_slot[entries], out)
 
@@ -61,17 +77,11 @@ def _pieces(pieces: Tensor) -> Iterator[tuple[int, int, slice]]:
         yield first, last, slice(start, stop)
 
 
-def _stretches(operand: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield stretches of tokens, and the operand's columns there: `[columns, tokens]`."""
-    if operand.dim() == 3:
-        size = operand.shape[2]
-        for block in range(operand.shape[0]):
-            count = min(size, tokens - block * size)
-            yield slice(block * size, block * size + count), operand[block, :, :count]
-    else:
-        for start in range(0, tokens, STRETCH):
-            stretch = slice(start, min(start + STRETCH, tokens))
-            yield stretch, operand[stretch].t()
+def _stretches(tokens: int, width: int) -> Iterator[slice]:
+    """Yield stretches of tokens of a matrix that is `width` wide."""
+    size = max(16, min(STRETCH_TOKENS, STRETCH_ELEMENTS // max(width, 1)))
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
 
 
 def _multiply(panel: Tensor, left: Tensor, right: Tensor) -> None:
@@ -79,9 +89,9 @@ def _multiply(panel: Tensor, left: Tensor, right: Tensor) -> None:
     # them first.
     left, right = left.to(panel.dtype), right.to(panel.dtype)
     if 1 in panel.shape:
-        # A gemv, which may add the tokens one after the other to what is there: then the sums of
-        # stretches would be one long sum (up to 3.7 times the error of torch's product).
-        panel.add_(left @ right)
+        # It would be a gemv, whose sums over tokens depend on the number of threads, and are up to
+        # 3.7 times as far off as torch's product; torch's own sum is pairwise.
+        panel.add_((left.unsqueeze(2) * right.unsqueeze(0)).sum(1))
     else:
         panel.addmm_(left, right)
 

@@ -99,14 +99,10 @@ def add_sampled_grad(
     """`sampled_grad` into `out` for a caller that has made its arguments itself: dy `[M, N]`, and x
     as `keep_columns(x, plan)` gave it. Carries no gradient.
     """
-    key = ("grad", dy.dtype, dy.device)
-    serve = plan.calls.get(key)
-    if serve is None:
-        serve = registry.resolve("sampled_grad", dy.device, dy.dtype).function
-        plan.calls[key] = serve
     parts = plan.packed if x.dim() == 3 else plan.whole
     width = plan.block_tokens(dy.shape[0])
     if is_plain(dy):
+        serve = registry.resolve("sampled_grad", dy.device, dy.dtype).function
         serve(dy, x, parts, width, out, accumulate)
     else:
         torch.ops.speft.sampled_grad_(dy, x, parts.tensors(), width, out, accumulate, None)
