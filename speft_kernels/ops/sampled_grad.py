@@ -83,13 +83,19 @@ def sampled_grad(
         x = _checks.tokens_first("x", x, pattern.shape[1])
         if dy.shape[0] != x.shape[0]:
             raise ValueError(f"dy has {dy.shape[0]} tokens and x has {x.shape[0]}")
-    parts = (plan.packed if packed else plan.whole).tensors()
+    parts = plan.packed if packed else plan.whole
+    needs_grad = torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad)
+    if out is None and not needs_grad and is_plain(dy) and is_plain(x) and not accumulate:
+        out = _allocate(dy, pattern.nnz)
+        serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend).function
+        serve(dy, x, parts, width, out, False)
+        return out
     if out is None:
         if accumulate:
             raise ValueError("accumulate=True needs the buffer to accumulate into: pass out=")
-        return torch.ops.speft.sampled_grad(dy, x, parts, pattern.nnz, width, backend)
+        return torch.ops.speft.sampled_grad(dy, x, parts.tensors(), pattern.nnz, width, backend)
     _check_out(out, (pattern.nnz,), dy, x)
-    torch.ops.speft.sampled_grad_(dy, x, parts, width, out, accumulate, backend)
+    torch.ops.speft.sampled_grad_(dy, x, parts.tensors(), width, out, accumulate, backend)
     return out
 
 
