@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from speft_kernels import FlatValues, SparsePattern, SpeftConfig, apply_patterns
 from speft_kernels.errors import ConfigError, StaleWeightError
@@ -191,3 +192,35 @@ def test_values_that_were_moved_are_refused_at_the_first_backward():
     flat.release()
     model(x).sum().backward()
     assert model.q.values.grad is not None
+
+
+def train_in_process(rank, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    trained = {}
+    for kind in ("apart", "flat"):
+        model = sparse_model()
+        own = [FlatValues(model).parameter] if kind == "flat" else values(model)
+        parallel = DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW([*own, *model.head.parameters()], lr=1e-2, weight_decay=0)
+        generator = torch.Generator().manual_seed(rank)  # other data on each rank
+        for _ in range(3):
+            with parallel.no_sync():
+                parallel(torch.randn(4, 48, generator=generator)).square().mean().backward()
+            parallel(torch.randn(4, 48, generator=generator)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained[kind] = torch.cat([v.detach().flatten() for v in values(model)])
+    torch.save(trained, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+def test_data_parallel_processes_train_as_with_separate_values(tmp_path):
+    multiprocessing.spawn(train_in_process, args=(str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert torch.equal(ranks[0]["flat"], ranks[1]["flat"])
+    assert torch.equal(ranks[0]["flat"], ranks[0]["apart"])
+    assert ranks[0]["flat"].abs().max() > 1e-2  # three steps of 1e-2: it trained
