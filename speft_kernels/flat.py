@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .nn import SparseDeltaLinear
 from .overview import sparse_layers
 
 
@@ -51,16 +50,26 @@ class FlatValues:
         self._layers = layers
         flat = torch.cat([layer.values.detach().reshape(-1) for layer in layers])
         self.parameter = nn.Parameter(flat)
-        self._grad = torch.zeros_like(flat)
-        self._spans: dict[int, tuple[int, int]] = {}
         start = 0
         for layer in layers:
-            stop = start + layer.values.numel()
-            self._spans[id(layer.values)] = (start, stop)
+            part = flat[start : start + layer.values.numel()].view_as(layer.values)
             layer.values.grad = None
-            layer.values.data = flat[start:stop].view_as(layer.values)
+            layer.values.data = part
             layer._sink = self
-            start = stop
+            start += part.numel()
+        self._take(torch.zeros_like(flat))
+
+    def _take(self, grad: Tensor) -> None:
+        """Make `grad` the gradients' buffer."""
+        self._grad = grad
+        self._places: dict[int, tuple[int, Tensor]] = {}
+        start = 0
+        for layer in self._layers:
+            values = layer.values
+            part = grad[start : start + values.numel()].view_as(values)
+            address = self.parameter.data_ptr() + start * self.parameter.element_size()
+            self._places[id(values)] = address, part
+            start += part.numel()
 
     def place(self, values: Tensor) -> tuple[Tensor, bool]:
         """Return the part of the gradient's buffer for a layer's `values`, and whether it holds a
@@ -69,31 +78,32 @@ class FlatValues:
         Raises:
             ConfigError: the values are no longer in the buffer: the model was moved or cast.
         """
-        start, stop = self._spans[id(values)]
-        first = self.parameter.data_ptr() + start * self.parameter.element_size()
-        if values.data_ptr() != first:
+        grad = self.parameter.grad
+        if grad is not self._grad:
+            self._begin(grad)
+        address, part = self._places[id(values)]
+        if values.data_ptr() != address:
             raise ConfigError(
                 "the values have left the one buffer of FlatValues (the model was moved or cast "
                 "after it was built): release() it and build it again"
             )
-        if self.parameter.grad is None:  # as zero_grad() leaves it
-            self._grad.zero_()
-            self.parameter.grad = self._grad
-            for layer in self._layers:
-                layer.values.grad = None
-        elif self.parameter.grad is not self._grad:
-            self._grad = self.parameter.grad
-            for layer in self._layers:
-                layer.values.grad = None if layer.values.grad is None else self._part(layer)
-        part = self._grad[start:stop].view_as(values)
         accumulate = values.grad is not None
         if not accumulate:
             values.grad = part
         return part, accumulate
 
-    def _part(self, layer: SparseDeltaLinear) -> Tensor:
-        start, stop = self._spans[id(layer.values)]
-        return self._grad[start:stop].view_as(layer.values)
+    def _begin(self, grad: Tensor | None) -> None:
+        """Take up the gradient as it was left: None by zero_grad(), or replaced by another."""
+        if grad is None:
+            self._grad.zero_()
+            self.parameter.grad = self._grad
+            for layer in self._layers:
+                layer.values.grad = None
+            return
+        self._take(grad)
+        for layer in self._layers:
+            if layer.values.grad is not None:
+                layer.values.grad = self._places[id(layer.values)][1]
 
     def release(self) -> None:
         """Give each layer values of its own again; `parameter` trains nothing afterwards."""
