@@ -53,7 +53,9 @@ class Family:
         self._layers = [weakref.ref(layer) for layer in layers]
 
     def layers(self) -> list[SparseDeltaLinear]:
-        return [layer for ref in self._layers if (layer := ref()) is not None]
+        """Those that still are sparse: a layer that gave its weight away is written no more."""
+        alive = (layer for ref in self._layers if (layer := ref()) is not None)
+        return [layer for layer in alive if layer._family is self]
 
 
 class SparseDeltaLinear(nn.Module):
@@ -362,6 +364,7 @@ class SparseDeltaLinear(nn.Module):
                 raise ConfigError(f"a {type(self.base).__name__} cannot hold the delta")
             return self.base
         (self.merge if keep_delta else self.unmerge)()
+        self._family = None
         linear = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
         )

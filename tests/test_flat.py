@@ -224,3 +224,15 @@ def test_data_parallel_processes_train_as_with_separate_values(tmp_path):
     assert torch.equal(ranks[0]["flat"], ranks[1]["flat"])
     assert torch.equal(ranks[0]["flat"], ranks[0]["apart"])
     assert ranks[0]["flat"].abs().max() > 1e-2  # three steps of 1e-2: it trained
+
+
+def test_a_layer_that_gave_its_weight_away_is_written_no_more():
+    model = sparse_model()
+    given = model.q  # kept alive
+    model.q = given.to_linear()
+    with torch.no_grad():
+        model.q.weight.fill_(3.0)
+        model.k.values.add_(1.0)  # the family's next write
+    model(torch.randn(5, 48))
+    assert bool((model.q.weight == 3.0).all())
+    assert given.pattern.nnz > 0
