@@ -36,9 +36,22 @@ def make_pattern(kind: str, n: int, k: int) -> SparsePattern:
     return SparsePattern.from_mask(mask)
 
 
-def backends(op: str) -> list[str]:
-    """The backends that serve `op` on this machine's CPU."""
-    return [row["backend"] for row in registry.table() if row["op"] == op and row["available"]]
+def backends(op: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """The backends that serve `op` for `dtype` on this machine's CPU."""
+    name = str(dtype).removeprefix("torch.")
+    return [
+        row["backend"]
+        for row in registry.table()
+        if row["op"] == op
+        and row["available"]
+        and row["device"] in ("any", "cpu")
+        and name in row["dtypes"]
+    ]
+
+
+def backends_and_dtypes(op: str) -> list[tuple[str, torch.dtype]]:
+    """Each backend with each dtype that it serves."""
+    return [(backend, dtype) for dtype in DTYPES for backend in backends(op, dtype)]
 
 
 def implementation(op: str, backend: str):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _native
+from .. import _native, _triton
 from ..plan import SparsityPlan
 from . import _checks, registry
 from ._library import is_plain, operation
@@ -84,6 +84,12 @@ def _cpu(x: Tensor, columns: Tensor, kept: Tensor) -> None:
         *(columns.data_ptr(), columns.numel(), kept.shape[2], kept.data_ptr()),
         *(_native.dtype_code(x), torch.get_num_threads()),
     )
+
+
+@registry.implement("keep_columns", "triton")
+def _in_triton(x: Tensor, columns: Tensor, kept: Tensor) -> None:
+    x = _native.rows_contiguous(x)
+    _triton.kernels("keep_columns").keep_columns(x, columns, kept)
 
 
 def _allocate(x: Tensor, columns: Tensor, width: int) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import _native
+from .. import _native, _triton
 from ..errors import BackendError, nearest
 
 OPS = ("sparse_delta_matmul", "sampled_grad", "block_grad", "topk_salience", "write_delta")
@@ -48,6 +48,12 @@ BACKENDS = {
         ),
         Backend("torch", ANY_DEVICE, "torch's own operators in bounded pieces", lambda: None),
         Backend("cpu", "cpu", "compiled C++ kernels", _native.missing),
+        Backend(
+            "triton",
+            ANY_DEVICE if _triton.interpreting() else "cuda",
+            "Triton kernels, not yet run on a GPU: opt-in",
+            _triton.missing,
+        ),
     )
 }
 
