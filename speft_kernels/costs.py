@@ -51,9 +51,11 @@ DEFAULTS = {
     "cpu": Costs(
         panel=1.3e-11, read=3.6e-10, tile=2.3e-11, gather=3.1e-11, pack=2.5e-10, call=7e-4
     ),
-    # Arithmetic, not measured: 3 bytes of L2 traffic a gathered entry at 6 TB/s; 700 TFLOP/s in a
-    # panel and a third of it in a tile; 2 bytes read at 4 TB/s, in packing 4 read and written.
-    "cuda": Costs(panel=2.9e-15, read=5e-13, tile=8.6e-15, gather=5e-13, pack=1e-12, call=5e-6),
+    # Arithmetic, not measured, for 16-bit elements on an H200 whose L2 cache gives 7 TB/s: a strip
+    # of 128 products reads 3 bytes there, its x and its share of dy; a tile 64 bytes for its 256
+    # products; a gathered entry 3.5, where few neighbours share its row. 2 bytes are read from
+    # memory at 4 TB/s, in packing 4 read and written.
+    "cuda": Costs(panel=3.4e-15, read=5e-13, tile=3.6e-14, gather=5e-13, pack=1e-12, call=5e-6),
 }
 
 

@@ -18,6 +18,7 @@ from .costs import Costs, costs_of
 from .errors import PatternError
 from .parts import TILE, HotLines, Parts, build_parts, choose_hot_lines
 from .pattern import SparsePattern, lazy_tensor
+from .strips import Strips, build_strips
 
 # A copy of more columns than this share of all saves too little memory to be worth its traffic: x
 # is kept itself.
@@ -166,6 +167,28 @@ class SparsityPlan:
         return build_parts(
             rows, cols, self.row_order, self.pattern.shape, self.hot_lines, self.costs, operand
         )
+
+    @lazy_tensor
+    def packed_strips(self) -> Strips:
+        """What GPU kernels read in place of `packed`."""
+        return self._strips(self.kept_columns)
+
+    @lazy_tensor
+    def whole_strips(self) -> Strips:
+        """What GPU kernels read in place of `whole`."""
+        return self._strips(None)
+
+    def _strips(self, operand: Tensor | None) -> Strips:
+        rows, cols = (c.long() for c in self._coordinates)
+        return build_strips(
+            rows, cols, self.row_order, self.pattern.shape, self.costs, operand, self.tokens
+        )
+
+    def compiled(self, form: type[Parts] | type[Strips], packed: bool) -> Parts | Strips:
+        """The entries in the form that a backend reads, for packed or whole activations."""
+        if form is Strips:
+            return self.packed_strips if packed else self.whole_strips
+        return self.packed if packed else self.whole
 
     @lazy_tensor
     def kept_block_cols(self) -> Tensor:

@@ -19,6 +19,13 @@ COSTS = {
     "mixed": Costs(panel=1e-12, read=1e-15, tile=1e-12, gather=3e-12, pack=1e-15, call=1e-15),
 }
 PARTS = ("columns", "rows", "tiles", "gather", "mixed")
+# GPU kernels know strips, which costs of "columns" make of all entries, and gathering.
+STRIP_PARTS = ("columns", "gather", "mixed")
+
+
+def parts_of(backend: str | None) -> tuple[str, ...]:
+    """The kinds of plans that are different for a backend."""
+    return STRIP_PARTS if backend == "triton" else PARTS
 
 
 def plan_with(part: str, pattern: SparsePattern, keep: Tensor | None = None) -> SparsityPlan:

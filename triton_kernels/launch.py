@@ -131,12 +131,19 @@ def precision(dtype: torch.dtype) -> str:
 def splits(programs: int, tokens: int, least: int, machine: Machine) -> int:
     """Into how many parts to cut a sum over tokens, so that the programs fill the machine.
 
+    The multiprocessors take programs in waves; a program costs what its tokens cost and, to start
+    and to write its sums, about what half of the least part costs.
+
     Args:
-        programs: how many there are of one split.
-        least: tokens of a split, at least.
+        programs: how many there are of one part.
+        least: tokens of a part, at least.
     """
-    wanted = 4 * machine.multiprocessors // max(programs, 1)
-    return max(1, min(wanted, tokens // least))
+
+    def cost(parts: int) -> float:
+        waves = triton.cdiv(max(programs, 1) * parts, machine.multiprocessors)
+        return waves * (tokens / parts + least / 2)
+
+    return min(range(1, max(1, tokens // least) + 1), key=cost)
 
 
 @triton.jit

@@ -64,10 +64,15 @@ DEFAULT_PREFERENCE = ("torch",)
 
 @dataclass(frozen=True)
 class Implementation:
+    """`form` is what of a plan the function reads, for an operation whose backends read different
+    things.
+    """
+
     op: str
     backend: Backend
     dtypes: tuple[torch.dtype, ...]
     function: Callable[..., Any]
+    form: Any = None
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why this implementation cannot serve tensors of `dtype` on `device`, or None when
@@ -84,12 +89,14 @@ _implementations: dict[tuple[str, str], Implementation] = {}
 
 
 def implement(
-    op: str, backend: str, dtypes: tuple[torch.dtype, ...] = FLOATS
+    op: str, backend: str, dtypes: tuple[torch.dtype, ...] = FLOATS, form: Any = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare the decorated function as the implementation of `op` in `backend`."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _implementations[op, backend] = Implementation(op, BACKENDS[backend], dtypes, function)
+        _implementations[op, backend] = Implementation(
+            op, BACKENDS[backend], dtypes, function, form
+        )
         return function
 
     return register

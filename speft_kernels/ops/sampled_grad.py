@@ -14,11 +14,12 @@ import itertools
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from ..compact import PANEL_ROWS, CompactIndices
 from ..parts import TILE, Parts, gathered
 from ..pattern import SparsePattern
 from ..plan import BLOCK_TOKENS, SparsityPlan, plan_of
+from ..strips import Strips, gathered_strips
 from . import _checks, registry
 from ._library import is_plain, operation
 from .keep_columns import unpack
@@ -83,12 +84,12 @@ def sampled_grad(
         x = _checks.tokens_first("x", x, pattern.shape[1])
         if dy.shape[0] != x.shape[0]:
             raise ValueError(f"dy has {dy.shape[0]} tokens and x has {x.shape[0]}")
-    parts = plan.packed if packed else plan.whole
+    serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
+    parts = plan.compiled(serve.form, packed)
     needs_grad = torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad)
     if out is None and not needs_grad and is_plain(dy) and is_plain(x) and not accumulate:
         out = _allocate(dy, pattern.nnz)
-        serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend).function
-        serve(dy, x, parts, width, out, False)
+        serve.function(dy, x, parts, width, out, False)
         return out
     if out is None:
         if accumulate:
@@ -105,11 +106,11 @@ def add_sampled_grad(
     """`sampled_grad` into `out` for a caller that has made its arguments itself: dy `[M, N]`, and x
     as `keep_columns(x, plan)` gave it. Carries no gradient.
     """
-    parts = plan.packed if x.dim() == 3 else plan.whole
+    serve = registry.resolve("sampled_grad", dy.device, dy.dtype)
+    parts = plan.compiled(serve.form, x.dim() == 3)
     width = plan.block_tokens(dy.shape[0])
     if is_plain(dy):
-        serve = registry.resolve("sampled_grad", dy.device, dy.dtype).function
-        serve(dy, x, parts, width, out, accumulate)
+        serve.function(dy, x, parts, width, out, accumulate)
     else:
         torch.ops.speft.sampled_grad_(dy, x, parts.tensors(), width, out, accumulate, None)
 
@@ -118,7 +119,9 @@ def gradient_of_entries(dy: Tensor, x: Tensor, csr: list[Tensor], backend: str |
     """`dy^T @ x` at the entries of a CompactIndices, in its order: for gradients of products with a
     sparse matrix.
     """
-    parts = gathered(CompactIndices(*csr))
+    serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
+    compact = CompactIndices(*csr)
+    parts = gathered_strips(compact) if serve.form is Strips else gathered(compact)
     nnz, width = parts.entry_row.shape[0], BLOCK_TOKENS
     return torch.ops.speft.sampled_grad(dy, x, parts.tensors(), nnz, width, backend)
 
@@ -135,11 +138,11 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dy: Tensor, x: Tensor) -> No
     _checks.check_device("out", out, "dy", dy)
 
 
-# An implementation is called with dy [M, N]; x [M, K], or packed [B, C, T]; the parts that fit the
-# one or the other; the tokens of a block; out [nnz]; and whether to add to it.
+# An implementation is called with dy [M, N]; x [M, K], or packed [B, C, T]; the entries in its form
+# for the one or the other; the tokens of a block; out [nnz]; and whether to add to it.
 
 
-@registry.implement("sampled_grad", "reference")
+@registry.implement("sampled_grad", "reference", form=Parts)
 def _reference(
     dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumulate: bool
 ) -> None:
@@ -151,7 +154,7 @@ def _reference(
         out[slot] += dense[row, position]
 
 
-@registry.implement("sampled_grad", "torch")
+@registry.implement("sampled_grad", "torch", form=Parts)
 def _torch(dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumulate: bool) -> None:
     if not accumulate:
         out.zero_()
@@ -204,7 +207,7 @@ def _product(dy: Tensor, x: Tensor) -> Tensor:
     return dy.t() @ x
 
 
-@registry.implement("sampled_grad", "cpu")
+@registry.implement("sampled_grad", "cpu", form=Parts)
 def _cpu(dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumulate: bool) -> None:
     if parts.has_panels:
         if not accumulate:
@@ -222,6 +225,16 @@ def _cpu(dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumulat
     )
 
 
+@registry.implement("sampled_grad", "triton", _triton.DTYPES, form=Strips)
+def _in_triton(
+    dy: Tensor, x: Tensor, strips: Strips, width: int, out: Tensor, accumulate: bool
+) -> None:
+    dy = _native.rows_contiguous(dy)
+    if x.dim() == 2:
+        x = _native.rows_contiguous(x)
+    _triton.kernels("sampled_grad").sampled_grad(dy, x, strips, out, accumulate)
+
+
 @operation("speft::sampled_grad_", mutates=["out"])
 def _sampled_grad_out(
     dy: Tensor,
@@ -232,8 +245,8 @@ def _sampled_grad_out(
     accumulate: bool,
     backend: str | None,
 ) -> None:
-    serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend).function
-    serve(dy, x, Parts(*parts), width, out, accumulate)
+    serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
+    serve.function(dy, x, serve.form(*parts), width, out, accumulate)
 
 
 @_sampled_grad_out.register_fake
@@ -250,8 +263,8 @@ def _sampled_grad(
     dy: Tensor, x: Tensor, parts: list[Tensor], nnz: int, width: int, backend: str | None
 ) -> Tensor:
     out = _allocate(dy, nnz)
-    serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend).function
-    serve(dy, x, Parts(*parts), width, out, False)
+    serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
+    serve.function(dy, x, serve.form(*parts), width, out, False)
     return out
 
 
@@ -270,9 +283,10 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     dy, x, *parts = ctx.saved_tensors
     if x.dim() == 3:
         raise RuntimeError("sampled_grad is not differentiable where x is packed: pass x whole")
+    form = registry.resolve("sampled_grad", dy.device, dy.dtype, ctx.backend).form
     rows, cols, slots = (
         torch.cat(some)
-        for some in zip(*Parts(*parts).each_entry(dy.shape[1], x.shape[1]), strict=True)
+        for some in zip(*form(*parts).each_entry(dy.shape[1], x.shape[1]), strict=True)
     )
     order = torch.argsort(slots)
     sparse = CompactIndices.build(rows[order], cols[order])
