@@ -18,7 +18,10 @@ from .costs import Costs, costs_of
 from .errors import PatternError
 from .parts import TILE, HotLines, Parts, build_parts, choose_hot_lines
 from .pattern import SparsePattern, lazy_tensor
-from .strips import Strips, build_strips
+from .strips import STRIP_ROWS, Strips, build_strips
+
+# What a backend reads of a plan: the GPU kernels strips, the others parts.
+Form = type[Parts] | type[Strips]
 
 # A copy of more columns than this share of all saves too little memory to be worth its traffic: x
 # is kept itself.
@@ -184,7 +187,7 @@ class SparsityPlan:
             rows, cols, self.row_order, self.pattern.shape, self.costs, operand, self.tokens
         )
 
-    def compiled(self, form: type[Parts] | type[Strips], packed: bool) -> Parts | Strips:
+    def compiled(self, form: Form, packed: bool) -> Parts | Strips:
         """The entries in the form that a backend reads, for packed or whole activations."""
         if form is Strips:
             return self.packed_strips if packed else self.whole_strips
@@ -203,56 +206,67 @@ class SparsityPlan:
         place[groups] = torch.arange(groups.numel(), dtype=torch.int32, device=place.device)
         return place[self.pattern.block_cols.long()]
 
-    def shares(self) -> dict[str, float]:
-        """Return which share of the entries each part serves: columns, rows, tiles, gather; for a
-        block pattern all are in blocks.
+    def shares(self, form: Form = Parts) -> dict[str, float]:
+        """Return which share of the entries each part serves: columns, rows, tiles, gather, or, for
+        the form that GPU kernels read, strips, gather; for a block pattern all are in blocks.
         """
         total = max(self.pattern.nnz, 1)
         if self.pattern.is_block:
             return {"blocks": self.pattern.nnz / total}
-        parts = self.whole if self.kept_columns is None else self.packed
-        counts = {
-            "columns": parts.hot_col_at.numel(),
-            "rows": parts.hot_row_at.numel(),
-            "tiles": int((parts.tile_slot >= 0).sum()),
-            "gather": parts.entry_row.numel(),
-        }
+        parts = self.compiled(form, self.kept_columns is not None)
+        if isinstance(parts, Strips):
+            counts = {"strips": parts.entry_at.numel(), "gather": parts.entry_row.numel()}
+        else:
+            counts = {
+                "columns": parts.hot_col_at.numel(),
+                "rows": parts.hot_row_at.numel(),
+                "tiles": int((parts.tile_slot >= 0).sum()),
+                "gather": parts.entry_row.numel(),
+            }
         return {name: count / total for name, count in counts.items()}
 
-    def predicted_seconds(self, tokens: int | None = None) -> dict[str, float]:
+    def predicted_seconds(self, tokens: int | None = None, form: Form = Parts) -> dict[str, float]:
         """Return the time that the cost model gives each part of a backward pass, packing and the
         forward pass's copy (keep) beside.
         """
         tokens = self.tokens if tokens is None else tokens
-        costs, (out_features, in_features) = self.costs, self.pattern.shape
+        costs, out_features = self.costs, self.pattern.shape[0]
         if self.pattern.is_block:
             return {"blocks": self.pattern.nnz * costs.tile * tokens}
         whole = self.kept_columns is None
-        parts = self.whole if whole else self.packed
-        width = in_features if whole else self.kept_width
-        columns, rows = parts.hot_cols.numel(), parts.hot_rows.numel()
+        parts = self.compiled(form, not whole)
+        if isinstance(parts, Strips):
+            computed = parts.group_cols.numel() * STRIP_ROWS
+            seconds = {"strips": computed * costs.panel * tokens}
+            lines = parts.rows.numel() + parts.columns.numel()
+        else:
+            width = self.pattern.shape[1] if whole else self.kept_width
 
-        def panel(hot: int, length: int) -> float:
-            if hot == 0:
-                return 0.0
-            return length * (hot * costs.panel + costs.read) * tokens + costs.call
+            def panel(hot: Tensor, length: int) -> float:
+                if hot.numel() == 0:
+                    return 0.0
+                return length * (hot.numel() * costs.panel + costs.read) * tokens + costs.call
 
-        lines = parts.rows.numel() + (parts.cols.numel() if whole else 0)
+            seconds = {
+                "columns": panel(parts.hot_cols, out_features),
+                "rows": panel(parts.hot_rows, width),
+                "tiles": parts.tile_row.numel() * TILE * TILE * costs.tile * tokens,
+            }
+            lines = parts.rows.numel() + (parts.cols.numel() if whole else 0)
         return {
-            "columns": panel(columns, out_features),
-            "rows": panel(rows, width),
-            "tiles": parts.tile_row.numel() * TILE * TILE * costs.tile * tokens,
+            **seconds,
             "gather": parts.entry_row.numel() * costs.gather * tokens,
             "pack": lines * costs.pack * tokens,
             "keep": 0.0 if whole else self.kept_width * costs.pack * tokens,
         }
 
-    def summary(self, tokens: int | None = None) -> str:
+    def summary(self, tokens: int | None = None, form: Form = Parts) -> str:
         """Return a table: what serves which share of the entries, and the predicted time of each
         part for `tokens` tokens (by default those of the hint).
         """
         tokens = self.tokens if tokens is None else tokens
-        pattern, shares, seconds = self.pattern, self.shares(), self.predicted_seconds(tokens)
+        pattern, shares = self.pattern, self.shares(form)
+        seconds = self.predicted_seconds(tokens, form)
         kept = (
             "x whole"
             if self.kept_columns is None

@@ -129,3 +129,21 @@ def test_a_plan_hands_out_the_form_that_is_asked_for():
     assert plan.compiled(Parts, False) is plan.whole
     again = Strips(*plan.packed_strips.tensors())
     assert all(a is b for a, b in zip(again.tensors(), plan.packed_strips.tensors(), strict=True))
+
+
+def test_the_summary_of_strips():
+    costs = DEFAULTS["cuda"]
+    plan = SparsityPlan.build(realistic_pattern((1024, 1024), 0.005), costs=costs)
+    assert plan.shares(Strips) == {"strips": 1.0, "gather": 0.0}
+    seconds = plan.predicted_seconds(1000, Strips)
+    groups = plan.packed_strips.group_cols.shape[0]
+    assert seconds["strips"] == pytest.approx(groups * 64 * 128 * costs.panel * 1000)
+    assert seconds["gather"] == seconds["pack"] == 0
+    text = plan.summary(1000, Strips)
+    assert "strips     100.0% of the entries" in text
+    assert f"{sum(seconds.values()) * 1e6:.1f} us predicted" in text
+    mixed = plan_with("mixed", mixed_pattern(96, 130))
+    shares = mixed.shares(Strips)
+    assert min(shares.values()) > 0
+    assert sum(shares.values()) == pytest.approx(1)
+    assert mixed.predicted_seconds(form=Strips)["pack"] > 0
