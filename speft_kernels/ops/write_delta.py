@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from ..pattern import SparsePattern
 from . import _checks, registry
 from ._library import operation
@@ -146,6 +146,14 @@ def _cpu(
         [v.data_ptr() for v in values],
         *(_native.dtype_code(weights[0]), torch.get_num_threads()),
     )
+
+
+@registry.implement("write_delta", "triton")
+def _in_triton(
+    weights: list[Tensor], indices: list[Tensor], base: list[Tensor], values: list[Tensor]
+) -> None:
+    base, values = [b.contiguous() for b in base], [v.contiguous() for v in values]
+    _triton.kernels("write_delta").write_delta(weights, indices, base, values)
 
 
 @operation("speft::write_delta", mutates=["weights"])
