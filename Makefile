@@ -10,10 +10,10 @@ CSRC = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 test bench: export ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint format bench clean
+.PHONY: help setup build demo test gpu-offline lint format bench clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(STAMP)  ## make .venv with everything: the package, its extras, the tools
 
@@ -35,6 +35,9 @@ demo: build  ## fine-tune a real model sparsely on this computer
 
 test: build  ## run the test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+gpu-offline: $(STAMP)  ## compile the Triton kernels for GPUs that are not here, and judge the machine code
+	$(BIN)/python scripts/gpu_offline.py $(ARGS)
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check
