@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,9 +20,24 @@ from .costs import DEFAULTS, Costs
 from .pattern import SparsePattern
 from .plan import SparsityPlan
 
-TOKENS = 2048
 ROUNDS = 15
 FLUSH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What a device is measured at: it must be busy well past what starting a call takes."""
+
+    tokens: int
+    lines: int  # columns of the weight for one of the cases below
+    dtype: torch.dtype
+
+
+_SCALES = {
+    "cpu": _Scale(2048, 1, torch.float32),
+    # A GPU computes strips of a panel by 64 at a time.
+    "cuda": _Scale(8192, 8, torch.bfloat16),
+}
 
 # What makes a plan gather all entries, and what makes it put all into tiles or into columns.
 _GATHER = Costs(panel=1, read=1, tile=1, gather=1e-12, pack=1e-12, call=1)
@@ -37,31 +52,37 @@ def calibrate(device: torch.device | str = "cpu", rounds: int = ROUNDS) -> Costs
         BackendError: no backend serves the device.
     """
     device = torch.device(device)
+    scale = _SCALES.get(device.type, _SCALES["cpu"])
+    tokens, wide = scale.tokens, scale.lines
+
+    def case(rows: int, cols: int, costs: Costs) -> Callable[[], Tensor]:
+        return _case(_grid(rows, cols), costs, device, scale)
+
     cases = {
-        "few entries": _case(_grid(512, 8), _GATHER, device),
-        "many entries": _case(_grid(512, 64), _GATHER, device),
-        "few rows": _case(_grid(256, 16), _GATHER, device),
-        "many rows": _case(_grid(1024, 4), _GATHER, device),
-        "few tiles": _case(_grid(512, 16), _TILES, device),
-        "many tiles": _case(_grid(512, 64), _TILES, device),
-        "thin panel": _case(_grid(1024, 8), _COLUMNS, device),
-        "wide panel": _case(_grid(1024, 64), _COLUMNS, device),
-        "short panel": _case(_grid(256, 8), _COLUMNS, device),
+        "few entries": case(512, 8, _GATHER),
+        "many entries": case(512, 64, _GATHER),
+        "few rows": case(256, 16, _GATHER),
+        "many rows": case(1024, 4, _GATHER),
+        "few tiles": case(512, 16, _TILES),
+        "many tiles": case(512, 64, _TILES),
+        "thin panel": case(1024, 8 * wide, _COLUMNS),
+        "wide panel": case(1024, 64 * wide, _COLUMNS),
+        "short panel": case(256, 8 * wide, _COLUMNS),
     }
     seconds = _alternate(cases, device, rounds)
 
     def slope(more: str, less: str, units: int) -> float:
-        return (seconds[more] - seconds[less]) / (units * TOKENS)
+        return (seconds[more] - seconds[less]) / (units * tokens)
 
-    panel = slope("wide panel", "thin panel", 1024 * 56)
-    read = slope("thin panel", "short panel", 768) - 8 * panel
+    panel = slope("wide panel", "thin panel", 1024 * 56 * wide)
+    read = slope("thin panel", "short panel", 768) - 8 * wide * panel
     found = {
         "panel": panel,
         "read": read,
         "tile": slope("many tiles", "few tiles", 512 * 48),
         "gather": slope("many entries", "few entries", 512 * 56),
         "pack": slope("many rows", "few rows", 768),
-        "call": seconds["short panel"] - 256 * TOKENS * (read + 8 * panel),
+        "call": seconds["short panel"] - 256 * tokens * (read + 8 * wide * panel),
     }
     default = DEFAULTS.get(device.type, DEFAULTS["cpu"])
     return replace(default, **{name: value for name, value in found.items() if value > 0})
@@ -74,10 +95,15 @@ def _grid(rows: int, cols: int) -> SparsePattern:
     return SparsePattern.from_mask(mask)
 
 
-def _case(pattern: SparsePattern, costs: Costs, device: torch.device) -> Callable[[], Tensor]:
-    plan = SparsityPlan.build(pattern, device, TOKENS, costs=costs)
-    dy = torch.randn(TOKENS, pattern.shape[0], device=device)
-    kept = ops.keep_columns(torch.randn(TOKENS, pattern.shape[1], device=device), plan)
+def _case(
+    pattern: SparsePattern, costs: Costs, device: torch.device, scale: _Scale
+) -> Callable[[], Tensor]:
+    plan = SparsityPlan.build(pattern, device, scale.tokens, costs=costs)
+
+    def operand(size: int) -> Tensor:
+        return torch.randn(scale.tokens, size, device=device).to(scale.dtype)
+
+    dy, kept = operand(pattern.shape[0]), ops.keep_columns(operand(pattern.shape[1]), plan)
     out = torch.empty(pattern.nnz, device=device)
     return lambda: ops.sampled_grad(dy, kept, plan.pattern, plan=plan, packed=True, out=out)
 
