@@ -424,9 +424,29 @@ def test_tables_of_other_dtypes_sizes_of_blocks_and_streams_are_apart(triton_ker
     triton_kernels._table(addresses, sizes, (0, 8, 2, 4), 128, device)
     triton_kernels._table(addresses, sizes, steps, 256, device)
     assert len(made) == 4
+
+
+@triton_only
+def test_a_cuda_graph_takes_a_table_that_is_there_and_is_never_dropped(
+    triton_kernels, tables, monkeypatch
+):
+    addresses, sizes, steps = ((16,), (32,), (64,), (128,)), (300,), (0, 4, 2, 4)
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(triton_kernels, "_to", lambda device, table: table)
+    monkeypatch.setattr(triton_kernels, "_captured", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+    with pytest.raises(RuntimeError, match="must have run once with these very tensors before"):
         triton_kernels._table(addresses, sizes, steps, 128, device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    stream = SimpleNamespace(cuda_stream=5)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    table = triton_kernels._table(addresses, sizes, steps, 128, device)
+    other = triton_kernels._table(addresses, sizes, steps, 256, device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert triton_kernels._table(addresses, sizes, steps, 128, device) is table
+    kept = list(triton_kernels._captured.values())
+    assert any(t is table for t in kept)
+    assert not any(t is other for t in kept)
 
 
 @triton_only

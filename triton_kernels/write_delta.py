@@ -113,6 +113,8 @@ def _write_all(
 
 
 _tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+# Those that CUDA graphs read, by address: a replay finds them where they were.
+_captured: dict[int, Tensor] = {}
 
 
 def _table(
@@ -127,17 +129,16 @@ def _table(
 
     A kept table cannot be stale: all that it holds is made from its key. The stream is part of the
     key, because the copy to the device, the launches that read it and the reuse of its memory once
-    it is dropped happen in the order of one stream.
+    it is dropped happen in the order of one stream. A CUDA graph, whose stream is its own, takes a
+    table that any stream has made before; it is then kept for good.
     """
+    content = (addresses, sizes, steps, block, device)
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "write_delta cannot be captured in a CUDA graph: a replay would read a table of "
-                "addresses that is gone. Write the deltas before the capture"
-            )
+            return _for_capture(content)
         stream = torch.cuda.current_stream(device).cuda_stream
-    key = (addresses, sizes, steps, block, device, stream)
+    key = (*content, stream)
     table = _tables.get(key)
     if table is None:
         table = _tables[key] = _to(device, _build(addresses, sizes, steps, block))
@@ -146,6 +147,17 @@ def _table(
     else:
         _tables.move_to_end(key)
     return table
+
+
+def _for_capture(content: tuple[object, ...]) -> Tensor:
+    for key, table in reversed(_tables.items()):
+        if key[:-1] == content:
+            _captured[table.data_ptr()] = table
+            return table
+    raise RuntimeError(
+        "write_delta must have run once with these very tensors before a CUDA graph captures it: "
+        "the table of their addresses cannot be copied to the device during the capture"
+    )
 
 
 def _build(
