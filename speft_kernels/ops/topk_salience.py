@@ -15,12 +15,12 @@ the result is the same on every backend and for any number of threads. `taylor_f
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from ..errors import SalienceError, nearest
 from . import _checks, registry
 from ._library import operation
@@ -87,30 +87,36 @@ def topk_salience(
     labels = list(names) if names is not None else [f"matrix {i}" for i in range(len(pairs))]
     if len(labels) != len(pairs):
         raise ValueError(f"{len(labels)} names for {len(pairs)} matrices")
-    groups = [[i] for i in range(len(pairs))] if scope == "layer" else [list(range(len(pairs)))]
-    result: list[Tensor] = []
-    for group in groups:
-        matrices = [_first(pairs[i]) for i in group]
+    matrices = [_first(pair) for pair in pairs]
+    together = scope == "global"
+    if together:
         _check_alike(matrices)
-        count = _budget(k, sum(m.numel() for m in matrices), scope, labels[group[0]])
+        ks = [_budget(k, sum(m.numel() for m in matrices), scope, labels[0])]
+        groups = [list(range(len(pairs)))]
+    else:
+        ks = [_budget(k, m.numel(), scope, name) for m, name in zip(matrices, labels, strict=True)]
+        groups = _alike(matrices)
+    chosen: dict[int, Tensor] = {}
+    bad: list[int] = []
+    for group in groups:
         members = [pairs[i] for i in group]
         try:
             indices, counts = torch.ops.speft.topk_salience(
                 [w for w, _ in members if w is not None],
                 [g for _, g in members if g is not None],
-                *(count, metric, backend),
+                *(ks if together else [ks[i] for i in group], together, metric, backend),
             )
         except NonFiniteScoreError as error:
-            raise SalienceError(
-                f"the {metric} score of {labels[group[error.matrix]]} has NaN or infinite "
-                "entries: its weight or gradient is not finite, or their product is out of range"
-            ) from None
-        parts = indices.split(counts.tolist())
-        result += [
-            part.to(_index_dtype(matrix), copy=True)
-            for part, matrix in zip(parts, matrices, strict=True)
-        ]
-    return result
+            bad.append(group[error.matrix])
+            continue
+        chosen.update(zip(group, indices.split(counts.tolist()), strict=True))
+    if bad:
+        raise SalienceError(
+            f"the {metric} score of {labels[min(bad)]} has NaN or infinite entries: its weight or "
+            "gradient is not finite, or their product is out of range"
+        )
+    # Each in memory of its own, so that none keeps the others' alive.
+    return [chosen[i].to(_index_dtype(m), copy=True) for i, m in enumerate(matrices)]
 
 
 class NonFiniteScoreError(Exception):
@@ -175,6 +181,14 @@ def _operands(
     return pairs
 
 
+def _alike(matrices: list[Tensor]) -> list[list[int]]:
+    """Return the positions of the matrices, those of one dtype and device together."""
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        groups.setdefault((matrix.dtype, matrix.device), []).append(i)
+    return list(groups.values())
+
+
 def _check_alike(matrices: list[Tensor]) -> None:
     first = matrices[0]
     for matrix in matrices[1:]:
@@ -215,9 +229,13 @@ def _score(pair: Pair, metric: str) -> Tensor:
     return -(weight * grad) + 0.0 if metric == "force" else (weight * grad).abs()
 
 
-# The chosen indices of all matrices, one after the other, int64 [k]; and how many each matrix has,
-# int64.
+# The chosen indices of all matrices, one after the other, int64 [sum of ks]; and how many each
+# matrix has, int64, on the CPU: whoever parts the indices needs it there.
 Selection = tuple[Tensor, Tensor]
+
+# The form of an implementation that takes `(pairs, ks, together, metric)`; all others rank one
+# group at a time and take `(pairs, k, metric)`.
+_BATCHED = "batched"
 
 
 @registry.implement("topk_salience", "reference")
@@ -230,7 +248,7 @@ def _reference(pairs: list[Pair], k: int, metric: str) -> Selection:
     ends = torch.tensor([score.numel() for score in scores], device=best.device).cumsum(0)
     matrix = torch.searchsorted(ends, best, right=True)
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    return best - starts[matrix], torch.bincount(matrix, minlength=len(pairs))
+    return best - starts[matrix], torch.bincount(matrix, minlength=len(pairs)).cpu()
 
 
 def _ordered_bits(score: Tensor) -> Tensor:
@@ -283,8 +301,7 @@ def _torch(pairs: list[Pair], k: int, metric: str) -> Selection:
         equal = (keys == prefix).nonzero().flatten()[:ties]
         ties -= equal.numel()
         selected.append(torch.cat([(keys > prefix).nonzero().flatten(), equal]).sort().values)
-    counts = torch.tensor([s.numel() for s in selected], device=selected[0].device)
-    return torch.cat(selected), counts
+    return torch.cat(selected), torch.tensor([s.numel() for s in selected])
 
 
 @registry.implement("topk_salience", "cpu")
@@ -308,10 +325,27 @@ def _cpu(pairs: list[Pair], k: int, metric: str) -> Selection:
     return indices, counts
 
 
+@registry.implement("topk_salience", "triton", _triton.DTYPES, form=_BATCHED)
+def _in_triton(pairs: list[Pair], ks: list[int], together: bool, metric: str) -> Selection:
+    weights, grads = ([t for t in side if t is not None] for side in zip(*pairs, strict=True))
+    indices, counts, bad = _triton.kernels("topk_salience").topk_salience(
+        weights, grads, ks, together, metric
+    )
+    if bad >= 0:
+        raise NonFiniteScoreError(bad)
+    return indices, torch.tensor(counts)
+
+
 @operation("speft::topk_salience")
 def _topk_salience(
-    weights: list[Tensor], grads: list[Tensor], k: int, metric: str, backend: str | None
+    weights: list[Tensor],
+    grads: list[Tensor],
+    ks: list[int],
+    together: bool,
+    metric: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
+    """`ks`: one for each matrix, or one for all that are ranked `together`."""
     _, needs_weight, needs_grad = _METRICS[metric]
     number = len(weights or grads)
     pairs: list[Pair] = [
@@ -319,19 +353,42 @@ def _topk_salience(
         for i in range(number)
     ]
     first = _first(pairs[0])
-    if k == 0:
+    # Where nothing is to be chosen nothing is read: implementations are given no k of 0.
+    chosen = range(number) if together else [i for i, k in enumerate(ks) if k > 0]
+    if sum(ks) == 0:
         return _allocate_selection(first, 0, number)
-    serve = registry.resolve("topk_salience", first.device, first.dtype, backend).function
-    return serve(pairs, k, metric)
+    implementation = registry.resolve("topk_salience", first.device, first.dtype, backend)
+    members = [pairs[i] for i in chosen]
+    budgets = [k for k in ks if k > 0]
+    try:
+        if implementation.form == _BATCHED:
+            indices, counts = implementation.function(members, budgets, together, metric)
+        elif together:
+            indices, counts = implementation.function(members, *budgets, metric)
+        else:
+            indices, counts = _one_by_one(implementation.function, members, budgets, metric)
+    except NonFiniteScoreError as error:
+        raise NonFiniteScoreError(chosen[error.matrix]) from None
+    return indices, counts if together else torch.tensor(ks)
+
+
+def _one_by_one(
+    serve: Callable[..., Selection], pairs: list[Pair], ks: list[int], metric: str
+) -> Selection:
+    parts = []
+    for i, (pair, k) in enumerate(zip(pairs, ks, strict=True)):
+        try:
+            parts.append(serve([pair], k, metric))
+        except NonFiniteScoreError:
+            raise NonFiniteScoreError(i) from None
+    indices, counts = zip(*parts, strict=True)
+    return torch.cat(indices), torch.cat(counts)
 
 
 def _allocate_selection(first: Tensor, k: int, number: int) -> Selection:
-    return (
-        first.new_zeros(k, dtype=torch.int64),
-        first.new_zeros(number, dtype=torch.int64),
-    )
+    return first.new_zeros(k, dtype=torch.int64), torch.zeros(number, dtype=torch.int64)
 
 
 @_topk_salience.register_fake
-def _(weights, grads, k, metric, backend):  # type: ignore[no-untyped-def]
-    return _allocate_selection((weights or grads)[0], k, len(weights or grads))
+def _(weights, grads, ks, together, metric, backend):  # type: ignore[no-untyped-def]
+    return _allocate_selection((weights or grads)[0], sum(ks), len(weights or grads))
