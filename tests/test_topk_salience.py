@@ -213,14 +213,18 @@ def assert_as_reference(weights, grads, k, metric="snip", scope="layer", got=Non
 @pytest.fixture
 def launches(monkeypatch):
     """The names of the kernels that `topk_salience` launches, as it does."""
-    module = pytest.importorskip("speft_kernels.triton_kernels.topk_salience")
-    names, launch = [], module.launch
+    modules = [
+        pytest.importorskip(f"speft_kernels.triton_kernels.{name}")
+        for name in ("topk_salience", "_topk_select")
+    ]
+    names, launch = [], modules[0].launch
 
     def counted(kernel, grid, settings, **arguments):
         names.append(kernel.__name__)
         launch(kernel, grid, settings, **arguments)
 
-    monkeypatch.setattr(module, "launch", counted)
+    for module in modules:
+        monkeypatch.setattr(module, "launch", counted)
     return names
 
 
@@ -330,12 +334,12 @@ def test_the_sample_follows_its_segment():
     for together in (False, True):
         grads = [stretch, rows, zeros]
         ks = [135] if together else [45, 45, 45]
-        selection = module._Selection([], grads, ks, together, "gradient")
-        selection.quickly()
-        bad, counts, found = selection.status()
+        call = module.Call([], grads, ks, together, "gradient")
+        call.quickly()
+        bad, counts, found = call.status()
         assert bad == [0, 0, 0]
         assert sum(counts) == 135
-        for number, k, capacity in zip(found, ks, selection.capacities, strict=True):
+        for number, k, capacity in zip(found, ks, call.capacities, strict=True):
             assert k <= number <= capacity < stretch.numel() // 2
 
 

@@ -35,20 +35,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._topk_keys import (
+    BINS,
+    LEVELS,
+    MATRIX,
+    NONE,
+    SEGMENT,
+    STATE,
+    chunk_bits,
+    chunk_pointers,
+    ordered,
+    score_bits,
+    some_bits,
+    unsigned,
+)
+from ._topk_select import DigitLaunch, RunLaunch, select
 from .launch import Launch, Machine, is_recording, launch, machine
 
 # What `METRIC` is in the kernels.
 _METRICS = {"magnitude": 0, "gradient": 1, "snip": 2, "taylor_fo": 2, "force": 3, "raw": 4}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-_LEVELS = 4  # digits of a key
-_BINS = tl.constexpr(256)
-# Columns of the tables of matrices and of segments, and of what the kernels tell of a segment.
-_MATRIX = tl.constexpr(5)
-_SEGMENT = tl.constexpr(8)
-_STATE = tl.constexpr(2 * (4 + 1))
-# No finite score has the lowest key: it stands for "no entry".
-_NONE = tl.constexpr(-(2**31))
 
 
 @dataclass(frozen=True)
@@ -114,65 +120,6 @@ class ChunkLaunch(Launch):
         return cls(chunk=4096 if total >= 8 * 4096 * machine.multiprocessors else 1024)
 
 
-@dataclass(frozen=True)
-class DigitLaunch(Launch):
-    """Of the histograms over what was set aside: `block` keys a step."""
-
-    num_stages: int = 1
-    block: int = 2048
-
-    @property
-    def is_valid(self) -> bool:
-        """Whether a thread has 4 to 16 keys, each of which it counts in 60 instructions or so."""
-        return 4 <= self.block // (32 * self.num_warps) <= 16
-
-    @classmethod
-    def candidates(cls) -> Iterator[DigitLaunch]:
-        """All that is worth trying."""
-        for block in (512, 1024, 2048, 4096):
-            for num_warps in (2, 4, 8):
-                settings = cls(num_warps, 1, block)
-                if settings.is_valid:
-                    yield settings
-
-    @classmethod
-    def default(cls) -> DigitLaunch:
-        """16 keys a thread: reads enough under way, and few steps."""
-        return cls()
-
-
-@dataclass(frozen=True)
-class RunLaunch(Launch):
-    """Of the kernels that go through what a chunk has set aside, `block` entries a step."""
-
-    num_warps: int = 1
-    num_stages: int = 1
-    block: int = 128
-
-    @property
-    def is_valid(self) -> bool:
-        """Whether a thread has 1 to 8 entries, of which it holds the key and the place."""
-        return 1 <= self.block // (32 * self.num_warps) <= 8
-
-    @classmethod
-    def candidates(cls) -> Iterator[RunLaunch]:
-        """All that is worth trying."""
-        for block in (64, 128, 256, 512, 1024):
-            for num_warps in (1, 2, 4):
-                settings = cls(num_warps, 1, block)
-                if settings.is_valid:
-                    yield settings
-
-    @classmethod
-    def default(cls, expected: float) -> RunLaunch:
-        """The entries expected of a chunk in one step, or in some where they are many: of 4096
-        entries about 40 are set aside for k of 0.5 %.
-        """
-        if expected <= 128:
-            return cls()
-        return cls(2, 1, 256) if expected <= 512 else cls(4, 1, 1024)
-
-
 def topk_salience(
     weights: list[Tensor], grads: list[Tensor], ks: list[int], together: bool, metric: str
 ) -> tuple[Tensor, list[int], int]:
@@ -190,19 +137,19 @@ def topk_salience(
         matrix has; and the first matrix with a NaN or infinite score, or -1: then the indices mean
         nothing.
     """
-    selection = _Selection(weights, grads, ks, together, metric)
-    selection.quickly()
+    call = Call(weights, grads, ks, together, metric)
+    call.quickly()
     if is_recording():
-        selection.over_data()
-        return selection.indices, [0] * selection.matrices, -1
-    bad, counts, found = selection.status()
+        call.over_data()
+        return call.indices, [0] * call.matrices, -1
+    bad, counts, found = call.status()
     if any(bad):
-        return selection.indices, counts, bad.index(1)
-    plans = zip(found, ks, selection.capacities, strict=True)
+        return call.indices, counts, bad.index(1)
+    plans = zip(found, ks, call.capacities, strict=True)
     if not all(k <= number <= capacity for number, k, capacity in plans):
-        selection.over_data()
-        _, counts, _ = selection.status()
-    return selection.indices, counts, -1
+        call.over_data()
+        _, counts, _ = call.status()
+    return call.indices, counts, -1
 
 
 def _rank_and_capacity(k: int, size: int, samples: int) -> tuple[int, int]:
@@ -221,7 +168,7 @@ def _rank_and_capacity(k: int, size: int, samples: int) -> tuple[int, int]:
     return rank, min(size, most)
 
 
-class _Selection:
+class Call:
     """One call: its tables on the device, its buffers, and its launches."""
 
     def __init__(
@@ -272,7 +219,7 @@ class _Selection:
         ]
         columns = [torch.tensor(table).t().flatten() for table in (matrices, segments)]
         tables = _to(self.device, torch.cat([*columns, torch.tensor(chunks)]))
-        ends = (self.matrices * _MATRIX.value, self.segments * _SEGMENT.value, self.matrices)
+        ends = (self.matrices * MATRIX.value, self.segments * SEGMENT.value, self.matrices)
         matrix_table, segment_table, chunk_counts = tables.split(ends)
         self.tables = {"matrices_ptr": matrix_table, "segments_ptr": segment_table}
         self.of_chunks = {
@@ -294,7 +241,7 @@ class _Selection:
     def _allocate(self, k: int) -> None:
         new = {"device": self.device}
         told = 2 * self.matrices + self.segments
-        parts = (told, self.segments * _STATE.value, self.segments * _LEVELS * _BINS.value)
+        parts = (told, self.segments * STATE.value, self.segments * LEVELS * BINS.value)
         # Zeroed by one fill: what the host reads, the boundaries found, the histograms.
         self.zeroed = torch.zeros(sum(parts), dtype=torch.int64, **new)
         self.told, self.state, self.histograms = self.zeroed.split(parts)
@@ -353,57 +300,12 @@ class _Selection:
             VECTOR=16 // self.itemsize,
             BLOCK=self.reading.groups,
         )
-        self._select(self.parts, self.digits, self.digits.block, self.runs, self.runs.block, False)
+        select(self, data=False)
 
     def over_data(self) -> None:
         self.counts.zero_()
         self.histograms.zero_()
-        reading = self.reading
-        self._select(self.data_parts, reading, reading.chunk, reading, reading.chunk, True)
-
-    def _select(
-        self, parts: int, digits: Launch, block: int, runs: Launch, run_block: int, data: bool
-    ) -> None:
-        shared = {
-            **self.tables,
-            **self.of_chunks,
-            "keys_ptr": self.keys,
-            "state_ptr": self.state,
-            "histograms_ptr": self.histograms,
-            **self.constants,
-        }
-        for level in range(_LEVELS):
-            launch(
-                _digits,
-                (self.segments, parts),
-                digits,
-                **shared,
-                found_ptr=self.found,
-                DATA=data,
-                LEVEL=level,
-                BLOCK=block,
-            )
-        of_runs = {
-            "run_start_ptr": self.run_start,
-            "run_length_ptr": self.run_length,
-            "kept_ptr": self.kept,
-            "chunks": self.chunks,
-            "DATA": data,
-            "BLOCK": run_block,
-        }
-        launch(_count, (self.chunks,), runs, **shared, **of_runs)
-        shared.pop("histograms_ptr")
-        of_runs["kept_ptr"] = self.kept.cumsum(0)
-        launch(
-            _write,
-            (self.chunks,),
-            runs,
-            **shared,
-            **of_runs,
-            places_ptr=self.places,
-            indices_ptr=self.indices,
-            counts_ptr=self.counts,
-        )
+        select(self, data=True)
 
 
 def _before(numbers: list[int]) -> list[int]:
@@ -420,124 +322,6 @@ def _to(device: torch.device, table: Tensor) -> Tensor:
         # From pinned memory the copy waits for nothing, and nothing waits for it but the stream.
         return table.pin_memory().to(device, non_blocking=True)
     return table
-
-
-# The kernels' tables and buffers, int64 where no other type is given:
-#
-# | matrices_ptr     | [n, 5]        | address of w, of g (0 where it is not read), entries, first
-# |                  |               | chunk, entries before it in its segment
-# | segments_ptr     | [s, 8]        | k, entries, first chunk, chunks, rank of the bound in the
-# |                  |               | sample, capacity, first place in keys, first place in indices
-# | chunk_matrix_ptr | int32 [c]     | matrix of each chunk
-# | bounds_ptr       | int32 [s]     | the key at and above which entries are set aside
-# | found_ptr        | [s]           | how many those are
-# | bad_ptr          | [n]           | 1 where a score is NaN or infinite
-# | groups_ptr       | int16         | groups of a chunk with an entry that is set aside, at its run
-# | keys_ptr         | int32         | keys set aside, segment after segment
-# | places_ptr       | int16         | beside each its place in its chunk
-# | run_start_ptr    | [c]           | where what a chunk has set aside begins
-# | run_length_ptr   | int32 [c]     | how many those are
-# | histograms_ptr   | [s, 4, 256]   | of each digit, over keys whose digits before are the k-th's
-# | state_ptr        | [s, 5, 2]     | of each level the digits known of the k-th largest key, and
-# |                  |               | how many of the keys with these digits are selected
-#
-# A key is the score's float32 bits, mapped to int32 of the same order; digits are those of the key
-# with its sign bit turned, as uint32. Segment and matrix are one unless TOGETHER, when there is one
-# segment.
-
-
-@triton.jit
-def _wide(x):
-    """float32 of the same value. bfloat16 by its bits: the interpreter mistakes its subnormals."""
-    if x.dtype == tl.bfloat16:
-        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        return bits.to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _key(bits, METRIC: tl.constexpr):
-    """The key of a score or of its negative, given as its bits. Zeros of both signs have one."""
-    if METRIC <= 2:
-        return bits & 0x7FFFFFFF
-    if METRIC == 3:
-        bits = bits ^ (-2147483648)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(key == -1, 0, key)
-
-
-@triton.jit
-def _bits(w, g, METRIC: tl.constexpr):
-    """The bits of what the score is made of: w, g or their product."""
-    if METRIC == 0:
-        score = _wide(w)
-    elif METRIC == 2 or METRIC == 3:
-        score = _wide(w) * _wide(g)
-    else:
-        score = _wide(g)
-    return score.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _unsigned(key):
-    return (key ^ (-2147483648)).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _pointer(address_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    ptr = tl.load(address_ptr).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        ptr = tl.multiple_of(ptr, 16)
-    return ptr
-
-
-@triton.jit
-def _chunk_pointers(
-    matrix_row, chunk,
-    METRIC: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Where a chunk of w and of g begins, and how many entries it has.
-
-    Where a metric reads one operand, both are that one.
-    """
-    first = (chunk - tl.load(matrix_row + 3)) * CHUNK
-    size = tl.minimum(tl.load(matrix_row + 2) - first, CHUNK).to(tl.int32)
-    w_ptr = _pointer(matrix_row + (1 if METRIC == 1 or METRIC == 4 else 0), DTYPE, ALIGNED) + first
-    g_ptr = _pointer(matrix_row + (0 if METRIC == 0 else 1), DTYPE, ALIGNED) + first
-    return w_ptr, g_ptr, size
-
-
-@triton.jit
-def _some_bits(w_ptr, g_ptr, i, exists, METRIC: tl.constexpr):
-    w = tl.load(w_ptr + i, mask=exists, other=0.0)
-    g = tl.load(g_ptr + i, mask=exists, other=0.0) if METRIC == 2 or METRIC == 3 else w
-    return _bits(w, g, METRIC)
-
-
-@triton.jit
-def _chunk_bits(w_ptr, g_ptr, size, i, METRIC: tl.constexpr, CHUNK: tl.constexpr):
-    """The bits of a chunk's scores; 0 where there is no entry."""
-    if size == CHUNK:  # a mask would make loads narrow
-        w = tl.load(w_ptr + i)
-        g = tl.load(g_ptr + i) if METRIC == 2 or METRIC == 3 else w
-        bits = _bits(w, g, METRIC)
-    else:
-        bits = _some_bits(w_ptr, g_ptr, i, i < size, METRIC)
-    return bits
-
-
-@triton.jit
-def _chunk_keys(
-    matrices_ptr, chunk_matrix_ptr, chunk,
-    METRIC: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The keys of a chunk, and which of its entries exist."""
-    w_ptr, g_ptr, size = _chunk_pointers(
-        matrices_ptr + tl.load(chunk_matrix_ptr + chunk) * _MATRIX,
-        chunk, METRIC, DTYPE, ALIGNED, CHUNK,
-    )  # fmt: skip
-    i = tl.arange(0, CHUNK)
-    return _key(_chunk_bits(w_ptr, g_ptr, size, i, METRIC, CHUNK), METRIC), i < size
 
 
 @triton.jit
@@ -557,7 +341,7 @@ def _sample(
     Grid: segments.
     """
     segment = tl.program_id(0)
-    segment_row = segments_ptr + segment * _SEGMENT
+    segment_row = segments_ptr + segment * SEGMENT
     size = tl.load(segment_row + 1)
     rank = tl.load(segment_row + 4)
     j = tl.arange(0, SAMPLES)
@@ -575,20 +359,20 @@ def _sample(
         high = low + (matrices - 1)
         for _ in range(steps):
             middle = (low + high + 1) // 2
-            after = tl.load(matrices_ptr + middle * _MATRIX + 4) <= at
+            after = tl.load(matrices_ptr + middle * MATRIX + 4) <= at
             low = tl.where(after, middle, low)
             high = tl.where(after, high, middle - 1)
-        matrix_rows = matrices_ptr + low * _MATRIX
+        matrix_rows = matrices_ptr + low * MATRIX
         at -= tl.load(matrix_rows + 4)
     else:
-        matrix_rows = matrices_ptr + segment * _MATRIX + tl.zeros((SAMPLES,), tl.int32)
+        matrix_rows = matrices_ptr + segment * MATRIX + tl.zeros((SAMPLES,), tl.int32)
     w_ptrs = tl.load(matrix_rows + (1 if METRIC == 1 or METRIC == 4 else 0))
     w = tl.load(w_ptrs.to(tl.pointer_type(DTYPE)) + at, mask=exists, other=0.0)
     g = w
     if METRIC == 2 or METRIC == 3:
         g_ptrs = tl.load(matrix_rows + 1)
         g = tl.load(g_ptrs.to(tl.pointer_type(DTYPE)) + at, mask=exists, other=0.0)
-    key = _unsigned(tl.where(exists, _key(_bits(w, g, METRIC), METRIC), _NONE))
+    key = unsigned(tl.where(exists, ordered(score_bits(w, g, METRIC), METRIC), NONE))
     # Bit by bit, the largest bound with `rank` keys at or above it.
     bound = tl.zeros((), tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
@@ -633,23 +417,23 @@ def _collect(
     matrix = tl.load(chunk_matrix_ptr + chunk)
     segment = 0 if TOGETHER else matrix
     bound = tl.load(bounds_ptr + segment)
-    w_ptr, g_ptr, size = _chunk_pointers(
-        matrices_ptr + matrix * _MATRIX, chunk, METRIC, DTYPE, ALIGNED, CHUNK
+    w_ptr, g_ptr, size = chunk_pointers(
+        matrices_ptr + matrix * MATRIX, chunk, METRIC, DTYPE, ALIGNED, CHUNK
     )
     group = tl.arange(0, GROUPS)
     member = tl.arange(0, VECTOR)
     i = group[:, None] * VECTOR + member[None, :]
-    bits = _chunk_bits(w_ptr, g_ptr, size, i, METRIC, CHUNK)
+    bits = chunk_bits(w_ptr, g_ptr, size, i, METRIC, CHUNK)
     if tl.max(tl.max(bits & 0x7FFFFFFF, 1), 0) >= 0x7F800000:
         tl.store(bad_ptr + matrix, 1)
-    key = _key(bits, METRIC)
+    key = ordered(bits, METRIC)
     if size < CHUNK:
-        key = tl.where(i < size, key, _NONE)
+        key = tl.where(i < size, key, NONE)
     counts = tl.sum((key >= bound).to(tl.int32), 1)
     number = tl.sum(counts)
     start = tl.zeros((), tl.int64)
     if number > 0:
-        segment_row = segments_ptr + segment * _SEGMENT
+        segment_row = segments_ptr + segment * SEGMENT
         start = tl.atomic_add(found_ptr + segment, number.to(tl.int64), sem="relaxed")
         if start + number <= tl.load(segment_row + 5):
             start += tl.load(segment_row + 6)
@@ -664,7 +448,7 @@ def _collect(
                 near = tl.load(groups_ptr + start + e, mask=e < length, other=GROUPS).to(tl.int32)
                 place = (near[:, None] * VECTOR + member[None, :]).reshape(BLOCK * VECTOR)
                 exists = place < size
-                near_key = _key(_some_bits(w_ptr, g_ptr, place, exists, METRIC), METRIC)
+                near_key = ordered(some_bits(w_ptr, g_ptr, place, exists, METRIC), METRIC)
                 reaches = exists & (near_key >= bound)
                 to = placed + tl.cumsum(reaches.to(tl.int32), 0) - 1
                 tl.store(keys_ptr + start + to, near_key, mask=reaches)
@@ -674,206 +458,3 @@ def _collect(
             number = 0
     tl.store(run_start_ptr + chunk, start)
     tl.store(run_length_ptr + chunk, number)
-
-
-@triton.jit
-def _boundary(histogram_ptr, digits, rank):
-    """Add a digit, by its histogram, to the first ones of the key of `rank`: the largest digit with
-    `rank` keys at or above it. Return them, and the rank among the keys that have them too.
-    """
-    bins = tl.arange(0, _BINS)
-    counts = tl.load(histogram_ptr + bins)
-    above = tl.cumsum(counts, 0, reverse=True)
-    digit = tl.maximum(tl.sum((above >= rank).to(tl.int32)) - 1, 0)
-    above = tl.sum(tl.where(bins == digit, above - counts, 0))
-    return digits * _BINS + digit, rank - above
-
-
-@triton.jit
-def _digits(
-    matrices_ptr,
-    segments_ptr,
-    chunk_matrix_ptr,
-    keys_ptr,
-    state_ptr,
-    histograms_ptr,
-    found_ptr,
-    TOGETHER: tl.constexpr, METRIC: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    DATA: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Count the digit LEVEL over those keys of a segment whose digits before are the k-th key's;
-    over what was set aside, or over DATA.
-
-    Grid: segments, parts of them.
-    """
-    segment = tl.program_id(0)
-    part = tl.program_id(1)
-    parts = tl.num_programs(1)
-    segment_row = segments_ptr + segment * _SEGMENT
-    digits = tl.zeros((), tl.int64)
-    rank = tl.load(segment_row)
-    state = state_ptr + segment * _STATE + LEVEL * 2
-    row = histograms_ptr + (segment.to(tl.int64) * 4 + LEVEL) * _BINS
-    if LEVEL > 0:
-        digits, rank = _boundary(row - _BINS, tl.load(state - 2), tl.load(state - 1))
-    if part == 0:
-        tl.store(state, digits)
-        tl.store(state + 1, rank)
-    i = tl.arange(0, BLOCK)
-    counts = tl.zeros((_BINS,), tl.int32)
-    if DATA:
-        first = tl.load(segment_row + 2)
-        steps = tl.load(segment_row + 3)
-    else:
-        first = tl.load(segment_row + 6)
-        entries = tl.minimum(tl.load(found_ptr + segment), tl.load(segment_row + 5))
-        steps = (entries + BLOCK - 1) // BLOCK
-    for step in range(part, steps, parts):  # int64, as `steps` is
-        if DATA:
-            key, counted = _chunk_keys(
-                matrices_ptr, chunk_matrix_ptr, first + step, METRIC, DTYPE, ALIGNED, CHUNK
-            )
-        else:
-            counted = i < entries - step * BLOCK
-            key = tl.load(keys_ptr + first + step * BLOCK + i, mask=counted, other=0)
-        key = _unsigned(key)
-        if LEVEL > 0:
-            counted = counted & ((key >> (32 - 8 * LEVEL)).to(tl.int64) == digits)
-        digit = (key >> (24 - 8 * LEVEL)) & 0xFF
-        counts += tl.histogram(digit.to(tl.int32), _BINS, mask=counted)
-    to = row + tl.arange(0, _BINS)
-    tl.atomic_add(to, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
-
-
-@triton.jit
-def _run_keys(
-    matrices_ptr, chunk_matrix_ptr, keys_ptr, chunk, start, length, at,
-    METRIC: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
-    DATA: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Keys of a chunk from place `at` on, of all its entries or of those set aside, as uint32."""
-    if DATA:
-        key, exists = _chunk_keys(
-            matrices_ptr, chunk_matrix_ptr, chunk, METRIC, DTYPE, ALIGNED, CHUNK
-        )
-    else:
-        i = at + tl.arange(0, BLOCK)
-        exists = i < length
-        key = tl.load(keys_ptr + start + i, mask=exists, other=0)
-    return _unsigned(key).to(tl.int64), exists
-
-
-@triton.jit
-def _count(
-    matrices_ptr,
-    segments_ptr,
-    chunk_matrix_ptr,
-    keys_ptr,
-    state_ptr,
-    histograms_ptr,
-    run_start_ptr,
-    run_length_ptr,
-    kept_ptr,
-    chunks,
-    TOGETHER: tl.constexpr, METRIC: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    DATA: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`kept[c]`, int32 [2 c]: keys of the chunk above the k-th of its segment; beyond `chunks`:
-    keys that equal it.
-
-    Grid: chunks.
-    """
-    chunk = tl.program_id(0)
-    segment = 0 if TOGETHER else tl.load(chunk_matrix_ptr + chunk)
-    state = state_ptr + segment * _STATE + 6
-    row = histograms_ptr + (segment * 4 + 3) * _BINS
-    threshold, rank = _boundary(row, tl.load(state), tl.load(state + 1))
-    if chunk == tl.load(segments_ptr + segment * _SEGMENT + 2):
-        tl.store(state + 2, threshold)
-        tl.store(state + 3, rank)
-    start = tl.load(run_start_ptr + chunk)
-    length = CHUNK if DATA else tl.load(run_length_ptr + chunk)
-    above = tl.zeros((), tl.int32)
-    equal = tl.zeros((), tl.int32)
-    for at in range(0, length, BLOCK):
-        key, exists = _run_keys(
-            matrices_ptr, chunk_matrix_ptr, keys_ptr, chunk, start, length, at,
-            METRIC, DTYPE, ALIGNED, CHUNK, DATA, BLOCK,
-        )  # fmt: skip
-        above += tl.sum((exists & (key > threshold)).to(tl.int32))
-        equal += tl.sum((exists & (key == threshold)).to(tl.int32))
-    tl.store(kept_ptr + chunk, above)
-    tl.store(kept_ptr + chunks + chunk, equal)
-
-
-@triton.jit
-def _write(
-    matrices_ptr,
-    segments_ptr,
-    chunk_matrix_ptr,
-    keys_ptr,
-    state_ptr,
-    run_start_ptr,
-    run_length_ptr,
-    kept_ptr,
-    places_ptr,
-    indices_ptr,
-    counts_ptr,
-    chunks,
-    TOGETHER: tl.constexpr, METRIC: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    DATA: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write the indices that a chunk keeps, and add to how many its matrix has.
-
-    | argument    | shape     | |
-    |-------------|-----------|-|
-    | kept_ptr    | [2 c]     | sums up to and including each of what `_count` has written |
-    | indices_ptr | [sum of k] | within their matrix |
-    | counts_ptr  | [n]       | |
-
-    Grid: chunks.
-    """
-    chunk = tl.program_id(0)
-    matrix = tl.load(chunk_matrix_ptr + chunk)
-    segment = 0 if TOGETHER else matrix
-    segment_row = segments_ptr + segment * _SEGMENT
-    state = state_ptr + segment * _STATE + 8
-    threshold = tl.load(state)
-    ties = tl.load(state + 1)  # keys equal to the k-th that are kept, the first ones
-    head = tl.load(segment_row + 2)
-    to = tl.load(segment_row + 7)
-    end = to + tl.load(segment_row)
-    above = kept_ptr - 1  # sums before
-    equal = kept_ptr + chunks - 1
-    if chunk > head:
-        to += tl.load(above + chunk) - tl.load(above + head, mask=head > 0, other=0)
-    before = tl.load(equal + chunk) - tl.load(equal + head)
-    to += tl.minimum(before, ties)
-    begin = to
-    first = (chunk - tl.load(matrices_ptr + matrix * _MATRIX + 3)) * CHUNK
-    start = tl.load(run_start_ptr + chunk)
-    length = CHUNK if DATA else tl.load(run_length_ptr + chunk)
-    for at in range(0, length, BLOCK):
-        key, exists = _run_keys(
-            matrices_ptr, chunk_matrix_ptr, keys_ptr, chunk, start, length, at,
-            METRIC, DTYPE, ALIGNED, CHUNK, DATA, BLOCK,
-        )  # fmt: skip
-        tie = (exists & (key == threshold)).to(tl.int32)
-        rank = before + tl.cumsum(tie, 0)
-        kept = exists & ((key > threshold) | ((tie > 0) & (rank <= ties)))
-        i = at + tl.arange(0, BLOCK)
-        if DATA:
-            place = i
-        else:
-            place = tl.load(places_ptr + start + i, mask=kept, other=0).to(tl.int32)
-        ones = kept.to(tl.int32)
-        slot = to + tl.cumsum(ones, 0) - 1
-        # Where the bound has failed, what is read is not what was written: nothing goes past.
-        tl.store(indices_ptr + slot, first + place, mask=kept & (slot < end))
-        to += tl.sum(ones)
-        before += tl.sum(tie)
-    if to > begin:
-        tl.atomic_add(counts_ptr + matrix, to - begin, sem="relaxed")
