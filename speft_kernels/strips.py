@@ -56,13 +56,9 @@ class Strips:
 
         Reads back from the device: for the reference and for tests.
         """
-        blocks, groups = self.block_groups.numel() - 1, self.group_cols.shape[0]
-        device, inside = self.slot.device, self.entry_at.numel()
-        counts = self.group_entries.long().diff()
-        group = torch.repeat_interleave(torch.arange(groups, device=device), counts)
-        block = torch.repeat_interleave(
-            torch.arange(blocks, device=device), self.block_groups.long().diff()
-        )
+        inside = self.entry_at.shape[0]
+        group = _spread(self.group_entries, inside)
+        block = _spread(self.block_groups, self.group_cols.shape[0])
         at, slot = self.entry_at.long(), self.slot.long()
         row = block[group] * STRIP_ROWS + at // GROUP_STRIPS
         position = self.group_cols.long()[group, at % GROUP_STRIPS]
@@ -72,6 +68,13 @@ class Strips:
 
     def _column(self, position: Tensor) -> Tensor:
         return self.columns.long()[position] if self.columns.numel() else position
+
+
+def _spread(starts: Tensor, size: int) -> Tensor:
+    """Which part each of `size` things is in, for `[parts + 1]` starts."""
+    counts = starts.long().diff()
+    parts = torch.arange(counts.shape[0], device=starts.device)
+    return torch.repeat_interleave(parts, counts, output_size=size)
 
 
 _FIELDS = [field.name for field in fields(Strips)]
