@@ -30,10 +30,22 @@ class Trainer:
 
     Every side computes the input gradient through all layers, as in a model whose first layers are
     not the only ones that train, and every side has the same fused AdamW.
+
+    Args:
+        share: the copy has the model's own parameters, not copies: for a model so large that the
+            sides have room for one. A side must then leave its frozen weights as good as they were.
     """
 
-    def __init__(self, model: nn.Module, prepare: Prepare, batches: Sequence[Batch]) -> None:
-        self.core = copy.deepcopy(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        prepare: Prepare,
+        batches: Sequence[Batch],
+        *,
+        share: bool = False,
+    ) -> None:
+        kept = {id(p): p for p in model.parameters()} if share else {}
+        self.core = copy.deepcopy(model, kept)
         self.core.get_input_embeddings().register_forward_hook(_with_gradient)  # type: ignore[operator]
         self.model = prepare(self.core)
         self.masked = [m for m in self.core.modules() if isinstance(m, DenseMaskLinear)]
@@ -44,7 +56,8 @@ class Trainer:
         if sparse:
             flat = FlatValues(self.core).parameter
             trained = [flat, *(p for p in trained if id(p) not in sparse)]
-        self.optimizer = torch.optim.AdamW(trained, lr=LR, fused=True)
+        # The floor of a model without a head trains nothing.
+        self.optimizer = torch.optim.AdamW(trained, lr=LR, fused=True) if trained else None
         self._first, self._batches = batches[0], itertools.cycle(batches)
 
     def loss(self, batch: Batch | None = None) -> Tensor:
@@ -61,10 +74,15 @@ class Trainer:
 
     def step(self) -> None:
         self.backward(next(self._batches))
-        self.optimizer.step()
+        if self.optimizer is not None:
+            self.optimizer.step()
         for layer in self.masked:
             layer.scatter()
-        self.optimizer.zero_grad()
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
 
     def gradients(self, patterns: Mapping[str, SparsePattern]) -> dict[str, Tensor]:
         """Layer's name -> gradient of its entries in `patterns`, of the first batch.
@@ -78,7 +96,7 @@ class Trainer:
             trained = layer.values if hasattr(layer, "values") else layer.weight
             grad = trained.grad.detach().clone().view(-1)
             found[name] = grad if hasattr(layer, "values") else grad[pattern.entry_indices.long()]
-        self.optimizer.zero_grad()
+        self.forget_gradients()
         return found
 
 

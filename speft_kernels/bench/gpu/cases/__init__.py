@@ -1,0 +1,77 @@
+"""The cases: one module for each operation, of its name, `layer` for forward and backward of one
+layer and `step` for the whole training step. Each has `setup(spec, bench)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+from ..problems import MOST_TOKENS, Spec, Workbench
+from ..timing import GpuCase
+
+PROJECTIONS = ("q", "gate", "down", "k")
+TOKENS = (MOST_TOKENS, 512, 16, 1)
+DENSITIES = (0.005, 0.001, 0.01, 0.05)
+BLOCKS = ("16x16", "32x32", "64x64")
+
+
+def setup(spec: Spec, bench: Workbench) -> GpuCase:
+    case: GpuCase = importlib.import_module(f".{spec.operation}", __name__).setup(spec, bench)
+    return case
+
+
+def kernel_specs() -> list[Spec]:
+    """All cases of single operations, those that matter most first: whoever runs out of time has
+    measured the goals.
+    """
+    return list(dict.fromkeys([*_goals(), *_around_the_goals(), *_the_rest()]))
+
+
+def step_specs() -> list[Spec]:
+    return [Spec("step", "8B"), Spec("step", "1B")]
+
+
+def _goals() -> Iterator[Spec]:
+    yield Spec("topk_salience", "bfloat16")
+    for projection in PROJECTIONS:
+        yield Spec("sampled_grad", projection, MOST_TOKENS)
+        yield Spec("layer", projection, MOST_TOKENS)
+        for tokens in (MOST_TOKENS, 16, 1):
+            yield Spec("sparse_delta_matmul", projection, tokens)
+        yield Spec("sampled_grad", projection, MOST_TOKENS, density=0.001)
+
+
+def _around_the_goals() -> Iterator[Spec]:
+    yield Spec("write_delta", "layers")
+    for projection in PROJECTIONS:
+        yield Spec("keep_columns", projection, MOST_TOKENS)
+        for block in BLOCKS:
+            yield Spec("block_grad", projection, MOST_TOKENS, block)
+    yield Spec("topk_salience", "layer")
+    yield Spec("topk_salience", "float32")
+    yield from (Spec("topk_salience", "bfloat16", density=density) for density in DENSITIES)
+
+
+def _the_rest() -> Iterator[Spec]:
+    """Densities first, then tokens, on uniform masks as well: two thirds of all cases."""
+    for mask in ("realistic", "uniform"):
+        for density in DENSITIES:
+            for projection in PROJECTIONS:
+                yield Spec("sampled_grad", projection, MOST_TOKENS, mask, density)
+                yield Spec("layer", projection, MOST_TOKENS, mask, density)
+                yield Spec("sparse_delta_matmul", projection, MOST_TOKENS, mask, density)
+    for density in DENSITIES:
+        for projection in PROJECTIONS:
+            yield Spec("block_grad", projection, MOST_TOKENS, "16x16", density)
+            yield Spec("sparse_delta_matmul", projection, 16, density=density)
+    for tokens in TOKENS[1:]:
+        for projection in PROJECTIONS:
+            for mask in ("realistic", "uniform"):
+                yield Spec("sampled_grad", projection, tokens, mask)
+            yield Spec("layer", projection, tokens)
+            yield Spec("block_grad", projection, tokens, "16x16")
+            yield Spec("sparse_delta_matmul", projection, tokens)
+            yield Spec("keep_columns", projection, tokens)
+    for density in DENSITIES:
+        yield Spec("write_delta", "layers", density=density)

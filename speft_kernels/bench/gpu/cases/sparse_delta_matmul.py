@@ -1,0 +1,94 @@
+"""`sparse_delta_matmul` in bf16: beside the frozen layer's product, which it cannot beat, a copy of
+W with the delta added, and torch's sparse product added to the dense one.
+
+On few tokens W has to be read, and nothing else counts: the floor is that.
+"""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .... import ops
+from ...checks import close, flat
+from ...harness import Work
+from ..bounds import summation_bound
+from ..problems import MOST_TOKENS, Spec, Workbench
+from ..timing import Floor, GpuCase, GpuSide
+
+FROZEN = "x @ W alone"
+# Of the vendor's product on the most tokens; of reading W once on the fewest.
+PRODUCT_GOAL, READING_GOAL, FEW_TOKENS = 1.05, 1.15, 16
+GOAL_MASK = ("realistic", 0.005)
+
+
+def setup(spec: Spec, bench: Workbench) -> GpuCase:
+    pattern = bench.pattern_of(spec)
+    _, x = bench.operands(spec)
+    (n, k), tokens = pattern.shape, x.shape[0]
+    weight, places = bench.device.randn(n, k), pattern.entry_indices.long()
+    values = bench.device.randn(pattern.nnz, dtype=torch.float32)
+
+    @functools.cache
+    def sparse() -> Tensor:
+        starts = torch.searchsorted(pattern.rows.long(), torch.arange(n + 1, device=x.device))
+        return torch.sparse_csr_tensor(starts, pattern.cols.long(), values.to(x.dtype), (n, k))
+
+    def copied() -> Tensor:
+        effective = weight.clone()
+        effective.view(-1).index_add_(0, places, values.to(weight.dtype))
+        return F.linear(x, effective)
+
+    def added() -> Tensor:
+        return F.linear(x, weight) + (sparse() @ x.t()).t()
+
+    wide = weight.double()
+    plain = x.double() @ wide.t()
+    wide.view(-1)[places] += values.double()
+    exact = x.double() @ wide.t()
+    del wide
+    # The sum, rounded to bf16 after the dense part, in the delta or in W + D, and at the end; each
+    # rounding is worth half an eps of its result, of which the largest of either product is one.
+    largest = max(float(plain.abs().max()), float(exact.abs().max()))
+    bound = summation_bound(k, largest, x.dtype) + 2 * torch.finfo(x.dtype).eps * largest
+
+    def check(output: Tensor, wanted: Tensor) -> None:
+        close("y", flat(output), flat(wanted), bound)
+
+    gemm = {"x": 2 * x.numel(), "W": 2 * n * k, "y": 2 * tokens * n}
+    products = 2 * tokens * n * k
+    work = Work(
+        {**gemm, "values and indices": 8 * pattern.nnz},
+        products + 2 * tokens * pattern.nnz,
+        x.dtype,
+    )
+    few, most = spec.tokens <= FEW_TOKENS, spec.tokens == MOST_TOKENS
+    sides = []
+    for backend in bench.backends("sparse_delta_matmul"):
+        goal = backend != "torch" and (spec.mask, spec.density) == GOAL_MASK
+        sides.append(
+            GpuSide(
+                backend,
+                partial(ops.sparse_delta_matmul, x, weight, values, pattern, backend=backend),
+                True,
+                work,
+                {FROZEN: PRODUCT_GOAL} if goal and most else {},
+                check=partial(check, wanted=exact),
+                floors=[Floor("reading W once", 2 * n * k, READING_GOAL if goal else None)] * few,
+            )
+        )
+    sides += [
+        GpuSide(
+            FROZEN,
+            lambda: F.linear(x, weight),
+            work=Work(gemm, products, x.dtype),
+            check=partial(check, wanted=plain),
+        ),
+        GpuSide("copy of W + D", copied, check=partial(check, wanted=exact)),
+        GpuSide("torch.sparse CSR, added", added, check=partial(check, wanted=exact)),
+    ]
+    return GpuCase("sparse_delta_matmul", bench.title(spec), sides)

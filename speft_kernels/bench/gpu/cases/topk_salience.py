@@ -1,0 +1,87 @@
+"""`topk_salience` over (w, g) against `torch.topk` over a materialised score, and against reading w
+and g once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .... import ops
+from ...checks import close
+from ...harness import Work, WrongResultError
+from ..problems import Spec, Workbench
+from ..timing import Floor, GpuCase, GpuSide
+
+TOPK = "(w*g).abs().topk(k)"
+# Of torch.topk's time, and of reading both operands once; for one matrix in bf16.
+TOPK_GOAL, READING_GOAL = 0.1, 3.0
+GOAL_CASE = ("bfloat16", 0.005)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def setup(spec: Spec, bench: Workbench) -> GpuCase:
+    """`spec.projection` is the dtype of one large square matrix, or "layer": the seven projections
+    of a decoder layer in bf16, ranked all together.
+    """
+    side, shapes = bench.scale.square, [(bench.scale.square, bench.scale.square)]
+    dtype, together = DTYPES.get(spec.projection, torch.bfloat16), spec.projection == "layer"
+    if together:
+        of = bench.scale.projections
+        shapes = [of[name] for name in ("q", "k", "k", "q", "gate", "gate", "down")]
+    weights = [bench.device.randn(*shape, dtype=dtype) for shape in shapes]
+    grads = [bench.device.randn(*shape, dtype=dtype) for shape in shapes]
+    total = sum(weight.numel() for weight in weights)
+    k = max(1, round(spec.density * total))
+
+    def scores(cast: torch.dtype) -> Tensor:
+        pairs = zip(weights, grads, strict=True)
+        parts = [(w.to(cast) * g.to(cast)).abs().flatten() for w, g in pairs]
+        return torch.cat(parts) if together else parts[0]
+
+    def check(found: list[Tensor]) -> None:
+        # Equal scores may be told apart in any way, so the selected scores are compared.
+        score = scores(torch.float32)
+        starts = torch.tensor([0, *(w.numel() for w in weights)]).cumsum(0).tolist()
+        chosen = torch.cat([i.long() + start for i, start in zip(found, starts, strict=False)])
+        if chosen.unique().numel() != k or chosen.numel() != k:
+            raise WrongResultError(
+                f"{chosen.numel()} entries were selected, expected {k} different"
+            )
+        best = score.topk(k).values
+        close("selected", score[chosen].sort(descending=True).values.double(), best.double(), 0.0)
+
+    operands = 2 * total * weights[0].element_size()
+    # For each entry a product and a comparison.
+    work = Work({"w and g": operands, "indices": 4 * k}, 2 * total, dtype)
+    sides = []
+    for backend in bench.backends("topk_salience", dtype=dtype):
+        goal = backend != "torch" and (spec.projection, spec.density) == GOAL_CASE
+        select = partial(ops.topk_salience, metric="snip", scope="global", backend=backend)
+        sides.append(
+            GpuSide(
+                backend,
+                partial(select, weights, grads, k),
+                True,
+                work,
+                {TOPK: TOPK_GOAL} if goal else {},
+                check=check,
+                floors=[Floor("reading w and g once", operands, READING_GOAL if goal else None)],
+            )
+        )
+    # Not sorted, which nobody asks for here and which takes longer. In bf16 its scores are rounded
+    # and may choose others, so only their number is checked.
+    peer = GpuSide(TOPK, lambda: scores(dtype).topk(k, sorted=False).indices, check=_counted(k))
+    what = "a decoder layer's matrices together" if together else f"{side} x {side} {dtype}"
+    name = f"{what.replace('torch.', '')}, {100 * spec.density:g}%"
+    return GpuCase("topk_salience", name, [*sides, peer])
+
+
+def _counted(k: int):  # type: ignore[no-untyped-def]
+    def check(indices: Tensor) -> None:
+        if indices.numel() != k:
+            raise WrongResultError(f"{indices.numel()} entries were selected, expected {k}")
+
+    return check

@@ -1,0 +1,182 @@
+"""The device that is measured: its facts, its two ceilings, its clock, and its caches made cold.
+
+Without a GPU the same calls work on the CPU, with the host's clock and sizes that mean nothing: a
+dry run goes through every line that a run on a GPU goes through, but for those of CUDA itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import machine
+from ..machine import Light, this_machine
+
+# Cycles a second of `torch.cuda._sleep`, at most: a spin is then at least as long as asked for.
+_SPIN_CLOCK = 2e9
+
+
+@dataclass(frozen=True)
+class Spent:
+    """One timed call: seconds on the device, and seconds until the host had issued it."""
+
+    device: float
+    host: float
+
+
+class Device:
+    """A CUDA device, or the CPU in a dry run."""
+
+    def __init__(self, name: str) -> None:
+        self.torch = torch.device(name)
+        self.is_cuda = self.torch.type == "cuda"
+        self.generator = torch.Generator(self.torch).manual_seed(0)
+
+    def synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.torch)
+
+    def is_lost(self) -> bool:
+        """Whether an error has made the device unusable for this process, as a wild access does."""
+        try:
+            self.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Random numbers, never zeros: a product of zeros draws less power and runs faster."""
+        return torch.randn(*shape, device=self.torch, dtype=dtype, generator=self.generator)
+
+    @functools.cached_property
+    def _flushed(self) -> Tensor:
+        cache = 1 << 20
+        if self.is_cuda:
+            cache = torch.cuda.get_device_properties(self.torch).L2_cache_size
+        return torch.ones(2 * cache // 4, device=self.torch)
+
+    def make_cold(self) -> None:
+        """Read twice what the L2 cache holds. Reading leaves lines that need not be written back; a
+        buffer that was zeroed would have its own traffic billed to the call after it.
+        """
+        self._flushed.sum()
+
+    def timed(self, call: Callable[[], object], lead: float) -> Callable[[], Spent]:
+        """Issue one call with cold caches; what is returned tells its time once the device is done.
+
+        Args:
+            lead: seconds by which the host may be ahead: the device is kept busy for as long, so
+                that the time of a call of many small kernels is not that of launching them.
+        """
+        if not self.is_cuda:
+            start = time.perf_counter()
+            call()
+            spent = time.perf_counter() - start
+            return lambda: Spent(spent, spent)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.make_cold()
+        torch.cuda._sleep(int(lead * _SPIN_CLOCK))
+        begin.record()
+        start = time.perf_counter()
+        call()
+        host = time.perf_counter() - start
+        end.record()
+        return lambda: Spent(begin.elapsed_time(end) / 1e3, host)
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.torch) if self.is_cuda else 0
+
+    def peak(self, call: Callable[[], object]) -> int:
+        """Run `call`; return by how many bytes the allocations of tensors rose above what was
+        there.
+        """
+        if not self.is_cuda:
+            call()
+            return 0
+        before = self.allocated()
+        torch.cuda.reset_peak_memory_stats(self.torch)
+        call()
+        return torch.cuda.max_memory_allocated(self.torch) - before
+
+    def free(self) -> None:
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+    @functools.cached_property
+    def light(self) -> Light:
+        """The ceilings, measured: bytes a second of a large copy, read and written both counted,
+        and operations a second of a large bf16 product of random numbers.
+        """
+        size, side = (1 << 31, 8192) if self.is_cuda else (1 << 20, 64)
+        light = Light(2 * size / self._copying(size), 2 * side**3 / self._multiplying(side))
+        self.free()
+        return light
+
+    def _copying(self, size: int) -> float:
+        source = self.randn(size // 2)
+        target = torch.empty_like(source)
+        return self._median(lambda: target.copy_(source))
+
+    def _multiplying(self, side: int) -> float:
+        a, b = self.randn(side, side), self.randn(side, side)
+        out = torch.empty_like(a)
+        return self._median(lambda: torch.mm(a, b, out=out))
+
+    def _median(self, call: Callable[[], object]) -> float:
+        for _ in range(3):
+            call()
+        readings = [self.timed(call, 0.0) for _ in range(10)]
+        self.synchronize()
+        return statistics.median(read().device for read in readings)
+
+    def facts(self) -> dict[str, Any]:
+        """What a figure belongs to: the card, and the software."""
+        facts: dict[str, Any] = {
+            **asdict(this_machine()),
+            "cuda": torch.version.cuda or "",
+            "triton": machine._version("triton"),
+        }
+        facts["commit"] = os.environ.get("SPEFT_COMMIT") or facts["commit"]
+        if self.is_cuda:
+            seen = torch.cuda.get_device_properties(self.torch)
+            facts.update(
+                gpu=seen.name,
+                capability=f"{seen.major}.{seen.minor}",
+                multiprocessors=seen.multi_processor_count,
+                memory_gib=round(seen.total_memory / 2**30, 1),
+                l2_mb=round(seen.L2_cache_size / 1e6, 1),
+                **_reported(),
+            )
+        return facts
+
+
+def _reported() -> dict[str, str]:
+    """Driver, clocks and power limit as the card is found; nothing of it is ever set."""
+    fields = {
+        "driver": "driver_version",
+        "sm_mhz_now": "clocks.sm",
+        "sm_mhz_max": "clocks.max.sm",
+        "memory_mhz_max": "clocks.max.memory",
+        "power_limit_w": "power.limit",
+    }
+    query = f"--query-gpu={','.join(fields.values())}"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader,nounits", "--id=0"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (cell.strip() for cell in done.stdout.split(",")), strict=False))

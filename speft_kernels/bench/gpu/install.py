@@ -1,0 +1,139 @@
+"""Building the package for the GPU that is there, into the Python that runs it.
+
+`pip install -e` into the environment as it is; where that cannot be written to, into an environment
+of its own that sees all of the other. Nothing is downloaded, and nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .journal import ROOT, fingerprint
+
+FOLDER = ROOT / "build" / "gpu"
+STAMP = FOLDER / "stamp.json"
+
+_PROBE = """
+import importlib.util, json, os, sys
+import torch
+gpu = torch.cuda.is_available()
+print(json.dumps({
+    "torch": torch.__version__,
+    "gpu": torch.cuda.get_device_name(0) if gpu else None,
+    "capability": torch.cuda.get_device_capability(0) if gpu else None,
+    "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else 0,
+    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    "xdist": importlib.util.find_spec("xdist") is not None,
+}))
+"""
+_IMPORTS = "import torch, speft_kernels._C, speft_kernels.triton_kernels"
+_SITES = "import json, site, sys; print(json.dumps([p for p in sys.path if 'site-packages' in p]))"
+
+# Runs a command, tells its exit status, and writes its output where the caller wants it.
+Run = Callable[[Sequence[str], Mapping[str, str]], int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the Python that was named finds here; `gpu` is None where there is none."""
+
+    torch: str
+    gpu: str | None
+    capability: tuple[int, int] | None
+    memory_gib: float
+    cores: int
+    xdist: bool
+
+    @property
+    def archs(self) -> str:
+        """CUDA targets for this GPU alone; from Hopper on with its own instructions."""
+        if self.capability is None:
+            return ""
+        major, minor = self.capability
+        return f"{major}{minor}a" if major >= 9 else f"{major}{minor}"
+
+
+def probe(python: str) -> Machine | str:
+    """What is here, or why that cannot be told."""
+    try:
+        found = _last_line([python, "-c", _PROBE])
+    except (OSError, subprocess.SubprocessError, json.JSONDecodeError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        return f"{python} cannot import torch: {output.strip().splitlines()[-1]}"
+    if found["capability"] is not None:
+        found["capability"] = tuple(found["capability"])
+    return Machine(**found)
+
+
+def _last_line(command: Sequence[str]) -> Any:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=180)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def installed(python: str) -> bool:
+    """Whether this Python imports the compiled package from anywhere."""
+    command = [python, "-c", _IMPORTS]
+    return subprocess.run(command, cwd="/", capture_output=True).returncode == 0
+
+
+def install(archs: str, run: Run) -> str | None:
+    """Return the Python that has the package, built from the present sources; None where it cannot
+    be built.
+    """
+    wanted = {"sources": fingerprint("build"), "archs": archs, "with": sys.executable}
+    if (python := _stamped(wanted)) is not None:
+        return python
+    own = FOLDER / "venv" / "bin" / "python"
+    for python in (sys.executable, str(own)):
+        if python == str(own) and not _environment(own):
+            return None
+        # pip serves another environment than its own: that one needs none.
+        pip = [sys.executable, "-m", "pip", "--python", python, "install"]
+        flags = ["--no-build-isolation", "--no-deps", "--no-input", "--no-index"]
+        ended = run([*pip, *flags, "-e", str(ROOT)], {"SPEFT_CUDA_ARCHS": archs})
+        if ended == 0 and installed(python):
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            STAMP.write_text(json.dumps({**wanted, "python": python}), "utf-8")
+            return python
+    return None
+
+
+def _stamped(wanted: Mapping[str, str]) -> str | None:
+    try:
+        stamp = json.loads(STAMP.read_text("utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    python = str(stamp.pop("python", ""))
+    return python if stamp == wanted and installed(python) else None
+
+
+def _environment(python: Path) -> bool:
+    """Make an environment that sees the packages of the running one.
+
+    Its own --system-site-packages are those of the base installation, which are not the running
+    one's where that is itself an environment: these are named in a .pth file.
+    """
+    folder = python.parent.parent
+    make = [sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", str(folder)]
+    if subprocess.run(make).returncode != 0:
+        return False
+    seen = _last_line([sys.executable, "-c", _SITES])
+    (target,) = folder.glob("lib/python*/site-packages")
+    lines = [f"import site; site.addsitedir({path!r})" for path in seen]
+    (target / "running.pth").write_text("\n".join(lines) + "\n", "utf-8")
+    return True
+
+
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a stage: as it is, with `more`, and without what would keep Triton from
+    compiling.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**kept, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **more}

@@ -1,0 +1,96 @@
+"""What a run found, as it found it: one line of JSON for each fact, appended when it is known.
+
+A process that dies, or a machine that is taken away, loses only what it was working on; the next
+run reads the journal and goes on. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+NAME = "journal.jsonl"
+
+# What decides a result: a change here makes what was found before another program's.
+_SOURCES = ("speft_kernels", "triton_kernels", "csrc", "setup.py", "pyproject.toml")
+_SUFFIXES = (".py", ".toml", ".cpp", ".h", ".cu", ".cuh")
+
+
+def fingerprint(stage: str, root: Path = ROOT) -> str:
+    """Sixteen digits that tell the sources of a stage; the tests count for the test stage alone."""
+    digest = hashlib.sha256()
+    for name in (*_SOURCES, "tests") if stage == "test" else _SOURCES:
+        found = [root / name] if (root / name).is_file() else (root / name).rglob("*")
+        for path in sorted(p for p in found if p.suffix in _SUFFIXES):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+            digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The journal of one stage on one device, in the file that all stages share.
+
+    Attributes:
+        device: the card's name; "cpu" in a dry run. Entries of other devices or of other sources
+            are as if they were not there.
+    """
+
+    path: Path
+    stage: str
+    sources: str
+    device: str
+
+    def add(self, kind: str, **facts: Any) -> None:
+        """Append an entry, safe from the end of this process."""
+        who = {"stage": self.stage, "sources": self.sources, "device": self.device}
+        line = json.dumps({"kind": kind, **who, **facts}, ensure_ascii=False) + "\n"
+        with open(self.path, "ab+") as file:
+            # A line that was cut off must not swallow this one.
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                line = "\n" + line
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def entries(self, kind: str) -> Iterator[dict[str, Any]]:
+        for entry in read(self.path):
+            if entry["kind"] == kind and self._owns(entry):
+                yield entry
+
+    def status(self) -> str | None:
+        """How the stage ended the last time: "complete", "failed", "out of time", "killed"; None
+        where it was never run.
+        """
+        return next((e["status"] for e in reversed(list(self.entries("stage")))), None)
+
+    def forget(self) -> None:
+        """Take the stage's entries out of the file."""
+        kept = [e for e in read(self.path) if e["stage"] != self.stage]
+        self.path.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
+
+    def _owns(self, entry: dict[str, Any]) -> bool:
+        return (entry["stage"], entry["sources"], entry["device"]) == (
+            self.stage,
+            self.sources,
+            self.device,
+        )
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file, but for a last line that was cut off while it was written."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries

@@ -1,0 +1,287 @@
+"""The record of a run, made of its journal: `gpu.json`, and `gpu.md` to read.
+
+Both are small enough to be committed under `benchmarks/results/`; a GPU backend counts as verified
+only by such a record. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...files import replaced
+from .journal import NAME, fingerprint, read
+
+JSON, TABLE = "gpu.json", "gpu.md"
+STAGES = ("build", "test", "kernels", "step")
+NOT_YET = "not yet run on a GPU"
+DRY = "a dry run on a CPU: no figure means anything"
+
+# What the list of a side holds, in `sides` of a case.
+COLUMNS = (
+    *("ours", "ms", "light_ms", "bytes", "operations", "host_us", "peak_mb", "trained"),
+    *("saved_bytes", "input_bytes"),
+)
+_FAILURES_KEPT = 40  # with their messages; of the others only the number
+
+
+def empty() -> dict[str, Any]:
+    """The record before any run."""
+    return {"status": NOT_YET, "stages": {}, "cases": []}
+
+
+def build(out: Path, device: str, sources: Callable[[str], str] = fingerprint) -> dict[str, Any]:
+    """Make a record of what the journal in `out` holds of the present sources on `device`."""
+    current = {stage: sources(stage) for stage in STAGES}
+    entries = [
+        entry
+        for entry in read(out / NAME)
+        if entry["device"] == device and entry["sources"] == current[entry["stage"]]
+    ]
+    stages: dict[str, Any] = {}
+    for entry in entries:
+        if entry["kind"] == "stage":
+            said = ("status", "seconds", "detail")
+            kept = {name: entry[name] for name in said if entry.get(name)}
+            stages[entry["stage"]] = {**kept, "sources": entry["sources"]}
+        elif entry["kind"] != "machine":
+            stages.setdefault(entry["stage"], {"status": "not ended", "sources": entry["sources"]})
+    complete = all(stages.get(stage, {}).get("status") == "complete" for stage in STAGES)
+    status = DRY if device == "cpu" else "complete" if complete else "in part"
+    own = ("kind", "stage", "sources", "device")
+    facts = {
+        kind: {name: value for name, value in entry.items() if name not in own}
+        for kind in ("machine", "light")
+        for entry in entries
+        if entry["kind"] == kind
+    }
+    return {
+        "status": status if entries else NOT_YET,
+        "stages": {stage: stages[stage] for stage in STAGES if stage in stages},
+        **facts,
+        "tests": _tests(entries),
+        "columns": list(COLUMNS),
+        "cases": [_case(entry) for entry in _last_of_each(entries)],
+    }
+
+
+def _last_of_each(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    cases = [entry for entry in entries if entry["kind"] == "case"]
+    return list({json.dumps(entry["spec"]): entry for entry in cases}.values())
+
+
+def _case(entry: Mapping[str, Any]) -> dict[str, Any]:
+    if "error" in entry:
+        spec = entry["spec"]
+        name = f"{spec['projection']}, {spec['tokens']} tokens, {spec['mask']} {spec['density']}"
+        return {"operation": spec["operation"], "case": name, "error": entry["error"]}
+    names = ("operation", "case", "rounds", "calls", "tokens", "sides", "ratios", "left_out")
+    return {name: entry[name] for name in names if entry[name]}
+
+
+def _tests(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last outcome of each test; failures with their messages; the reasons of those skipped;
+    and how exact each operation was, at worst.
+    """
+    last = {entry["id"]: entry for entry in entries if entry["kind"] == "test"}
+    if not last:
+        return {}
+    outcomes = Counter(entry["outcome"] for entry in last.values())
+    failed = {
+        name: entry.get("message", "")
+        for name, entry in last.items()
+        if entry["outcome"] == "failed"
+    }
+    skipped = Counter(e.get("message", "") for e in last.values() if e["outcome"] == "skipped")
+    worst: dict[str, float] = {}
+    for entry in last.values():
+        for what, ratio in entry.get("errors", []):
+            worst[what] = max(ratio, worst.get(what, 0.0))
+    return {
+        **outcomes,
+        "failures": dict(list(failed.items())[:_FAILURES_KEPT]),
+        "skips": dict(skipped),
+        "error_over_twice_torchs": worst,
+    }
+
+
+def goals(record: Mapping[str, Any]) -> list[tuple[str, str, str, float, float]]:
+    """Operation, case, "ours / peer", ratio, and the largest wanted, of each goal in the record."""
+    return [
+        (case["operation"], case["case"], f"{ours} / {peer}", ratio, at_most)
+        for case in record["cases"]
+        for ours, peer, ratio, at_most in case.get("ratios", ())
+        if at_most is not None
+    ]
+
+
+def write(out: Path, record: Mapping[str, Any]) -> None:
+    """Write the record and the table into a folder, one line for each case."""
+    head = {name: value for name, value in record.items() if name != "cases"}
+    lines = [
+        json.dumps(case, ensure_ascii=False, separators=(",", ":")) for case in record["cases"]
+    ]
+    text = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
+    body = ",\n".join(lines)
+    _replace(out / JSON, f'{text},\n "cases": [\n{body}\n ]\n}}\n')
+    _replace(out / TABLE, table(record))
+
+
+def _replace(path: Path, text: str) -> None:
+    with replaced(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The record in Markdown."""
+    parts = [f"# The kernels on a GPU: {record['status']}\n"]
+    if record["status"] == NOT_YET:
+        parts.append(
+            "`scripts/gpu_check.sh`, on a machine with a GPU, builds, tests and measures, and\n"
+            f"writes the `{JSON}` and `{TABLE}` that take the place of these. Until then no GPU\n"
+            "backend counts as verified, and no figure for a GPU is a measured one.\n"
+        )
+        return "\n".join(parts)
+    parts += [_machine(record), _stages(record), _goals(record), _steps(record)]
+    operations = dict.fromkeys(case["operation"] for case in record["cases"])
+    parts += [_operation(record, operation) for operation in operations if operation != "step"]
+    parts.append(_not_measured(record))
+    return "\n".join(part for part in parts if part)
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    lines = [f"- {name}: {value}" for name, value in record.get("machine", {}).items() if value]
+    if light := record.get("light"):
+        copied, multiplied = light["bytes_per_second"], light["operations_per_second"]
+        lines.append(f"- a large copy, read and written: {copied / 1e12:.2f} TB/s")
+        lines.append(f"- a bf16 product of 8192 x 8192 x 8192: {multiplied / 1e12:.0f} TFLOP/s")
+    return "\n".join(lines) + "\n"
+
+
+def _stages(record: Mapping[str, Any]) -> str:
+    rows = [
+        (stage, facts["status"], str(facts.get("seconds", "")), facts["sources"])
+        for stage, facts in record["stages"].items()
+    ]
+    parts = [_markdown(("stage", "status", "seconds", "sources"), rows)]
+    if tests := record.get("tests"):
+        counts = ", ".join(
+            f"{tests[name]} {name}" for name in ("passed", "failed", "skipped") if name in tests
+        )
+        parts.append(f"Tests: {counts}.\n")
+        parts += [f"- failed: `{name}`: {why}" for name, why in tests["failures"].items()]
+        parts += [f"- skipped, {count}: {why}" for why, count in tests["skips"].items()]
+        if worst := tests["error_over_twice_torchs"]:
+            errors = [(what, f"{ratio:.3g}") for what, ratio in sorted(worst.items())]
+            head = ("operation, backend, dtype", "largest error / (2 x torch's + one rounding)")
+            parts += ["", _markdown(head, errors)]
+    return "\n".join(parts) + "\n"
+
+
+def _goals(record: Mapping[str, Any]) -> str:
+    found = goals(record)
+    if not found:
+        return ""
+    met = sum(ratio <= at_most for *_, ratio, at_most in found)
+    rows = [
+        (operation, case, what, f"{ratio:.3f}", f"{at_most:g}", "yes" if ratio <= at_most else "NO")
+        for operation, case, what, ratio, at_most in found
+    ]
+    head = ("operation", "case", "ours / peer", "ratio", "goal", "met")
+    return f"## Goals: {met} of {len(found)} met\n\n{_markdown(head, rows)}"
+
+
+def _steps(record: Mapping[str, Any]) -> str:
+    rows = []
+    for case in record["cases"]:
+        if case["operation"] != "step" or "sides" not in case:
+            continue
+        for name, values in case["sides"].items():
+            side = dict(zip(COLUMNS, values, strict=True))
+            rows.append(
+                (
+                    case["case"],
+                    name,
+                    f"{side['ms']:.2f}",
+                    f"{case['tokens'] / side['ms'] * 1e3:,.0f}",
+                    f"{side['peak_mb'] / 1e3:.1f}",
+                    f"{side['trained']:,}",
+                    _share(side),
+                )
+            )
+    if not rows:
+        return ""
+    head = ("step", "side", "ms", "tokens/s", "peak GB", "trained", "of light")
+    return f"## Training steps\n\n{_markdown(head, rows)}"
+
+
+def _operation(record: Mapping[str, Any], operation: str) -> str:
+    """Of each side: ms, and its share of the speed of light where that was counted."""
+    cases = [c for c in record["cases"] if c["operation"] == operation and "sides" in c]
+    names = list(dict.fromkeys(name for case in cases for name in case["sides"]))
+    rows = []
+    for case in cases:
+        cells = []
+        for name in names:
+            values = case["sides"].get(name)
+            side = dict(zip(COLUMNS, values, strict=True)) if values else None
+            share = _share(side) if side else ""
+            cells.append(f"{side['ms']:.4g}" + (f" ({share})" if share else "") if side else "")
+        rows.append((case["case"], *cells))
+    if not rows:
+        return ""
+    title = f"## {operation}, ms (share of the speed of light)"
+    return f"{title}\n\n{_markdown(('case', *names), rows)}"
+
+
+def _not_measured(record: Mapping[str, Any]) -> str:
+    failed = [
+        f"- {case['operation']}, {case['case']}: {case['error']}"
+        for case in record["cases"]
+        if "error" in case
+    ]
+    reasons = Counter(
+        (case["operation"], side, why)
+        for case in record["cases"]
+        for side, why in case.get("left_out", {}).items()
+    )
+    failed += [
+        f"- {operation}, {side}, in {count} cases: {why}"
+        for (operation, side, why), count in reasons.items()
+    ]
+    return "## Not measured\n\n" + "\n".join(failed) + "\n" if failed else ""
+
+
+def _share(side: Mapping[str, Any]) -> str:
+    return f"{side['light_ms'] / side['ms']:.0%}" if side["light_ms"] else ""
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """A short table for the end of the output: stages, tests, goals, steps."""
+    lines = [f"record: {record['status']}"]
+    for stage, facts in record["stages"].items():
+        lines.append(f"  {stage:8} {facts['status']:12} {facts.get('seconds', '')} s")
+    if tests := record.get("tests"):
+        lines.append(
+            f"  tests: {tests.get('passed', 0)} passed, {tests.get('failed', 0)} failed, "
+            f"{tests.get('skipped', 0)} skipped"
+        )
+        lines += [f"    failed: {name}" for name in list(tests["failures"])[:10]]
+    errors = sum("error" in case for case in record["cases"])
+    lines.append(f"  cases: {len(record['cases']) - errors} measured, {errors} failed")
+    for operation, case, what, ratio, at_most in goals(record):
+        verdict = "met" if ratio <= at_most else "MISSED"
+        lines.append(f"  {verdict:6} {ratio:8.3f} goal {at_most:5g}  {operation}, {case}: {what}")
+    return "\n".join(lines)

@@ -1,0 +1,194 @@
+"""A case on a GPU, and how its sides are timed: interleaved rounds, cold caches, medians.
+
+Every side is called and checked by itself before anything is timed. One that cannot run, or that
+computes the wrong thing, is left out and the reason recorded; the others are measured all the same.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..harness import Case, Result, Side, Timing, Verdict
+from ..machine import Light
+from .device import Device, Spent
+
+# Seconds for all timed calls of a case, and what the number of rounds may be.
+CASE_SECONDS = 0.6
+LEAST_ROUNDS, MOST_ROUNDS = 3, 15
+# The device is kept busy this much longer than the host took the last time, and never longer than
+# LONGEST_LEAD: a side that takes the host longer is bound by it in a training step, too.
+LEAD, LONGEST_LEAD = 1.25, 5e-3
+
+
+class DeviceLostError(RuntimeError):
+    """An error left the device unusable for this process."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Bytes that must be moved, at the measured bandwidth: a time to be compared with."""
+
+    name: str
+    bytes: int
+    at_most: float | None = None  # goal for the ratio
+
+
+@dataclass(frozen=True)
+class GpuSide(Side):
+    """A side with what is its own on a GPU.
+
+    Args:
+        check: takes what `run` returned; raises WrongResultError when it is wrong.
+    """
+
+    check: Callable[[Any], None] | None = None
+    floors: Sequence[Floor] = ()
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """Sides that are compared with each other.
+
+    Args:
+        left_out: side -> why it was not even set up.
+        calls: calls of each side in a round; the median of them is the round's.
+        own_bytes: side -> bytes that belong to it and are there between its calls.
+        memory_goals: peer's name -> the largest wanted ratio of the memory, ours / peer.
+        tokens: what a call trains on, where the case is a training step.
+    """
+
+    operation: str
+    name: str
+    sides: Sequence[GpuSide]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    calls: int = 2
+    seconds: float = CASE_SECONDS
+    own_bytes: Mapping[str, int] = field(default_factory=dict)
+    memory_goals: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a case. By side: seconds of the host for a call, and the most bytes
+    allocated during one: its own, and those by which the call rises above what is there before it.
+    """
+
+    result: Result
+    left_out: Mapping[str, str]
+    host: Mapping[str, float]
+    peaks: Mapping[str, int]
+    verdicts: Sequence[Verdict]
+
+
+def measure(case: GpuCase, device: Device) -> Measured:
+    """Check each side, time those that are right.
+
+    Raises:
+        DeviceLostError: a side left the device unusable; the message names it.
+    """
+    left_out = dict(case.left_out)
+    sides, expected, peaks = [], {}, {}
+    for side in case.sides:
+        try:
+            expected[side.name], peak = _tried(side, device)
+            peaks[side.name] = peak + case.own_bytes.get(side.name, 0)
+            sides.append(side)
+        except Exception as error:
+            left_out[side.name] = reason(error)
+            if device.is_lost():
+                raise DeviceLostError(f"{case.name}, {side.name}: {reason(error)}") from error
+        device.free()
+    peers = {side.name for side in sides if not side.ours}
+    kept = [
+        replace(side, goals={peer: at for peer, at in side.goals.items() if peer in peers})
+        for side in sides
+    ]
+    once = max(sum(spent.device + _lead(spent) for spent in expected.values()), 1e-6)
+    seconds = case.seconds if device.is_cuda else 0.0  # a dry run times nothing of interest
+    calls = case.calls if LEAST_ROUNDS * case.calls * once <= seconds else 1
+    wanted = int(seconds / (calls * once))
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, wanted))
+    spent = _rounds(kept, expected, rounds, calls, device)
+    timings = {side.name: _timing(side, spent[side.name], calls, device) for side in kept}
+    plain = Case(case.operation, case.name, kept, lambda: None, rounds, calls)
+    result = Result(plain, case.name, rounds, timings)
+    verdicts = [
+        *result.verdicts(),
+        *(
+            _against(side, floor, timings[side.name].median, device.light)
+            for side in kept
+            for floor in side.floors
+        ),
+        *(
+            Verdict(f"{side.name}, memory", peer, peaks[side.name] / peaks[peer], at_most=goal)
+            for side in kept
+            for peer, goal in case.memory_goals.items()
+            if side.ours and peaks.get(peer)
+        ),
+    ]
+    host = {name: statistics.median(s.host for s in some) for name, some in spent.items()}
+    return Measured(result, left_out, host, peaks, verdicts)
+
+
+def reason(error: BaseException) -> str:
+    """One short line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:200]
+
+
+def _tried(side: GpuSide, device: Device) -> tuple[Spent, int]:
+    """Call a side until it is warm, and check it; return its time and its peak."""
+    outputs: list[object] = []
+    device.peak(lambda: outputs.append(side.run()))  # compiles and plans
+    device.synchronize()
+    if side.check is not None:
+        side.check(outputs[0])
+    outputs.clear()
+    peak = device.peak(side.run)
+    device.synchronize()
+    read = device.timed(side.run, 0.0)
+    device.synchronize()
+    return read(), peak
+
+
+def _lead(spent: Spent) -> float:
+    return min(LEAD * spent.host, LONGEST_LEAD)
+
+
+def _rounds(
+    sides: Sequence[GpuSide],
+    expected: Mapping[str, Spent],
+    rounds: int,
+    calls: int,
+    device: Device,
+) -> dict[str, list[Spent]]:
+    spent: dict[str, list[Spent]] = {side.name: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            lead = _lead(expected[side.name])
+            readings = [device.timed(side.run, lead) for _ in range(calls)]
+            device.synchronize()
+            spent[side.name] += [read() for read in readings]
+    return spent
+
+
+def _timing(side: GpuSide, spent: Sequence[Spent], calls: int, device: Device) -> Timing:
+    seconds = [one.device for one in spent]
+    firsts = tuple(seconds[::calls])
+    return Timing(
+        statistics.median(seconds),
+        statistics.median(firsts),
+        None if side.work is None else side.work.seconds(device.light),
+        tuple(statistics.median(seconds[i : i + calls]) for i in range(0, len(seconds), calls)),
+        firsts,
+    )
+
+
+def _against(side: GpuSide, floor: Floor, seconds: float, light: Light) -> Verdict:
+    return Verdict(
+        side.name, floor.name, seconds * light.bandwidth / floor.bytes, at_most=floor.at_most
+    )

@@ -1,0 +1,186 @@
+"""What the tests on a GPU share: the device, the backends, the rule for errors, and the ways in
+which CUDA is asked. In a dry run on the CPU the latter only call what they are given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from kernels import KINDS as ALL_KINDS
+from kernels import SHAPES as ALL_SHAPES
+from torch import Tensor
+
+from speft_kernels.bench.gpu.bounds import summation_bound
+from speft_kernels.ops import registry
+
+DRY = os.environ.get("SPEFT_GPU_DRY_RUN") == "1" and not torch.cuda.is_available()
+DEVICE = torch.device("cpu" if DRY else "cuda:0")
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# In a dry run a few programs take the interpreter as long as all of this takes a GPU.
+SHAPES = ((0, 8, 6), (3, 33, 17)) if DRY else ALL_SHAPES
+KINDS = ("uniform", "empty", "row") if DRY else ALL_KINDS
+WARM_UP = 0 if DRY else 3  # calls before one is captured
+LLAMA = (20, 40, 56) if DRY else (2048, 1024, 4096)  # M, N, K: a key projection of Llama-3-8B
+
+
+def backends(*ops: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """The backends that serve all of `ops` for tensors of `dtype` on a GPU: whatever is declared is
+    tested.
+    """
+    name = str(dtype).removeprefix("torch.")
+    serving = [
+        {
+            row["backend"]
+            for row in registry.table()
+            if row["op"] == op
+            and row["available"]
+            and row["device"] in ("any", "cuda")
+            and name in row["dtypes"]
+        }
+        for op in ops
+    ]
+    return sorted(set.intersection(*serving))
+
+
+def fast_backends(*ops: str, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    """Those of which speed is asked as well: all but the reference."""
+    return [name for name in backends(*ops, dtype=dtype) if name != "reference"]
+
+
+def backends_and_dtypes(*ops: str) -> list[tuple[str, torch.dtype]]:
+    return [(backend, dtype) for dtype in DTYPES for backend in backends(*ops, dtype=dtype)]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in float32, as torch computes it: 16-bit operands by tensor cores where torch has
+    such a product for them.
+    """
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and 0 not in (*a.shape, *b.shape):
+        try:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        except (RuntimeError, TypeError):  # not for every shape in every release
+            pass
+    return a.float() @ b.float()
+
+
+def largest(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
+
+
+def assert_as_exact_as_torch(
+    ours: Tensor,
+    theirs: Tensor,
+    exact: Tensor,
+    *,
+    terms: int,
+    operands: torch.dtype,
+    entries: Tensor | None = None,
+) -> float:
+    """The numbers contract: at most twice torch's own error in the same dtype, plus one rounding of
+    the largest result. Return the error over that.
+
+    On a GPU neither side's order of summation is ours to choose: cuBLAS cuts a long sum into parts
+    where it sees fit, and is more exact for that. So the rule has the error on top that the worst
+    order has, `summation_bound`; what is returned shows whether it was needed.
+
+    Args:
+        exact: float64, of the same (already rounded) inputs.
+        terms: how many products each result sums.
+        operands: the dtype of what is multiplied.
+        entries: the flat entries of `exact` that `ours` holds. Torch's error is that of the whole
+            product, since the error of a few sums may be small by chance.
+    """
+    wanted = exact if entries is None else exact.reshape(-1)[entries.long()]
+    if wanted.numel() == 0:
+        return 0.0
+    found = largest(ours.double() - wanted.reshape(ours.shape))
+    size = largest(exact)
+    rule = 2 * largest(theirs.double() - exact) + torch.finfo(ours.dtype).eps * size
+    order = summation_bound(terms, size, operands)
+    assert found <= rule + order, (found, rule, order)
+    return found / rule if rule else 0.0
+
+
+@contextlib.contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """In the block, whatever makes the host wait for the device raises."""
+    if DRY:
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(
+    run: Callable[[], Any], before: Callable[[], None] = lambda: None
+) -> tuple[Any, Callable[[], None]]:
+    """Capture a call in a CUDA graph, after three calls that warm up: what it returned, and what
+    replays it into the same memory. `before` is called before each, and is not captured.
+
+    What says that it cannot be captured is no failure: the test is skipped, with that as its
+    reason.
+    """
+    if DRY:
+        before()
+        outputs = run()
+
+        def again() -> None:
+            for target, source in zip(_leaves(outputs), _leaves(run()), strict=True):
+                target.copy_(source)
+
+        return outputs, again
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UP):  # compiles, plans, allocates
+            before()
+            run()
+    torch.cuda.current_stream().wait_stream(aside)
+    before()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            outputs = run()
+    except RuntimeError as error:
+        if "cannot be captured" in str(error):
+            pytest.skip(str(error))
+        raise
+    return outputs, graph.replay
+
+
+def _leaves(outputs: Any) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def peak_growth(run: Callable[[], Any]) -> int:
+    """By how many bytes the allocations of tensors rise above what is there; 0 in a dry run."""
+    run()  # whatever is built once
+    if DRY:
+        return 0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def spin() -> None:
+    """Keep the current stream busy for some tens of milliseconds."""
+    if not DRY:
+        torch.cuda._sleep(50_000_000)

@@ -1,0 +1,463 @@
+"""What judges the kernels on a GPU, gone through without one: every case at tiny sizes, and all
+that a crash, a hang or a wrong result must not break.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from speft_kernels import ops
+from speft_kernels.bench.gpu import cases, check, install, journal, record, run
+from speft_kernels.bench.gpu.bounds import summation_bound
+from speft_kernels.bench.gpu.device import Device
+from speft_kernels.bench.gpu.journal import Journal
+from speft_kernels.bench.gpu.problems import MOST_TOKENS, TINY, Spec, Workbench, rotated
+from speft_kernels.bench.gpu.timing import Floor, GpuCase, GpuSide, measure
+from speft_kernels.bench.harness import WrongResultError
+from speft_kernels.testing import clustering_of, realistic_pattern
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Workbench(Device("cpu"), TINY)
+
+
+def representatives():
+    """A case for each operation, kind of mask, and of many tokens and few."""
+    chosen = {}
+    for spec in [*cases.kernel_specs(), *cases.step_specs()]:
+        of = spec.projection if spec.operation in ("topk_salience", "step") else ""
+        chosen.setdefault((spec.operation, spec.mask, spec.tokens == MOST_TOKENS, of), spec)
+    return [spec for spec in chosen.values() if spec != Spec("step", "8B")]
+
+
+@pytest.mark.parametrize(
+    "spec", representatives(), ids=lambda spec: "-".join(map(str, vars(spec).values()))
+)
+def test_every_case_goes_through_on_the_cpu(spec, bench, tmp_path, monkeypatch):
+    """Its setup, its peers, its checks and its entry in the journal: nothing is found broken only
+    on a GPU. Triton is interpreted, so it takes part where that takes a second, not ten.
+    """
+    if spec.operation in ("topk_salience", "layer", "step"):
+        monkeypatch.setattr(Workbench, "backends", lambda *_, **__: ["torch"])
+    journal = Journal(tmp_path / "journal.jsonl", "kernels", "sources", "cpu")
+    run._measure(spec, bench, journal)
+    (entry,) = journal.entries("case")
+    assert "error" not in entry, entry
+    # What torch has not on a CPU.
+    missing = {"torch.sparse CSR, added"}
+    assert set(entry["left_out"]) <= missing, entry["left_out"]
+    ours = [name for name, values in entry["sides"].items() if values[0]]
+    assert {name.removeprefix("SPEFT ").split(",")[0] for name in ours} >= {"torch"}
+    assert len(entry["sides"]) > len(ours)
+    assert all(values[1] > 0 for values in entry["sides"].values())
+    assert len(entry["ratios"]) >= len(ours)
+
+
+def test_the_goals_come_first_and_every_case_once():
+    specs = cases.kernel_specs()
+    assert len(set(specs)) == len(specs)
+    assert {spec.operation for spec in specs} == {*ops.registry.OPS, "keep_columns", "layer"}
+    with_goals = [spec for spec in specs if spec.tokens in (MOST_TOKENS, 16, 1, 0)][:25]
+    assert set(specs[:25]) == set(with_goals)
+    assert {spec.tokens for spec in specs} == {0, *cases.TOKENS}
+    assert {spec.density for spec in specs} == set(cases.DENSITIES)
+
+
+@pytest.mark.parametrize(
+    ("operation", "spec"),
+    [
+        ("sampled_grad", Spec("sampled_grad", "q", 512)),
+        ("block_grad", Spec("block_grad", "q", 512, "16x16")),
+        ("sparse_delta_matmul", Spec("sparse_delta_matmul", "q", 512)),
+        ("topk_salience", Spec("topk_salience", "bfloat16")),
+        ("write_deltas", Spec("write_delta", "layers")),
+        ("keep_columns", Spec("keep_columns", "q", 512)),
+    ],
+)
+def test_a_wrong_result_is_noticed_and_the_peers_are_measured(bench, monkeypatch, operation, spec):
+    working = getattr(ops, operation)
+
+    def broken(*args, **kwargs):
+        output = working(*args, **kwargs)
+        if operation == "write_deltas":
+            args[0][0].view(-1)[args[1][0].indices[0]] += 1
+        elif operation == "topk_salience":
+            output[0][0] = output[0][1]
+        elif operation == "keep_columns":
+            output[0, 0, 0] += 1
+        else:
+            output.view(-1)[0] += 0.5 * output.abs().max()
+        return output
+
+    monkeypatch.setattr(ops, operation, broken)
+    monkeypatch.setattr(Workbench, "backends", lambda *_, **__: ["torch"])
+    measured = measure(cases.setup(spec, bench), bench.device)
+    assert {name.split(",")[0] for name in measured.left_out} >= {"torch"}
+    assert all("WrongResultError" in why for why in list(measured.left_out.values())[:1])
+    assert measured.result.timings
+    assert not any(side.ours for side in measured.result.case.sides)
+
+
+def test_masks_are_turned_to_other_places_and_stay_as_clustered():
+    pattern = realistic_pattern((192, 128), 0.01)
+    others = [rotated(pattern, number) for number in (1, 2)]
+    assert all(other.nnz == pattern.nnz and other != pattern for other in others)
+    assert others[0] != others[1]
+    assert all(clustering_of(other) == clustering_of(pattern) for other in others)
+
+
+# Timing
+
+
+def side(name, seconds=0.0, ours=False, error=None, **more):
+    def call():
+        if error is not None:
+            raise error
+        time.sleep(seconds)
+        return name
+
+    return GpuSide(name, call, ours, **more)
+
+
+def refuse(output):
+    raise WrongResultError(f"{output} is wrong")
+
+
+def test_what_fails_is_left_out_and_the_others_are_timed():
+    case = GpuCase(
+        "op",
+        "case",
+        [
+            side("ours", 0.02, True, goals={"peer": 1.5, "absent": 1.0}),
+            side("wrong", ours=True, check=refuse),
+            side("peer", 0.01),
+            side("absent", error=NotImplementedError("not for\nthis dtype")),
+        ],
+        {"never": "no such library"},
+    )
+    measured = measure(case, Device("cpu"))
+    assert measured.left_out == {
+        "never": "no such library",
+        "wrong": "WrongResultError: wrong is wrong",
+        "absent": "NotImplementedError: not for this dtype",
+    }
+    assert list(measured.result.timings) == ["ours", "peer"]
+    (verdict,) = measured.verdicts
+    assert (verdict.ours, verdict.peer, verdict.at_most) == ("ours", "peer", 1.5)
+    assert 1.5 < verdict.ratio < 2.5
+    assert verdict.met is False
+
+
+def test_a_device_that_is_lost_ends_the_process_and_costs_one_case(tmp_path, monkeypatch):
+    lost = GpuCase("op", "case", [side("ours", ours=True, error=RuntimeError("wild access"))])
+    monkeypatch.setattr(cases, "setup", lambda *_: lost)
+    monkeypatch.setattr(Device, "is_lost", lambda _: True)
+    command = ["step", str(tmp_path), "--device", "cpu"]
+    assert run.main(command) == check.RESTART
+    assert run.main(command) == check.RESTART
+    assert run.main(command) == 0  # both cases have had their turn
+    found = record.build(tmp_path, "cpu", lambda stage: journal.fingerprint("step"))
+    assert [case["error"] for case in found["cases"]] == [
+        "DeviceLostError: case, ours: RuntimeError: wild access"
+    ] * 2
+
+
+def test_floors_and_memory_are_compared_with():
+    device = Device("cpu")
+    bytes_of_10_ms = int(device.light.bandwidth * 0.01)
+    sides = [
+        side("ours", 0.02, True, floors=[Floor("reading", bytes_of_10_ms, 3.0)]),
+        side("peer"),
+    ]
+    own, goals = {"ours": 30, "peer": 40}, {"peer": 1.0}
+    measured = measure(GpuCase("op", "case", sides, own_bytes=own, memory_goals=goals), device)
+    found = {(v.ours, v.peer): (v.ratio, v.met) for v in measured.verdicts}
+    ratio, met = found["ours", "reading"]
+    assert 1.9 < ratio < 3.0
+    assert met
+    assert found["ours, memory", "peer"] == (0.75, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bound_holds_for_sums_in_the_worst_order_and_for_no_worse_arithmetic(dtype):
+    """One product after the other in float32; and as tensor cores do, 16 at a time, cut off."""
+    tokens = 4096
+    a, b = (torch.randn(tokens, 200).to(dtype).double() for _ in range(2))
+    products = a * b
+    exact = products.sum(0)
+    found = torch.zeros(200)
+    if dtype == torch.float32:
+        for row in products.float():
+            found += row
+    else:
+        for some in products.view(-1, 16, 200).sum(1):
+            total = found.double() + some
+            rounded = total.float()
+            toward_zero = torch.nextafter(rounded, torch.zeros(()))
+            found = torch.where(rounded.double().abs() > total.abs(), toward_zero, rounded)
+    bound = summation_bound(tokens, float(exact.abs().max()), dtype)
+    assert float((found - exact).abs().max()) <= bound
+    # One product forgotten, or a sum that is kept in bf16.
+    assert float(products[0].abs().max()) > 10 * bound
+    assert float((exact.bfloat16() - exact).abs().max()) > 10 * bound
+
+
+# The journal and the record
+
+
+def test_a_journal_keeps_what_is_its_own_and_survives_a_cut_off_line(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    mine = Journal(path, "kernels", "abc", "H200")
+    mine.add("case", spec={"a": 1})
+    for other in (Journal(path, "step", "abc", "H200"), Journal(path, "kernels", "abd", "H200")):
+        other.add("case", spec={"a": 2})
+    Journal(path, "kernels", "abc", "A100").add("stage", status="complete")
+    with open(path, "a") as file:
+        file.write('{"kind": "case", "stage": "kern')
+    mine.add("stage", status="out of time")
+    assert [entry["spec"] for entry in mine.entries("case")] == [{"a": 1}]
+    assert mine.status() == "out of time"
+    mine.forget()
+    assert mine.status() is None
+    assert [entry["stage"] for entry in journal.read(path)] == ["step"]
+
+
+def test_a_case_that_took_its_process_along_is_not_tried_again(tmp_path):
+    specs = [Spec("layer", name) for name in ("q", "k", "gate")]
+    book = Journal(tmp_path / "journal.jsonl", "kernels", "abc", "cpu")
+    for spec in specs[:2]:
+        book.add("begin", spec=vars(spec))
+    book.add("case", spec=vars(specs[0]), operation="layer")
+    assert run._not_yet(specs, book) == specs[2:]
+    assert run._not_yet(specs, book) == specs[2:]
+    assert [entry.get("error") for entry in book.entries("case")] == [
+        None,
+        "its process ended while it ran",
+    ]
+
+
+def test_sources_have_a_fingerprint(tmp_path):
+    for name in ("speft_kernels/a.py", "tests/b.py", "setup.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    before = {stage: journal.fingerprint(stage, tmp_path) for stage in ("test", "step")}
+    (tmp_path / "speft_kernels" / "notes.txt").write_text("of no consequence")
+    assert journal.fingerprint("step", tmp_path) == before["step"]
+    (tmp_path / "tests" / "b.py").write_text("2")
+    assert journal.fingerprint("step", tmp_path) == before["step"]
+    assert journal.fingerprint("test", tmp_path) != before["test"]
+    (tmp_path / "speft_kernels" / "a.py").rename(tmp_path / "speft_kernels" / "c.py")
+    assert journal.fingerprint("step", tmp_path) != before["step"]
+
+
+def test_the_committed_record_is_what_it_says():
+    """Either nothing was ever measured, and it says so, or the table is that of the record."""
+    found = json.loads((RESULTS / record.JSON).read_text(encoding="utf-8"))
+    assert (RESULTS / record.TABLE).read_text(encoding="utf-8") == record.table(found)
+    assert (RESULTS / record.JSON).stat().st_size < 200_000
+    if found["cases"]:
+        assert found["status"] != record.DRY
+    else:
+        assert found == record.empty()
+        assert "not yet run on a GPU" in (RESULTS / record.TABLE).read_text(encoding="utf-8")
+
+
+def entry_of_a_case(spec, ratio):
+    """With numbers as long as any."""
+    kept = [35000000, 10**9, 10**9] if spec.operation == "layer" else [35000000, None, None]
+    values = [1, 12.34, 10.11, 123456789, 123456789012, 123.4, 1234.0, *kept]
+    names = ["triton, x kept", "triton, x whole", "torch, x kept", "dense dW, gather", "by torch"]
+    ratios = [[ours, peer, ratio, None] for ours in names[:3] for peer in names[3:]]
+    ratios[0][3] = 0.15
+    return {
+        "spec": vars(spec),
+        "operation": spec.operation,
+        "case": f"{spec.projection} 14336 x 4096, {spec.tokens} tokens, {spec.mask} {spec.density}",
+        "rounds": 15,
+        "calls": 2,
+        "tokens": 8192 if spec.operation == "step" else 0,
+        "sides": dict.fromkeys(names, values),
+        "ratios": ratios,
+        "left_out": {"torch.sparse": "NotImplementedError: not for bf16"},
+    }
+
+
+def test_a_record_of_every_case_is_small_enough_to_commit(tmp_path):
+    specs = [*cases.kernel_specs(), *cases.step_specs()]
+    for stage, chosen in (("kernels", specs[:-2]), ("step", specs[-2:])):
+        book = Journal(tmp_path / journal.NAME, stage, "abc", "H200")
+        book.add("machine", gpu="NVIDIA H200", commit="0123456789ab")
+        book.add("light", bytes_per_second=4.3e12, operations_per_second=7.9e14)
+        for i, spec in enumerate(chosen):
+            book.add("case", **entry_of_a_case(spec, 0.1 if i else 0.2))
+        book.add("stage", status="complete", seconds=400.0, detail="")
+    tests = Journal(tmp_path / journal.NAME, "test", "abc", "H200")
+    tests.add("test", id="a::b[c]", outcome="failed", seconds=1, message="it | failed")
+    tests.add("test", id="a::c", outcome="passed", seconds=1, errors=[["sampled_grad, x", 0.5]])
+    tests.add("test", id="a::d", outcome="skipped", seconds=0, message="one device")
+    found = record.build(tmp_path, "H200", lambda stage: "abc")
+    record.write(tmp_path, found)
+    assert json.loads((tmp_path / record.JSON).read_text(encoding="utf-8")) == found
+    assert (tmp_path / record.JSON).stat().st_size < 200_000
+    table = (tmp_path / record.TABLE).read_text(encoding="utf-8")
+    assert len(table) < 100_000
+    assert found["status"] == "in part"  # no build, no end of the tests
+    assert found["tests"]["failures"] == {"a::b[c]": "it | failed"}
+    assert len(found["cases"]) == len(specs)
+    # The first case of either stage misses its goal.
+    assert f"Goals: {len(specs) - 2} of {len(specs)} met" in table
+    assert "| sampled_grad, x | 0.5 |" in table
+    assert "663,857" in table  # 8192 tokens in 12.34 ms
+    assert "failed: `a::b[c]`" in table
+    assert "MISSED" in record.summary(found)
+    assert record.build(tmp_path, "A100", lambda stage: "abc")["status"] == record.NOT_YET
+    assert record.build(tmp_path, "H200", lambda stage: "abd")["cases"] == []
+
+
+# The command
+
+
+@pytest.fixture
+def probed(monkeypatch):
+    """A machine without a GPU."""
+    machine = install.Machine("2.11.0", None, None, 0.0, 2, False)
+    monkeypatch.setattr(install, "probe", lambda python: machine)
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(probed, tmp_path, capsys):
+    assert check.main([str(tmp_path / "out")]) == 2
+    assert "there is no CUDA GPU that torch 2.11.0 sees" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages_are_listed_and_unknown_ones_refused(probed, capsys):
+    assert check.main(["--list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == ["build", "test", "kernels", "step"]
+    for words, message in (
+        (["kernel"], "unknown stage 'kernel'. Did you mean 'kernels'?"),
+        (["out", "stepp"], "unknown stage 'stepp'"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            check.main(words)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs"), [((8, 0), "80"), ((9, 0), "90a"), ((10, 0), "100a"), (None, "")]
+)
+def test_the_targets_are_those_of_the_gpu(capability, archs):
+    assert install.Machine("2.11.0", "a GPU", capability, 80.0, 2, True).archs == archs
+
+
+def test_a_python_without_torch_is_named(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'No module named torch' >&2\nexit 1\n")
+    python.chmod(0o755)
+    assert install.probe(str(python)) == f"{python} cannot import torch: No module named torch"
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """A session whose stages are scripts, and which has nothing to build."""
+    machine = install.Machine("2.11.0", "H200", (9, 0), 139.0, 16, False)
+    found = check.Session(tmp_path, machine, False, float("inf"), True, sys.executable)
+
+    def scripted(*scripts):
+        left = list(scripts)
+
+        def command(stage, python, seconds, *, again):
+            assert again == (len(left) < len(scripts))
+            return [python, "-c", left.pop(0)], {}
+
+        monkeypatch.setattr(found, "_command", command)
+        return left
+
+    found.scripted = scripted
+    return found
+
+
+def test_a_stage_goes_on_after_a_lost_device_or_a_crash(session, capsys):
+    left = session.scripted(
+        "import sys; print('first'); sys.exit(75)",
+        "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+        "print('third')",
+        "never",
+    )
+    session.run("kernels", force=False)
+    assert session.journal("kernels").status() == "complete"
+    assert left == ["never"]
+    assert (session.out / "kernels.log").read_text() == "first\nthird\n"
+    assert "third" in capsys.readouterr().out
+    session.run("kernels", force=False)
+    assert left == ["never"]  # complete: not run again
+
+
+def test_a_stage_that_is_out_of_time_is_ended_and_its_finds_are_kept(session, monkeypatch):
+    monkeypatch.setattr(check, "_GRACE", 0.3)
+    monkeypatch.setitem(check.LIMITS, "kernels", 1.0)
+    entry = {"kind": "case", "stage": "kernels", "spec": {"a": 1}, "device": "H200"}
+    entry["sources"] = journal.fingerprint("kernels")
+    values = {"operation": "layer", "case": "c", "error": "none"}
+    values["spec"] = vars(Spec("layer", "q"))
+    line = json.dumps({**entry, **values})
+    started = time.monotonic()
+    session.scripted(
+        f"import time; open({str(session.out / journal.NAME)!r}, 'a').write({line + chr(10)!r});"
+        "print('begun', flush=True); time.sleep(60)"
+    )
+    session.run("kernels", force=False)
+    assert time.monotonic() - started < 20
+    assert session.journal("kernels").status() == "out of time"
+    assert (session.out / "kernels.log").read_text() == "begun\n"
+    found = json.loads((session.out / record.JSON).read_text())
+    assert found["stages"]["kernels"]["status"] == "out of time"
+    assert [case["operation"] for case in found["cases"]] == ["layer"]
+
+
+@pytest.mark.parametrize("xdist", [False, True])
+def test_a_test_that_hangs_does_not_keep_the_others_from_running(session, xdist):
+    """It ends pytest as a failure does; pytest-xdist replaces its worker by itself."""
+    session.machine = replace(session.machine, xdist=xdist)
+    left = session.scripted("import sys; sys.exit(1)", "import sys; sys.exit(5)", "never")
+    session.run("test", force=False)
+    assert session.journal("test").status() == "failed"
+    assert left == (["import sys; sys.exit(5)"] * xdist + ["never"])
+
+
+def test_the_suites_outcomes_are_recorded_and_not_repeated(tmp_path):
+    """Two tests of the GPU suite in a dry run; the second time there is nothing left to run."""
+    path = tmp_path / journal.NAME
+    environment = {**os.environ, "SPEFT_GPU_DRY_RUN": "1", "SPEFT_GPU_JOURNAL": str(path)}
+    files = [f"tests/gpu/test_gpu_{name}.py" for name in ("library", "sampled_grad")]
+    chosen = "test_an_index_beyond_int32 or library and keep_columns-torch"
+    suite = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-p", "no:cacheprovider"]
+    for status in (0, 5):
+        # As after a crash: else a test that was skipped is asked again whether it can run.
+        more = {"SPEFT_GPU_AGAIN": "1"} if status else {}
+        command = [*suite, "-k", chosen]
+        done = subprocess.run(
+            command, cwd=ROOT, env={**environment, **more}, capture_output=True, text=True
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+    entries = [entry for entry in journal.read(path) if entry["kind"] == "test"]
+    outcomes = {entry["id"].rpartition("::")[2]: entry["outcome"] for entry in entries}
+    assert outcomes == {
+        "test_operations_are_what_torch_takes_them_for[keep_columns-torch]": "passed",
+        "test_an_index_beyond_int32_has_room": "skipped",
+    }
+    assert {entry.get("message") for entry in entries} == {None, "4.4 GB"}
