@@ -122,14 +122,14 @@ def test_masks_are_turned_to_other_places_and_stay_as_clustered():
 # Timing
 
 
-def side(name, seconds=0.0, ours=False, error=None, **more):
+def side(name, seconds=0.0, ours=False, goals=None, error=None, **more):
     def call():
         if error is not None:
             raise error
         time.sleep(seconds)
         return name
 
-    return GpuSide(name, call, ours, **more)
+    return GpuSide(name, call, ours, goals=goals or {}, **more)
 
 
 def refuse(output):
@@ -179,7 +179,7 @@ def test_floors_and_memory_are_compared_with():
     device = Device("cpu")
     bytes_of_10_ms = int(device.light.bandwidth * 0.01)
     sides = [
-        side("ours", 0.02, True, floors=[Floor("reading", bytes_of_10_ms, 3.0)]),
+        side("ours", 0.02, True, {"peer": 1e9}, floors=[Floor("reading", bytes_of_10_ms, 3.0)]),
         side("peer"),
     ]
     own, goals = {"ours": 30, "peer": 40}, {"peer": 1.0}

@@ -4,6 +4,7 @@ current stream, no synchronisation, CUDA graphs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -54,6 +55,7 @@ class Kind:
     reads_back: bool = False
 
 
+@functools.cache
 def _pattern(device: torch.device, seed: int = 0) -> SparsePattern:
     return realistic_pattern((N, K), 0.01, seed=seed).to(device)
 

@@ -87,8 +87,10 @@ def pytest_runtest_logreport(report):
         facts["message"] = _last_words(report)
     elif report.outcome == "skipped":
         facts["message"] = str(report.longrepr[2]).removeprefix("Skipped: ")[:200]
-    errors = [value for name, value in report.user_properties if name == "error"]
-    _journal.add("test", **facts, **({"errors": errors} if errors else {}))
+    worst = {}
+    for what, error in (value for name, value in report.user_properties if name == "error"):
+        worst[what] = max(error, worst.get(what, 0.0))
+    _journal.add("test", **facts, **({"errors": list(worst.items())} if worst else {}))
 
 
 def _last_words(report):

@@ -98,7 +98,7 @@ def test_a_graph_computes_with_what_is_there_when_it_is_replayed(name, backend, 
         assert_same_bits(outputs, wanted)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device alone")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
 @pytest.mark.parametrize(("name", "backend", "dtype"), EVERY)
 def test_a_device_that_is_not_the_current_one(name, backend, dtype):
     first, second = (make(name, backend, dtype, torch.device("cuda", i)) for i in range(2))

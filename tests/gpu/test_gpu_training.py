@@ -49,7 +49,9 @@ def test_loss_curves_agree(monkeypatch, backend, dtype, block_shape):
     assert reference[-BATCHES:].mean() < reference[:BATCHES].mean() or DRY
     # The same sequences in another order are the same sums in another order, in all that training
     # does: as far as that takes the reference, another backend's order may take it. Ten times as
-    # far is allowed, since one draw of a rounding error is no bound, and a rounding of the loss.
+    # far is allowed, since one draw of a rounding error is no bound; and some roundings of the
+    # float32 loss, and one in the weights' dtype of how far training moved it.
     noise = (reordered - reference).abs().max()
-    rounding = torch.finfo(dtype).eps * reference.abs().max()
+    rounding = 4 * torch.finfo(torch.float32).eps * reference.max()
+    rounding += torch.finfo(dtype).eps * (reference[0] - reference[-1]).abs()
     assert (ours - reference).abs().max() <= 10 * noise + rounding

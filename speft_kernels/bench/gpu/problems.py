@@ -121,10 +121,15 @@ class Workbench:
         the largest takes seconds on one.
         """
         missing = [key for key in dict.fromkeys(wanted) if key not in self._patterns]
-        with ThreadPoolExecutor() as pool:
-            drawn = pool.map(lambda key: _drawn(*key), missing)
-            for key, pattern in zip(missing, drawn, strict=True):
-                self._patterns[key] = pattern.to(self.device.torch)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # of each that draws
+        try:
+            with ThreadPoolExecutor() as pool:
+                drawn = pool.map(lambda key: _drawn(*key), missing)
+                for key, pattern in zip(missing, drawn, strict=True):
+                    self._patterns[key] = pattern.to(self.device.torch)
+        finally:
+            torch.set_num_threads(threads)
 
     def pattern(self, shape: Shape, mask: str, density: float, seed: int = 0) -> SparsePattern:
         key = (shape, mask, density, seed)

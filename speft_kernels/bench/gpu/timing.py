@@ -56,7 +56,8 @@ class GpuCase:
         left_out: side -> why it was not even set up.
         calls: calls of each side in a round; the median of them is the round's.
         own_bytes: side -> bytes that belong to it and are there between its calls.
-        memory_goals: peer's name -> the largest wanted ratio of the memory, ours / peer.
+        memory_goals: peer's name -> the largest wanted ratio of the memory, for sides that have a
+            goal for their time.
         tokens: what a call trains on, where the case is a training step.
     """
 
@@ -101,7 +102,8 @@ def measure(case: GpuCase, device: Device) -> Measured:
             left_out[side.name] = reason(error)
             if device.is_lost():
                 raise DeviceLostError(f"{case.name}, {side.name}: {reason(error)}") from error
-        device.free()
+    if left_out:
+        device.free()  # what was taken in vain, and may be all there is
     peers = {side.name for side in sides if not side.ours}
     kept = [
         replace(side, goals={peer: at for peer, at in side.goals.items() if peer in peers})
@@ -127,7 +129,7 @@ def measure(case: GpuCase, device: Device) -> Measured:
             Verdict(f"{side.name}, memory", peer, peaks[side.name] / peaks[peer], at_most=goal)
             for side in kept
             for peer, goal in case.memory_goals.items()
-            if side.ours and peaks.get(peer)
+            if side.goals and peaks.get(peer)
         ),
     ]
     host = {name: statistics.median(s.host for s in some) for name, some in spent.items()}
