@@ -139,7 +139,9 @@ told["specialised"] = []
 for arguments in (
     everything(),
     everything(one=0, sixteen=-1, yes=False, large=2**63, flag=None),
-    everything(ptr=torch.empty(4, dtype=torch.int64), odd_ptr=torch.empty(9, dtype=torch.int16)[4:]),
+    everything(
+        ptr=torch.empty(4, dtype=torch.int64), odd_ptr=torch.empty(9, dtype=torch.int16)[4:]
+    ),
 ):
     settings = Launch(8, 3)
     recorded = gpu_offline.record_launches(
