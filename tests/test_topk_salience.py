@@ -62,14 +62,28 @@ def test_every_metric_against_a_sort(backend, dtype, metric, scope):
             assert all(t.dtype == torch.int32 for t in got)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
+any_finite_scores = given(
     values=st.lists(
         st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=60
     ),
     data=st.data(),
 )
+
+
+@settings(max_examples=60, deadline=None)
+@any_finite_scores
 def test_any_finite_scores(values, data):
+    assert_selected(values, data, [name for name in BACKENDS if name != "triton"])
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton cannot run here")
+@settings(max_examples=20, deadline=None)  # its interpreter takes 0.1 s a call
+@any_finite_scores
+def test_any_finite_scores_in_triton(values, data):
+    assert_selected(values, data, ["triton"])
+
+
+def assert_selected(values, data, names):
     k = data.draw(st.integers(0, len(values)))
     cut = data.draw(st.integers(0, len(values)))
     parts = [
@@ -77,7 +91,7 @@ def test_any_finite_scores(values, data):
     ]
     none = [None, None]
     expected = by_sorting(parts, parts, k, "raw", "global")
-    for backend in BACKENDS:
+    for backend in names:
         got = ops.topk_salience(none, parts, k, metric="raw", scope="global", backend=backend)
         assert [t.tolist() for t in got] == [sorted(e) for e in expected]
 

@@ -5,7 +5,7 @@ what was set aside or over the data themselves.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -81,7 +81,8 @@ def select(call: Any, data: bool) -> None:
         data: over all entries, in place of those set aside.
     """
     digits = call.reading if data else call.digits
-    runs = call.reading if data else call.runs
+    # Two sums along a chunk, and 64-bit addresses to write to: half of the entries for a thread.
+    runs = replace(digits, num_warps=2 * digits.num_warps) if data else call.runs
     shared = {
         **call.tables,
         **call.of_chunks,
