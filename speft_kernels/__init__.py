@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .nn import SparseDeltaLinear
     from .pattern import SparsePattern
     from .plan import SparsityPlan
+    from .quantized import QuantizedWeight
     from .salience import SalienceReport
 
 # Loaded on first use: `speft --help` must not wait for torch.
@@ -39,12 +40,14 @@ _HOME = {
     "nn": ("SparseDeltaLinear",),
     "pattern": ("SparsePattern",),
     "plan": ("SparsityPlan",),
+    "quantized": ("QuantizedWeight",),
     "salience": ("SalienceReport",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "FlatValues",
+    "QuantizedWeight",
     "SalienceReport",
     "SparseDeltaLinear",
     "SparsePattern",

@@ -26,6 +26,9 @@ class CompactIndices(NamedTuple):
     cols: Tensor  # int32 [C], sorted: the columns that hold an entry
     local: Tensor  # int32 [nnz]: position of each entry's column in `cols`
     panels: Tensor  # int64, on the host: where each panel of PANEL_ROWS rows starts in the entries
+    # For kernels that go through all rows of the matrix, used or not:
+    starts: Tensor  # int32 [rows of the matrix + 1]: where each row starts in the entries
+    columns: Tensor  # int32 [nnz]: the column of each entry
 
     @property
     def compact_rows(self) -> Tensor:
@@ -40,7 +43,7 @@ class CompactIndices(NamedTuple):
     @property
     def entry_cols(self) -> Tensor:
         """int64 `[nnz]`: the column of each entry."""
-        return self.cols.long()[self.local.long()]
+        return self.columns.long()
 
     def _spread(self, of_row: Tensor) -> Tensor:
         # Without the size, a device would be asked for the sum of the counts.
@@ -57,25 +60,30 @@ class CompactIndices(NamedTuple):
             yield self.rows[first : first + PANEL_ROWS], entries, row_of_entry[entries] - first
 
     @classmethod
-    def build(cls, rows: Tensor, cols: Tensor) -> CompactIndices:
-        """Compact entries given as int `[nnz]` coordinates sorted by (row, column)."""
+    def build(cls, rows: Tensor, cols: Tensor, size: int) -> CompactIndices:
+        """Compact entries given as int `[nnz]` coordinates sorted by (row, column), of a matrix of
+        `size` rows.
+        """
         used_rows, counts = torch.unique_consecutive(rows, return_counts=True)
         crow = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=rows.device)
         torch.cumsum(counts, 0, out=crow[1:])
         used_cols, local = torch.unique(cols, return_inverse=True)
         panels = torch.cat([crow[:-1:PANEL_ROWS], crow[-1:]]).cpu()
+        every = torch.arange(size + 1, dtype=rows.dtype, device=rows.device)
         return cls(
             used_rows.to(torch.int32),
             crow,
             used_cols.to(torch.int32),
             local.to(torch.int32),
             panels,
+            torch.searchsorted(rows.contiguous(), every, out_int32=True),
+            cols.to(torch.int32),
         )
 
-    def transpose(self) -> tuple[CompactIndices, Tensor]:
+    def transpose(self, size: int) -> tuple[CompactIndices, Tensor]:
         """Return the same entries sorted by (column, row), and the int64 `[nnz]` permutation that
         sorts values so.
         """
         order = torch.argsort(self.local, stable=True)
         rows, cols = self.entry_cols[order], self.entry_rows[order]
-        return CompactIndices.build(rows, cols), order
+        return CompactIndices.build(rows, cols, size), order

@@ -139,14 +139,14 @@ class SparsityPlan:
     @lazy_tensor
     def csr(self) -> CompactIndices:
         """Entries by row, columns as in the weight."""
-        return CompactIndices.build(*self._coordinates)
+        return CompactIndices.build(*self._coordinates, self.pattern.shape[0])
 
     @lazy_tensor
     def csc(self) -> tuple[CompactIndices, Tensor]:
         """Entries by column, for the input-gradient twin, and the permutation of values sorted by
         row.
         """
-        return self.csr.transpose()
+        return self.csr.transpose(self.pattern.shape[1])
 
     @lazy_tensor
     def hot_lines(self) -> HotLines:

@@ -289,8 +289,8 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
         for some in zip(*form(*parts).each_entry(dy.shape[1], x.shape[1]), strict=True)
     )
     order = torch.argsort(slots)
-    sparse = CompactIndices.build(rows[order], cols[order])
-    by_column, order = sparse.transpose()
+    sparse = CompactIndices.build(rows[order], cols[order], dy.shape[1])
+    by_column, order = sparse.transpose(x.shape[1])
     product = torch.ops.speft.delta_matmul
     d_dy = d_x = None
     if ctx.needs_input_grad[0]:
