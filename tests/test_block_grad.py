@@ -3,19 +3,24 @@
 import pytest
 import torch
 from kernels import (
-    DTYPES,
     LargestTensor,
     accumulator,
     assert_as_exact_as_torch,
     backends,
+    backends_and_dtypes,
     exact_product,
     implementation,
 )
 
 from speft_kernels import SparsePattern, ops
+from speft_kernels.plan import SparsityPlan
 
 BACKENDS = backends("block_grad")
 BLOCKS = ((1, 1), (4, 4), (16, 16), (32, 32), (1, 64), (64, 1), (8, 24), (24, 8), (5, 3))
+# A whole weight, and a part, of which the Triton kernels take tiles, the last ones padded.
+BLOCKS += ((128, 192), (128, 96))
+
+triton_only = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not here")
 
 
 def make_pattern(n, k, block, share=0.2):
@@ -25,12 +30,13 @@ def make_pattern(n, k, block, share=0.2):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("block_grad"))
 def test_error_is_at_most_twice_torchs(backend, dtype, block):
     n, k = 128 - 128 % block[0], 192 - 192 % block[1]
-    pattern = make_pattern(n, k, block)
-    for m in (0, 1, 19, 700, 3000):
+    # Triton's interpreter takes a millisecond for 16 tokens of 64 entries.
+    few = backend == "triton"
+    pattern = make_pattern(n, k, block, share=0.02 if few else 0.2)
+    for m in (0, 1, 19, 1100) if few else (0, 1, 19, 700, 3000):
         dy, x = torch.randn(m, n).to(dtype), torch.randn(m, k).to(dtype)
         ours = ops.block_grad(dy, x, pattern, backend=backend)
         assert ours.dtype == accumulator(dtype)
@@ -62,6 +68,38 @@ def test_strides_and_empty_patterns(backend):
     assert torch.equal(strided, plain)
     empty = SparsePattern.from_blocks((64, 48), (16, 8), torch.empty(0, dtype=torch.int64))
     assert ops.block_grad(dy, x, empty, backend=backend).shape == (0, 16, 8)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (1, 64), (3, 2), (8, 8)])
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("block_grad"))
+def test_kept_columns_are_read_as_whole_ones(backend, dtype, block):
+    n, k = 4 * block[0], 5 * block[1]
+    pattern = SparsePattern.from_blocks((n, k), block, torch.tensor([1, 4, 6, 13, 16]))
+    plan = SparsityPlan.build(pattern)
+    assert plan.kept_width == 3 * block[1]  # groups 1, 3 and 4
+    dy, x = torch.randn(2, 15, n).to(dtype), torch.randn(2, 15, k).to(dtype)
+    kept = ops.keep_columns(x, plan)
+    assert kept.shape == (30, plan.kept_width)
+    packed = ops.block_grad(dy, kept, pattern, plan=plan, packed=True, backend=backend)
+    assert torch.equal(packed, ops.block_grad(dy, x, pattern, backend=backend))
+
+
+@pytest.mark.parametrize("block", [(16, 16), (1, 64), (64, 1), (5, 3), (24, 8), (40, 40)])
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("block_grad"))
+def test_nothing_beside_the_blocks_and_the_tokens_is_used(backend, dtype, block):
+    """Everything else is NaN, in the rows and columns of larger matrices too."""
+    n, k, m = 3 * block[0], 4 * block[1], 37
+    pattern = SparsePattern.from_blocks((n, k), block, torch.tensor([5, 6]))  # in row 1
+    dy, x = torch.randn(m, n).to(dtype), torch.randn(m, k).to(dtype)
+    plain = ops.block_grad(dy, x, pattern, backend=backend)
+    surrounded = []
+    for tensor, first, last in ((dy, 1, 2), (x, 1, 3)):
+        side = tensor.shape[1] // (3 if tensor is dy else 4)
+        large = torch.full((m + 100, tensor.shape[1] + 8), torch.nan, dtype=dtype)
+        used = slice(first * side, last * side)
+        large[:m, used] = tensor[:, used]
+        surrounded.append(large[:m, : tensor.shape[1]])
+    assert torch.equal(ops.block_grad(*surrounded, pattern, backend=backend), plain)
 
 
 @pytest.mark.parametrize("m", [700, 3000])
@@ -105,15 +143,18 @@ def test_library_contract_and_gradients(backend):
     where = (pattern.block_rows, pattern.block_cols, 3, 2)
     dy = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    if backend == "triton":  # which takes no float64, and so has no check of gradients
+        dy, x = (tensor.detach().float().requires_grad_() for tensor in (dy, x))
     torch.library.opcheck(torch.ops.speft.block_grad.default, (dy, x, *where, backend))
-    out = torch.zeros(pattern.num_blocks, 3, 2, dtype=torch.float64)
+    out = torch.zeros(pattern.num_blocks, 3, 2, dtype=dy.dtype)
     torch.library.opcheck(
         torch.ops.speft.block_grad_.default,
         (dy.detach(), x.detach(), *where, out, True, backend),
     )
-    assert torch.autograd.gradcheck(
-        lambda dy, x: ops.block_grad(dy, x, pattern, backend=backend), (dy, x)
-    )
+    if backend != "triton":
+        assert torch.autograd.gradcheck(
+            lambda dy, x: ops.block_grad(dy, x, pattern, backend=backend), (dy, x)
+        )
 
 
 def test_bad_arguments_name_the_fact():
@@ -127,3 +168,108 @@ def test_bad_arguments_name_the_fact():
         ops.block_grad(dy, x, pattern, out=torch.zeros(3, 2))
     with pytest.raises(ValueError, match="pass out="):
         ops.block_grad(dy, x, pattern, accumulate=True)
+
+
+@pytest.fixture
+def triton_kernels():
+    from speft_kernels.triton_kernels import block_grad
+
+    return block_grad
+
+
+def launches(dy, x, pattern, out=None, arch=90):
+    """What would be launched on a GPU."""
+    from speft_kernels.triton_kernels.launch import MACHINES, recording
+
+    with recording(MACHINES[arch]) as recorded:
+        ops.block_grad(dy, x, pattern, out=out, accumulate=out is not None, backend="triton")
+    return recorded
+
+
+@triton_only
+@pytest.mark.parametrize("block", [(16, 16), (5, 3), (1, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_split_where_blocks_are_few(triton_kernels, monkeypatch, dtype, block):
+    monkeypatch.setattr(triton_kernels, "splits", lambda *_: 3)
+    pattern = make_pattern(2 * block[0], 3 * block[1], block, share=0.2)
+    # Nothing for the others, three splits, and three of which the last is a part of a step.
+    for m, stages in ((9, 1), (300, 2), (2 * 128 + 3, 2)):
+        dy = torch.randn(m, pattern.shape[0]).to(dtype)
+        x = torch.randn(m, pattern.shape[1]).to(dtype)
+        assert len(launches(dy, x, pattern)) == stages
+        ours = ops.block_grad(dy, x, pattern, backend="triton")
+        assert torch.equal(ours, ops.block_grad(dy, x, pattern, backend="triton"))
+        theirs = dy.float().t() @ x.float()
+        exact = exact_product(dy.t(), x)
+        assert_as_exact_as_torch(ours, theirs, exact, pattern.entry_indices)
+        out = torch.full_like(ours, 5.0)
+        ops.block_grad(dy, x, pattern, out=out, accumulate=True, backend="triton")
+        # Of |5 + sum| < 64, rounded once more.
+        torch.testing.assert_close(out, ours + 5, rtol=0, atol=64 * torch.finfo().eps)
+
+
+@triton_only
+@pytest.mark.parametrize("block", [(16, 16), (5, 3), (8, 24), (1, 40), (40, 1), (3, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_both_kernels_serve_every_block(triton_kernels, monkeypatch, dtype, block):
+    pattern = make_pattern(4 * block[0], 4 * block[1], block)
+    dy, x = torch.randn(150, pattern.shape[0]), torch.randn(150, pattern.shape[1])
+    dy, x = dy.to(dtype), x.to(dtype)
+    for by_dot in (True, False):
+        monkeypatch.setattr(triton_kernels, "uses_dot", lambda *_, by_dot=by_dot: by_dot)
+        (launched,) = launches(dy, x, pattern)
+        assert launched.kernel is (
+            triton_kernels._tile_products if by_dot else triton_kernels._entry_products
+        )
+        ours = ops.block_grad(dy, x, pattern, backend="triton")
+        theirs = dy.float().t() @ x.float()
+        assert_as_exact_as_torch(ours, theirs, exact_product(dy.t(), x), pattern.entry_indices)
+
+
+@triton_only
+def test_every_default_is_a_candidate(triton_kernels):
+    from speft_kernels.triton_kernels.launch import MACHINES
+
+    sides = (1, 2, 5, 16, 24, 64, 100, 256, 1024, 4096)
+    for block in [(h, w) for h in sides for w in sides]:
+        for itemsize, tensor_cores in ((2, True), (4, True), (4, False)):
+            chosen = triton_kernels.TileLaunch.default(block, itemsize, tensor_cores)
+            for machine in MACHINES.values():
+                tried = set(triton_kernels.TileLaunch.candidates(block, itemsize, machine))
+                assert chosen in tried, (block, itemsize, tensor_cores)
+    assert triton_kernels.EntryLaunch.default() in triton_kernels.EntryLaunch.candidates()
+
+
+@triton_only
+def test_sums_of_splits_and_grids_are_bounded():
+    def launched(m, blocks, block):
+        n, k = 4096, 4096
+        pattern = make_pattern(n, k, block, share=blocks * block[0] * block[1] / (n * k))
+        return launches(torch.empty(m, n).bfloat16(), torch.empty(m, k).bfloat16(), pattern)
+
+    (products,) = launched(8192, 2000, (16, 16))
+    assert products.grid == (2000, 1)
+    products, sums = launched(1 << 16, 1, (16, 16))
+    assert products.grid == (1, 64)
+    assert sums.arguments["sums_ptr"].shape == (64, 256)
+    products, sums = launched(1 << 14, 1, (256, 1024))
+    assert products.grid[0] == 2 * 8
+    assert 1 < products.grid[1] <= 8  # of 2**18 sums in 8 MB
+    (products,) = launched(1 << 14, 1, (1024, 2048))
+    assert products.grid == (8 * 16, 1)
+
+
+@triton_only
+def test_float32_is_multiplied_on_tensor_cores_where_the_user_allows_it():
+    pattern = make_pattern(64, 64, (4, 16))
+    dy, x = torch.randn(40, 64), torch.randn(40, 64)
+    (launched,) = launches(dy, x, pattern)
+    assert launched.kernel.__name__ == "_entry_products"
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        (launched,) = launches(dy, x, pattern)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert launched.kernel.__name__ == "_tile_products"
+    assert launched.arguments["PRECISION"] == "tf32"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from ..pattern import SparsePattern
 from ..plan import SparsityPlan, plan_of
 from . import _checks, registry
@@ -125,6 +125,14 @@ def _cpu(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor, out: Tensor, accumul
         *(out.shape[1], out.shape[2], out.data_ptr(), accumulate),
         *(_native.dtype_code(dy), torch.get_num_threads()),
     )
+
+
+@registry.implement("block_grad", "triton", _triton.DTYPES)
+def _in_triton(
+    dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor, out: Tensor, accumulate: bool
+) -> None:
+    dy, x = _native.rows_contiguous(dy), _native.rows_contiguous(x)
+    _triton.kernels("block_grad").block_grad(dy, x, rows, cols, out, accumulate)
 
 
 @operation("speft::block_grad_", mutates=["out"])
