@@ -140,8 +140,12 @@ class FusedLaunch(Launch):
         block_n = 64 if wide and not narrow else 32
         if shape.twin:
             block_n = min(block_n, shape.most)
-        # Columns of a tile of W; fewer than 128 bytes of x a line leave its loads narrow.
-        held, least = 16384 // shape.x_bytes, 128 // shape.x_bytes
+        # Eight warps share 32 outputs of 16 tokens two and two: with tensor cores they would widen
+        # a quantized weight twice.
+        warps = 4 if block_m == 16 and block_n == 32 and shape.quantized != shape.full else 8
+        # Columns of a tile of W. Fewer than 128 bytes of x for each of 16 tokens, or half of it for
+        # more, leave the threads narrow loads.
+        held, least = 16384 // shape.x_bytes, (128 if block_m == 16 else 64) // shape.x_bytes
         if shape.twin and (shape.quantized or shape.x_bytes == 4):
             held //= 2
         if tight and shape.quantized:
@@ -149,12 +153,11 @@ class FusedLaunch(Launch):
         block_k = block_e = 16
         if not shape.full:
             block_k = max(least, held // (block_n * shape.columns))
-            block_e = (2048 if tight else 4096) // block_n
+            # 16 numbers a thread, fewer where it also holds many sums, or operands.
+            each = 16 // (2 if tight else 1) // (2 if block_m == 64 else 1)
+            block_e = each * 32 * warps // block_n
         if not shape.twin:
             block_k = min(block_k, shape.most)
-        # Eight warps share 32 outputs of 16 tokens two and two: with tensor cores they would widen
-        # a quantized weight twice.
-        warps = 4 if block_m == 16 and block_n == 32 and shape.quantized != shape.full else 8
         tiles = triton.cdiv(shape.tokens, block_m) * triton.cdiv(shape.outputs, block_n)
         # Steps of 16 columns of float32 keep too little under way for one program to do.
         programs = machine.multiprocessors * (4 if shape.full else 1)
@@ -162,7 +165,7 @@ class FusedLaunch(Launch):
         chosen = cls(warps, 1, block_m, block_n, block_k, block_e, max(splits, 1))
         wanted = 1 + triton.cdiv(IN_FLIGHT, block_n * block_k * shape.weight_bytes)
         # In 32 bits the addresses of more stages than these would take too many registers.
-        most = 3 if shape.full else 4 if shape.x_bytes == 4 else 7
+        most = 3 if shape.x_bytes == 4 else 7
         for stages in range(min(wanted, most), 1, -1):
             chosen = replace(chosen, num_stages=stages)
             if chosen.is_valid(shape, machine):

@@ -141,7 +141,7 @@ def effective_weight(
         values: float32 `[nnz]`, contiguous.
         order: int64 `[nnz]`, the value of each entry; None where entry e has value e.
         at: int32 `[nnz]`, the column of each entry in `out`.
-        starts: int32, where each row starts in the entries, as far as rows hold any.
+        starts: int32 `[N + 1]`, where each row starts in the entries.
         out: `[N, K]`, rows contiguous.
     """
     rows, columns = out.shape
@@ -164,7 +164,6 @@ def effective_weight(
         out_ptr=out,
         stride_out=out.stride(0),
         WIDTH=width,
-        LAST=starts.numel() - 1,
         KIND=base,
         GROUP=group_size(columns, scales),
         HAS_ORDER=order is not None,
@@ -188,7 +187,7 @@ def _write_row(
     at_ptr,
     starts_ptr,
     out_ptr, stride_out,
-    WIDTH, LAST,
+    WIDTH,
     KIND: tl.constexpr, GROUP: tl.constexpr, HAS_ORDER: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +202,7 @@ def _write_row(
     | values_ptr | float32 [nnz] | |
     | order_ptr  | int64 [nnz]   | HAS_ORDER: the value of each entry |
     | at_ptr     | int32 [nnz]   | column in `out` |
-    | starts_ptr | int32 [LAST + 1] | where each row starts; from row LAST on there are no entries |
+    | starts_ptr | int32 [N + 1] | where each row starts in the entries |
     | out_ptr    | [N, K]        | rows `stride_out` apart; K is WIDTH, INT4: 4 WIDTH |
 
     Grid: rows.
@@ -230,8 +229,8 @@ def _write_row(
                     tl.store(out + column, (q.to(tl.float32) * s).to(ty), mask=inside)
     # Other threads wrote what the entries are about to replace.
     tl.debug_barrier()
-    begin = tl.load(starts_ptr + tl.minimum(n, LAST))
-    end = tl.load(starts_ptr + tl.minimum(n + 1, LAST))
+    begin = tl.load(starts_ptr + n)
+    end = tl.load(starts_ptr + n + 1)
     for i in range(begin, end, BLOCK_E):
         e = i + tl.arange(0, BLOCK_E)
         present = e < end

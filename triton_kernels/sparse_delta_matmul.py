@@ -135,7 +135,6 @@ def _few(
         GATHERED=gathered.shape[0],
         OUT=out_features,
         IN=shape.width,
-        LAST=lines.starts.numel() - 1,
         PER_SPLIT=triton.cdiv(triton.cdiv(shape.width, splits), settings.block_k)
         * settings.block_k,
         KIND=base,
@@ -180,7 +179,7 @@ def _fused(
     starts_ptr,
     bias_ptr,
     y_ptr, stride_split, stride_y,
-    M, GATHERED, OUT, IN, LAST, PER_SPLIT,
+    M, GATHERED, OUT, IN, PER_SPLIT,
     KIND: tl.constexpr, GROUP: tl.constexpr, TWIN: tl.constexpr, HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -200,7 +199,7 @@ def _fused(
     | values_ptr   | float32 [nnz]    | |
     | order_ptr    | int64 [nnz]      | HAS_ORDER: the value of each entry |
     | at_ptr       | int32 [nnz]      | column of `gathered` |
-    | starts_ptr   | int32 [LAST + 1] | where each output starts; none has entries from LAST on |
+    | starts_ptr   | int32 [OUT + 1]  | where each output starts in the entries |
     | bias_ptr     | [OUT]            | HAS_BIAS |
     | y_ptr        | [SPLITS, M, OUT] | splits `stride_split` apart, rows `stride_y` |
 
@@ -228,7 +227,7 @@ def _fused(
             delta = _add_entries(
                 gathered_ptr, stride_token, stride_feature,
                 values_ptr, order_ptr, at_ptr, starts_ptr,
-                m, quarter * width + first, split, delta, GATHERED, LAST,
+                m, quarter * width + first, split, delta, GATHERED, OUT,
                 HAS_ORDER, SPLITS, BLOCK_N, BLOCK_E, PRECISION,
             )  # fmt: skip
         elif KIND != NONE:
@@ -326,16 +325,16 @@ def _widened(q, place: tl.constexpr, dtype: tl.constexpr, KIND: tl.constexpr):
 def _add_entries(
     gathered_ptr, stride_token, stride_feature,
     values_ptr, order_ptr, at_ptr, starts_ptr,
-    m, first, split, delta, GATHERED, LAST,
+    m, first, split, delta, GATHERED, OUT,
     HAS_ORDER: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return `delta + x @ D^T` over the split's part of the entries of outputs `first` on."""
     n = first + tl.arange(0, BLOCK_N)
-    row_begin = tl.load(starts_ptr + tl.minimum(n, LAST))[None, :]
-    row_end = tl.load(starts_ptr + tl.minimum(n + 1, LAST))[None, :]
-    begin = tl.load(starts_ptr + tl.minimum(first, LAST))
-    end = tl.load(starts_ptr + tl.minimum(first + BLOCK_N, LAST))
+    row_begin = tl.load(starts_ptr + tl.minimum(n, OUT))[None, :]
+    row_end = tl.load(starts_ptr + tl.minimum(n + 1, OUT))[None, :]
+    begin = tl.load(starts_ptr + first)
+    end = tl.load(starts_ptr + tl.minimum(first + BLOCK_N, OUT))
     part = tl.cdiv(end - begin, SPLITS)
     begin += split * part
     end = tl.minimum(begin + part, end)
