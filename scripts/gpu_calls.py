@@ -10,14 +10,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
+from speft_kernels.triton_kernels._fused_settings import FusedLaunch, shape_of
+from speft_kernels.triton_kernels.block_grad import EntryLaunch, TileLaunch, uses_dot
+from speft_kernels.triton_kernels.block_grad import block_grad as block_grad_host
+from speft_kernels.triton_kernels.effective_weight import RowLaunch
 from speft_kernels.triton_kernels.keep_columns import keep_columns as keep_columns_host
 from speft_kernels.triton_kernels.launch import Launch, Machine
+from speft_kernels.triton_kernels.sampled_grad import StripLaunch
+from speft_kernels.triton_kernels.sampled_grad import sampled_grad as sampled_grad_host
+from speft_kernels.triton_kernels.sparse_delta_matmul import (
+    sparse_delta_matmul as sparse_delta_matmul_host,
+)
+from speft_kernels.triton_kernels.topk_salience import topk_salience as topk_salience_host
 from speft_kernels.triton_kernels.write_delta import WriteLaunch
 from speft_kernels.triton_kernels.write_delta import write_delta as write_delta_host
+
+from speft_kernels.strips import GROUP_STRIPS, STRIP_ROWS, Strips
 
 
 def _none(machine: Machine) -> Iterable[Launch]:
@@ -90,13 +104,227 @@ def write_delta() -> Iterator[Call]:
         deltas = [torch.empty(entries, dtype=wide) for _ in layers] if values else []
         write_delta_host(layers, indices, layers, deltas)
 
-    cases = [("bf16", index, size) for index in ("int32", "int64") for size in (84_000, 300_000)]
-    cases += [(name, "int32", 300_000) for name in ("fp16", "fp32", "fp64")]
-    for name, index, entries in cases:
+    cases = [("bf16", "int32", size, has) for size in (84_000, 300_000) for has in (True, False)]
+    cases += [(name, "int32", 300_000, True) for name in ("fp16", "fp32", "fp64")]
+    cases += [("bf16", "int64", 300_000, True)]
+    for name, index, entries, values in cases:
         dtype = {**DTYPES, "fp64": torch.float64}[name]
-        for values in (True, False):
-            yield Call(
-                f"{name}, {index}, {entries} x 3, {'base + values' if values else 'base'}",
-                functools.partial(run, dtype, getattr(torch, index), entries, values),
-                lambda machine: WriteLaunch.candidates(),
+        yield Call(
+            f"{name}, {index}, {entries} x 3, {'base + values' if values else 'base'}",
+            functools.partial(run, dtype, getattr(torch, index), entries, values),
+            lambda machine: WriteLaunch.candidates(),
+        )
+
+
+@calls_of
+def sampled_grad() -> Iterator[Call]:
+    """Blocks of few, of some and of many strips, alone and beside gathered entries; whole and kept
+    activations; one split and many; entries that end with a row, and that do not.
+    """
+
+    def run(
+        dtype: torch.dtype,
+        groups: float,
+        entries: tuple[int, int],
+        kept: bool = True,
+        tokens: int = 8192,
+        rows: int = 4096,
+    ) -> None:
+        blocks, (inside, gathered) = rows // STRIP_ROWS, entries
+        strips = Strips(
+            columns=torch.empty(0 if kept else 983, dtype=torch.int32),
+            block_groups=torch.empty(blocks + 1, dtype=torch.int32),
+            group_cols=torch.empty(round(groups * blocks), GROUP_STRIPS, dtype=torch.int32),
+            group_entries=torch.empty(round(groups * blocks) + 1, dtype=torch.int32),
+            most_groups=torch.tensor([math.ceil(groups) + 1]),
+            entry_at=torch.empty(inside, dtype=torch.int16),
+            rows=torch.empty(300, dtype=torch.int32),
+            entry_row=torch.empty(gathered, dtype=torch.int32),
+            entry_col=torch.empty(gathered, dtype=torch.int32),
+            slot=torch.empty(sum(entries), dtype=torch.int32),
+        )
+        x = torch.empty((1, 983, tokens) if kept else (tokens, 4096), dtype=dtype)
+        dy = torch.empty(tokens, rows, dtype=dtype)
+        sampled_grad_host(dy, x, strips, torch.empty(sum(entries)), True)
+
+    def candidates(machine: Machine, size: int) -> Iterable[Launch]:
+        return StripLaunch.candidates(STRIP_ROWS, GROUP_STRIPS, size, machine)
+
+    cases = [("bf16", groups, (84_000, 0), {}) for groups in (1, 2, 9)]
+    cases += [("bf16", 9, (84_000, 1600), {"kept": False}), ("bf16", 0, (0, 84_000), {})]
+    cases += [("bf16", 2, (801, 80), {"rows": 256}), ("bf16", 9, (84_000, 1600), {"tokens": 512})]
+    cases += [("fp16", 9, (84_000, 1600), {})]
+    cases += [(name, groups, (84_000, 1600), {}) for name in ("fp32", "tf32") for groups in (1, 9)]
+    for name, groups, entries, more in cases:
+        dtype = {**DTYPES, "tf32": torch.float32}[name]
+        call = functools.partial(run, dtype, groups, entries, **more)
+        told = "".join(f", {key}={value}" for key, value in more.items())
+        yield Call(
+            f"{name}, {groups} groups a block, {entries[0]} + {entries[1]} entries{told}",
+            in_tf32(call) if name == "tf32" else call,
+            functools.partial(candidates, size=dtype.itemsize),
+        )
+
+
+@calls_of
+def block_grad() -> Iterator[Call]:
+    """Square, thin, tiny, odd and large blocks; whole and kept activations; one split and many."""
+
+    def run(
+        dtype: torch.dtype,
+        block: tuple[int, int],
+        blocks: int,
+        tokens: int = 8192,
+        width: int = 4096,
+        kept: int = 4096,
+    ) -> None:
+        dy, x = torch.empty(tokens, width, dtype=dtype), torch.empty(tokens, kept, dtype=dtype)
+        where = torch.empty(blocks, dtype=torch.int32)
+        block_grad_host(dy, x, where, where, torch.empty(blocks, *block), True)
+
+    def candidates(machine: Machine, block: tuple[int, int], size: int, tensor_cores: bool):
+        if uses_dot(block, tensor_cores):
+            return TileLaunch.candidates(block, size, machine)
+        return EntryLaunch.candidates()
+
+    sides = ((4, 4), (5, 3), (16, 16), (32, 32), (64, 64), (128, 4096), (1, 64), (64, 1))
+    cases = [("bf16", block) for block in sides] + [("fp16", (128, 128))]
+    cases += [("fp32", block) for block in ((1, 64), (16, 16), (64, 64))]
+    cases += [("tf32", block) for block in ((1, 64), (16, 16), (128, 128))]
+    for name, block in cases:
+        dtype = {**DTYPES, "tf32": torch.float32}[name]
+        # Half a percent of the weight or more, in direct sums; a single block, in splits.
+        many = max(4096 * 4096 // 200 // (block[0] * block[1]), 1000)
+        for blocks in (many, 1) if (name, block) == ("bf16", (16, 16)) else (many,):
+            call = functools.partial(run, dtype, block, blocks)
+            tried = functools.partial(
+                candidates, block=block, size=dtype.itemsize, tensor_cores=name != "fp32"
             )
+            named = f"{name}, {blocks} of {block[0]} x {block[1]}"
+            yield Call(named, in_tf32(call) if name == "tf32" else call, tried)
+    odd = functools.partial(run, torch.bfloat16, (8, 8), 1000, kept=8 * 101)
+    yield Call("bf16, 1000 of 8 x 8, x kept in 101 groups", odd)
+    # The JIT makes a constant of an argument that is 1.
+    for block in ((8, 8), (1, 1)):
+        one = functools.partial(run, torch.bfloat16, block, 1, 1, *block)
+        yield Call(f"bf16, 1 of {block[0]} x {block[1]}, one token", one)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A call of `sparse_delta_matmul` over a base of `bits` (0: of x's dtype; None: no base)."""
+
+    dtype: torch.dtype
+    tokens: int
+    bits: int | None = 0
+    group: int | None = None
+    twin: bool = False
+    out_features: int = 4096
+    in_features: int = 4096
+    bias: bool = False
+
+    def __str__(self) -> str:
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        base = {None: "no base", 0: "W"}.get(self.bits, f"W of {self.bits} bits")
+        groups = f" in groups of {self.group}" if self.group else ""
+        shape = f"{self.out_features} x {self.in_features}"
+        rest = (" twin" if self.twin else "") + (" bias" if self.bias else "")
+        return f"{dtype}, {self.tokens} tokens, {base}{groups}, {shape}{rest}"
+
+    def base(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        rows, columns = self.out_features, self.in_features
+        if self.bits is None:
+            return None, None
+        if self.bits == 0:
+            return torch.empty(rows, columns, dtype=self.dtype), None
+        width, integer = (columns, torch.int8) if self.bits == 8 else (columns // 4, torch.int16)
+        kept = torch.float32 if self.dtype == torch.float16 else self.dtype
+        scales = torch.empty(rows, columns // (self.group or columns), dtype=kept)
+        return torch.empty(rows, width, dtype=integer), scales
+
+    def arguments(self) -> tuple[torch.Tensor, int]:
+        sides = (self.out_features, self.in_features)
+        inside, outside = sides if self.twin else sides[::-1]
+        return torch.empty(self.tokens, inside, dtype=self.dtype), outside
+
+    def run(self) -> None:
+        (x, out), (weight, scales) = self.arguments(), self.base()
+        nnz = max(1, self.out_features * self.in_features // 200)
+        bias = torch.empty(out, dtype=self.dtype) if self.bias else None
+
+        def lines(rows: int) -> SimpleNamespace:
+            index = torch.empty(nnz, dtype=torch.int32)
+            starts, cols = torch.empty(rows + 1, dtype=torch.int32), index[: min(nnz, 983)]
+            return SimpleNamespace(cols=cols, local=index, starts=starts, columns=index)
+
+        sparse_delta_matmul_host(
+            *(x, weight, scales, bias, torch.empty(nnz)),
+            *(lines(self.out_features), lines(self.in_features)),
+            *(torch.empty(nnz, dtype=torch.int64), out, self.twin),
+        )
+
+    def candidates(self, machine: Machine) -> Iterable[Launch]:
+        (x, out), (weight, scales) = self.arguments(), self.base()
+        return FusedLaunch.candidates(shape_of(x, weight, scales, out, self.twin), machine)
+
+
+def _candidates_in_tf32(product: _Product, machine: Machine) -> Iterable[Launch]:
+    with tf32():
+        return list(product.candidates(machine))
+
+
+@calls_of
+def sparse_delta_matmul() -> Iterator[Call]:
+    """Tokens that make a tile of 16, 32 and 64; programs without and with splits; all bases."""
+    some, half = functools.partial(_Product, torch.bfloat16), torch.float16
+    products = [_Product(d, tokens) for d in DTYPES.values() for tokens in (1, 32, 64)]
+    products += [_Product(dtype, 16, twin=True) for dtype in DTYPES.values()]
+    products += [some(16, bias=True), some(16, out_features=14336), some(64, twin=True)]
+    products += [some(16, out_features=1024), some(3, out_features=5, in_features=7)]
+    products += [some(1, out_features=1, in_features=1), some(1, out_features=1, twin=True)]
+    products += [_Product(dtype, tokens, None) for dtype in DTYPES.values() for tokens in (16, 64)]
+    for bits in (8, 4):
+        products += [some(tokens, bits, group) for tokens in (16, 64) for group in (None, 128)]
+        products += [some(16, bits, 128, twin=True), some(64, bits, twin=True)]
+        products += [some(16, bits, out_features=14336), _Product(half, 16, bits, 32)]
+        products += [_Product(half, 64, bits, 128), _Product(torch.float32, 16, bits, 32)]
+    for product in products:
+        yield Call(str(product), product.run, product.candidates)
+    for product in (
+        _Product(torch.float32, tokens, twin=twin) for tokens in (16, 64) for twin in (0, 1)
+    ):
+        tried = functools.partial(_candidates_in_tf32, product)
+        yield Call(f"{product} in tf32", in_tf32(product.run), tried)
+
+
+@calls_of
+def effective_weight() -> Iterator[Call]:
+    """Of a weight in each form, and of the delta alone. The number of rows decides nothing, and
+    torch multiplies by what is written: few.
+    """
+    some = functools.partial(_Product, tokens=200, out_features=16)
+    products = [some(dtype, bits=bits) for dtype in DTYPES.values() for bits in (0, None)]
+    for bits in (8, 4):
+        products += [some(torch.bfloat16, bits=bits, group=group) for group in (None, 128)]
+    products += [some(torch.bfloat16, bits=None, twin=True), some(torch.bfloat16, in_features=7)]
+    for product in products:
+        yield Call(str(product), product.run, lambda machine: RowLaunch.candidates())
+
+
+@calls_of
+def topk_salience() -> Iterator[Call]:
+    """Many entries together, and few of each matrix; a metric whose scores are signed, and not."""
+
+    def run(dtype: torch.dtype, metric: str, rows: int, matrices: int, together: bool) -> None:
+        weights = [torch.empty(rows, 4096, dtype=dtype) for _ in range(matrices)]
+        k = rows * 4096 // 200
+        ks = [k * matrices] if together else [k] * matrices
+        topk_salience_host(weights, weights, ks, together, metric)
+
+    for name, metric, rows, matrices, together in (
+        ("bf16", "snip", 1 << 15, 4, True),
+        ("fp32", "force", 256, 2, False),
+    ):
+        call = functools.partial(run, DTYPES[name], metric, rows, matrices, together)
+        how = "together" if together else "apart"
+        yield Call(f"{name}, {metric}, {matrices} of {rows} x 4096 {how}", call)

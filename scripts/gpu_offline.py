@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -106,23 +107,35 @@ def record_launches(run: Callable[[], object], arch: int) -> list[Recorded]:
 
 
 def unreached(operations: Iterable[str], variants: Iterable[Variant]) -> list[str]:
-    """Name the kernels that a host function launches and no call reached."""
-    seen = {(variant.module.rpartition(".")[2], variant.kernel) for variant in variants}
-    problems = []
-    files = {path.stem: path for path in KERNELS.glob("[!_]*.py")}
-    for name in sorted(files.keys() - CALLS.keys() - {"launch"}):
-        problems.append(f"{name}: gpu_calls.py has no calls of it")
-    for name in operations:
-        for node in ast.walk(ast.parse(files[name].read_text())):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Name)
-                and node.func.id == "launch"
-                and isinstance(node.args[0], ast.Name)
-                and (name, node.args[0].id) not in seen
-            ):
-                problems.append(f"{name}: no call in gpu_calls.py launches {node.args[0].id}")
+    """Name the files without calls, and the kernels that are launched in the files of `operations`,
+    or in those that serve several, and that no call reached.
+    """
+    seen = {(variant.module, variant.kernel) for variant in variants}
+    names = sorted(path.stem for path in KERNELS.glob("*.py") if path.stem != "__init__")
+    helpers = [name for name in names if name.startswith("_")]
+    problems = [
+        f"{name}: gpu_calls.py has no calls of it"
+        for name in names
+        if name not in (*CALLS, *helpers, "launch")
+    ]
+    for name in (*operations, *(helpers if set(operations) == set(CALLS) else ())):
+        module = importlib.import_module(f"{triton_kernels.__name__}.{name}")
+        for launched in launched_in(KERNELS / f"{name}.py"):
+            kernel = getattr(module, launched, None)
+            if kernel is None or (kernel.fn.__module__, kernel.fn.__qualname__) not in seen:
+                problems.append(f"{name}: no call in gpu_calls.py launches {launched}")
     return problems
+
+
+def launched_in(path: Path) -> list[str]:
+    """The names of what a file hands to `launch`."""
+    return [
+        ast.unparse(node.args[0])
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "launch"
+    ]
 
 
 def compile_all(variants: list[Variant], jobs: int) -> list[Report]:

@@ -54,6 +54,7 @@ def everything(
 '''
 
 WORKER = '''
+import dataclasses
 import json
 
 import gpu_offline
@@ -99,6 +100,11 @@ for report in reports:
     name = report.variant.calls[0].removeprefix("kernels ")
     told["reports"][f"{name} {report.variant.arch}"] = gpu_offline.record(report)
 told["table"] = list(gpu_offline.table(reports))
+of_half = next(report for report in reports if report.matrix)
+told["doctored"] = [
+    dataclasses.replace(of_half, **change).problems()
+    for change in ({"matrix": {}}, {"tensor_memory": 513}, {"stack": 8}, {"tensor_memory": 512})
+]
 
 
 def everything(**changes):
@@ -223,6 +229,15 @@ def test_too_much_shared_memory_is_refused(told):
     assert "takes 262144 bytes of shared memory, the GPU has 232448" in problems(told, "shared 90")
 
 
+def test_what_no_kernel_here_does_is_refused(told):
+    """Reports of a product of 64 x 64, changed."""
+    plain, memory, stack, fits = told["doctored"]
+    assert plain == ["multiplies 64x64 f16 (ieee) without tensor cores"]
+    assert memory == ["takes 513 columns of tensor memory, the GPU has 512"]
+    assert stack == ["spills: 8 bytes of stack, 0 accesses to local memory"]
+    assert fits == []
+
+
 def test_what_does_not_compile_is_refused(told):
     (problem,) = problems(told, "refused 90")
     assert problem.startswith("does not compile: ")
@@ -253,7 +268,7 @@ def test_problems_fail_the_command_and_missing_calls_are_named(tmp_path):
     script = """
         import sys, gpu_calls, gpu_offline
         from gpu_variant import Report
-        print(gpu_offline.unreached(["keep_columns"], []))
+        print(gpu_offline.unreached(list(gpu_calls.CALLS), []))
         gpu_offline.compile_all = lambda variants, jobs: [Report(v, stack=8) for v in variants]
         del gpu_calls.CALLS["write_delta"]
         sys.argv = ["gpu_offline", "--only", "keep_columns", "--archs", "80"]
@@ -261,6 +276,10 @@ def test_problems_fail_the_command_and_missing_calls_are_named(tmp_path):
     """
     done = run(tmp_path, textwrap.dedent(script))
     assert done.returncode == 1
-    assert "keep_columns: no call in gpu_calls.py launches _pack" in done.stdout
+    for missing in (
+        "keep_columns: no call in gpu_calls.py launches _pack",
+        "_topk_select: no call",
+    ):
+        assert missing in done.stdout
     assert "spills: 8 bytes of stack" in done.stderr
     assert "write_delta: gpu_calls.py has no calls of it" in done.stderr

@@ -14,10 +14,10 @@ Arithmetic for an H200 (5.5 TB/s of L2, 4.3 TB/s of memory), a 4096 x 4096 weigh
     4 x 4        5243      64                        2.7 GB     1.4
     128 x 128       5     512                         21 MB     1.4
 
-So the L2 cache decides: 31 us at 16 x 16, which reading dy and x from memory takes as well, 0.5 ms at
-4 x 4. A product may be padded: in the time of 64 bytes tensor cores at 700 TFLOP/s make 8 k
+So the L2 cache decides: 31 us at 16 x 16, which reading dy and x from memory takes as well, 0.5 ms
+at 4 x 4. A product may be padded: in the time of 64 bytes tensor cores at 700 TFLOP/s make 8 k
 operations, and a tile of 16 x 16 takes 512. Without tensor cores, and for the smallest blocks,
-entries are multiplied one by one: 10 instructions for 32 of them and a token, 0.1 ms for 84 k
+entries are multiplied one by one, in 12 instructions for 32 of them and a token: 0.28 ms for 84 k
 entries of 1 x 64 in float32, whose 288 bytes take 0.56 ms.
 """
 
