@@ -150,12 +150,14 @@ class FusedLaunch(Launch):
             held //= 2
         if tight and shape.quantized:
             held, least = held // 2, least // 2
+        elif tight and block_m == 64:
+            held //= 2
         block_k = block_e = 16
         if not shape.full:
             block_k = max(least, held // (block_n * shape.columns))
-            # 16 numbers a thread, fewer where it also holds many sums, or operands.
-            each = 16 // (2 if tight else 1) // (2 if block_m == 64 else 1)
-            block_e = each * 32 * warps // block_n
+            # 32 bytes a thread, less where it also holds many sums, or operands.
+            each = 32 // shape.x_bytes // (2 if tight else 1) // (2 if block_m == 64 else 1)
+            block_e = max(16, each * 32 * warps // block_n)
         if not shape.twin:
             block_k = min(block_k, shape.most)
         tiles = triton.cdiv(shape.tokens, block_m) * triton.cdiv(shape.outputs, block_n)
