@@ -1,5 +1,7 @@
 """QuantizedWeight, and the products with it and a sparse delta, on every backend."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,6 +87,20 @@ def test_every_level_of_every_place_comes_back(bits):
     assert torch.equal(QuantizedWeight.quantize(full, bits).dequantize(), full)
 
 
+@pytest.mark.parametrize("bits", LEVELS)
+def test_numbers_too_small_for_a_scale(bits):
+    """Of the smallest numbers of bfloat16: a scale is one of them, or zero, and then all is."""
+    least = 2.0**-133
+    weight = torch.randn(50, 16).mul(200 * least).bfloat16()
+    weight[0] = 60 * least  # times 1 / 127 or 1 / 7, rounded: 0 or 9
+    packed = QuantizedWeight.quantize(weight, bits)
+    q = (written_out(packed) / packed.scales.double()).nan_to_num(0)
+    assert q.abs().max() <= LEVELS[bits]
+    lost = packed.scales[:, 0] == 0
+    assert bool(lost.any()) == (bits == 8)
+    assert not (packed.data[lost] != 0).any()
+
+
 def test_pieces_do_not_show(monkeypatch):
     weight = torch.randn(9, 256)
     single = [QuantizedWeight.quantize(row[None], 4, 64) for row in weight]
@@ -136,13 +152,19 @@ def test_products_are_as_exact_as_torchs(backend, dtype, bits, group, kind):
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(OP))
-def test_odd_shapes(backend, dtype):
-    """Neither rows, nor columns or words of columns, are a multiple of anything."""
+def test_odd_shapes_and_pieces(backend, dtype, monkeypatch):
+    """Neither rows, nor columns or words of columns, are a multiple of anything, and the backends
+    that widen a piece at a time take several.
+    """
+    module = importlib.import_module("speft_kernels.ops.sparse_delta_matmul")
+    monkeypatch.setattr(module, "PIECE_BYTES", 1000)
     for bits, columns in ((8, 37), (4, 4 * 37)):
         pattern = make_pattern("uniform", 33, columns)
-        packed, exact, values, x, dy, _ = operands(3, pattern, dtype, bits, None)
-        y = ops.sparse_delta_matmul(x, packed, values, pattern, backend=backend)
-        assert_as_exact_as_torch(y, x @ exact.to(dtype).t(), exact_product(x, exact.t()))
+        packed, exact, values, x, dy, bias = operands(3, pattern, dtype, bits, None)
+        y = ops.sparse_delta_matmul(x, packed, values, pattern, bias, backend=backend)
+        wanted = exact_product(x.double(), exact.t()) + bias.double().numpy()
+        rounded = exact.to(dtype)
+        assert_as_exact_as_torch(y, torch.nn.functional.linear(x, rounded, bias), wanted)
         dx = ops.sparse_delta_matmul_grad_input(dy, packed, values, pattern, backend=backend)
         assert_as_exact_as_torch(dx, dy @ exact.to(dtype), exact_product(dy, exact))
 
