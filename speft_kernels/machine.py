@@ -1,10 +1,13 @@
-"""What this machine is called."""
+"""What this machine is called, and which commit of the sources runs on it."""
 
 from __future__ import annotations
 
 import functools
 import platform
+import subprocess
 from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 @functools.lru_cache(maxsize=1)
@@ -16,3 +19,30 @@ def processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+@functools.cache
+def commit(root: Path = _ROOT) -> str:
+    """The commit of the sources, with "-dirty" where they differ from it; "unknown" outside git.
+
+    Results are left out of the comparison: recording one must not make the next one dirty.
+    """
+    top = _git(root, "rev-parse", "--show-toplevel")
+    # An installed copy may lie inside some other repository, whose commit would say nothing.
+    if top is None or Path(top).resolve() != root.resolve():
+        return "unknown"
+    head = _git(root, "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return "unknown"
+    changes = _git(root, "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return head if changes == "" else f"{head}-dirty"
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -39,6 +39,7 @@ from speft_kernels.bench.report import describe
 from speft_kernels.bench.trainers import DenseMaskLinear
 from speft_kernels.cli import main
 from speft_kernels.errors import DataError
+from speft_kernels.machine import commit as sources_commit
 from speft_kernels.pattern import SparsePattern
 from speft_kernels.testing import uniform_pattern
 
@@ -284,7 +285,7 @@ def test_the_commit_says_when_the_tree_is_dirty_and_nothing_of_other_repositorie
         who = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
         subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    commit = machine.commit.__wrapped__
+    commit = sources_commit.__wrapped__
     assert commit(tmp_path) == "unknown"
     git("init")
     (tmp_path / "source.py").write_text("1")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +19,8 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from ..machine import processor
+from ..machine import commit, processor
 
-_ROOT = Path(__file__).resolve().parents[2]
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _USUAL_CACHE = 64 << 20  # bytes, where the system does not tell
 _GEMM_SIZE = 1536
@@ -123,33 +121,6 @@ def last_cache_bytes() -> int:
         if text[:-1].isdecimal() and text[-1] in units:
             sizes.append(int(text[:-1]) * units[text[-1]])
     return max(sizes, default=_USUAL_CACHE)
-
-
-@functools.cache
-def commit(root: Path = _ROOT) -> str:
-    """The commit of the sources, with "-dirty" where they differ from it; "unknown" outside git.
-
-    Results are left out of the comparison: recording one must not make the next one dirty.
-    """
-    top = _git(root, "rev-parse", "--show-toplevel")
-    # An installed copy may lie inside some other repository, whose commit would say nothing.
-    if top is None or Path(top).resolve() != root.resolve():
-        return "unknown"
-    head = _git(root, "rev-parse", "--short=12", "HEAD")
-    if head is None:
-        return "unknown"
-    changes = _git(root, "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
-    return head if changes == "" else f"{head}-dirty"
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _version(name: str) -> str:

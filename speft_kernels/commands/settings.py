@@ -11,11 +11,14 @@ from typing import Any
 from ..finetune.config import DEFAULT_LR, FIELDS, coerce, load_yaml
 
 GROUPS = {
-    "data and model": ("train", "eval", "test", "output", "model", "task", "max_length", "pooling"),
+    "data and model": (
+        *("train", "eval", "test", "validation", "output", "model", "task", "max_length"),
+        "pooling",
+    ),
     "what trains": (
         *("method", "density", "salience", "scope", "target_modules", "exclude_modules"),
         *("block_shape", "mode", "scoring_examples", "scoring_batches", "head_warmup_steps"),
-        "lora_rank",
+        *("lora_rank", "lora_budget"),
     ),
     "training": (
         *("epochs", "max_steps", "lr", "head_lr", "batch_size", "grad_accumulation", "clip"),

@@ -14,11 +14,21 @@ from typing import Any
 from ..errors import ConfigError, nearest
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
-METHODS = ("speft", "lora", "full", "head")
+METHODS = ("speft", "lora", "pissa", "shira", "supertuning", "full", "head")
+# Those that adapt the linear layers and leave the rest of the model alone.
+ADAPTERS = ("speft", "lora", "pissa", "shira", "supertuning")
 TASKS = ("classification", "causal-lm")
 # Learning rate where none is given. The sparse values, LoRA's factors and a new head start from
 # zero or from noise and take large steps; the weights of a trained model do not.
-DEFAULT_LR = {"speft": 2e-3, "lora": 1e-3, "full": 5e-5, "head": 1e-2}
+DEFAULT_LR = {
+    "speft": 2e-3,
+    "lora": 1e-3,
+    "pissa": 1e-3,
+    "shira": 2e-3,
+    "supertuning": 2e-3,
+    "full": 5e-5,
+    "head": 1e-2,
+}
 
 
 def option(
@@ -56,6 +66,9 @@ class RunConfig:
         None, "data that the metric and the choice of the best model are taken from"
     )
     test: str | None = option(None, "data measured once, with the best model, after training")
+    validation: float = option(
+        0.0, "share of the training data to split off in the place of --eval", minimum=0, below=1
+    )
     output: str = option("", "folder of the run; it must not exist yet")
     model: str = option(DEFAULT_MODEL, "folder or hub id of the pre-trained model")
     task: str = option("classification", "what to train for", choices=TASKS)
@@ -73,7 +86,14 @@ class RunConfig:
     scoring_examples: int = option(1024, "examples that the score is taken from", minimum=1)
     scoring_batches: int = option(64, "batches that they are divided into", minimum=1)
     head_warmup_steps: int = option(0, "steps that train the head alone, before scoring", minimum=0)
-    lora_rank: int = option(8, "rank of --method lora; its alpha is twice that", minimum=1)
+    lora_rank: int = option(
+        8, "rank of --method lora and pissa (their alpha is twice that) and shira", minimum=1
+    )
+    lora_budget: int | None = option(
+        None,
+        "train as many weights as LoRA of this rank would, in the place of --density",
+        minimum=1,
+    )
 
     epochs: int = option(3, "passes over the training data", minimum=1)
     max_steps: int | None = option(None, "stop after this many steps", minimum=1)
@@ -148,6 +168,16 @@ class RunConfig:
             raise ConfigError(
                 f"scoring_batches = {self.scoring_batches} exceeds "
                 f"scoring_examples = {self.scoring_examples}; a batch needs one example at least"
+            )
+        if self.eval and self.validation:
+            raise ConfigError(
+                f"eval and validation = {self.validation} exclude each other: the first is data of "
+                "its own, the second a part of the training data"
+            )
+        if self.lora_budget and self.method not in ADAPTERS:
+            raise ConfigError(
+                f"lora_budget = {self.lora_budget} is for methods that adapt linear layers "
+                f"({', '.join(ADAPTERS)}); method {self.method!r} has no budget"
             )
         if self.method == "speft":
             self.speft()

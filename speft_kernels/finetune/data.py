@@ -10,9 +10,11 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..errors import DataError, nearest
 
@@ -73,6 +75,26 @@ def read_examples(source: str, task: str, *, default_split: str = "train") -> Ex
         located = _from_hub(source, default_split)
         where = source
     return _to_examples(where, located, task)
+
+
+def split_off(train: Examples, share: float) -> tuple[Examples, Examples]:
+    """`train` without, and only, a random `share` of its rows; the same rows in every run.
+
+    Raises DataError when either part would be empty.
+    """
+    count = round(share * len(train))
+    if not 0 < count < len(train):
+        raise DataError(
+            f"{train.source}: validation = {share} of its {len(train)} rows leaves one side empty"
+        )
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = set(order[:count])
+    parts = [
+        tuple(row for i, row in enumerate(train.rows) if (i in held_out) == side)
+        for side in (False, True)
+    ]
+    kept, split = (replace(train, rows=rows) for rows in parts)
+    return kept, split
 
 
 def label_ids(train: Examples) -> dict[str, int]:

@@ -16,7 +16,14 @@ from ..errors import ConfigError
 from ..targets import Targets
 from . import methods
 from .config import RunConfig
-from .data import Examples, check_columns, check_labels, label_ids, read_examples
+from .data import (
+    Examples,
+    check_columns,
+    check_labels,
+    label_ids,
+    read_examples,
+    split_off,
+)
 from .models import load_causal_lm, load_classifier, load_tokenizer, pooling_of
 from .progress import Display
 from .signals import StopSignals
@@ -27,7 +34,8 @@ from .tasks import CausalLM, Classification, Encoded, Task, check_metric
 class Inputs:
     """The data as token ids, the model, and what the settings mean for it.
 
-    `labels` are the class names in the order of the model's outputs; `pooling` is "mean" or
+    `config` says what its `lora_budget` means for this model (see `methods.budgeted`). `labels` are
+    the class names in the order of the model's outputs; `pooling` is "mean" or
     "model", and None for a language model; `fingerprint` covers all the data.
     """
 
@@ -81,7 +89,7 @@ class ScoringBatches:
 
 
 def read_inputs(config: RunConfig, display: Display) -> Inputs:
-    """Loads data and model. Without `config.eval` there is no eval data.
+    """Loads data and model. With neither `config.eval` nor `validation` there is no eval data.
 
     The model's new head, if any, is drawn from torch's global generator.
 
@@ -100,9 +108,12 @@ def read_inputs(config: RunConfig, display: Display) -> Inputs:
     }
     for other in others.values():
         check_columns(other, train)
+    everything = train
+    if config.validation:
+        train, others["eval"] = split_off(train, config.validation)
     tokenizer = load_tokenizer(config.model)
     if config.task == "classification":
-        ids = label_ids(train)
+        ids = label_ids(everything)
         for other in others.values():
             check_labels(other, ids)
         check_metric(config.metric_name, len(ids))
@@ -116,6 +127,7 @@ def read_inputs(config: RunConfig, display: Display) -> Inputs:
         model = load_causal_lm(config.model)
     check_weights(model, config.model)
     targets = methods.find(model, config)
+    config = methods.budgeted(config, targets)
     sources = {"train": train, **others}
     encoded = {name: _encode(task, source, display) for name, source in sources.items()}
     digests = "".join(source.fingerprint() for source in sources.values())

@@ -1,4 +1,4 @@
-"""The four ways to train: which parameters of a model learn, and how the result is saved.
+"""The ways to train: which parameters of a model learn, and how the result is saved.
 
 All of them treat the classification head alike: it trains densely, after the same warm-up, with the
 same learning rate, so that what is compared is the rest of the model.
@@ -6,7 +6,7 @@ same learning rate, so that what is compared is the rest of the model.
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapter import save_adapter
 from ..atomic import new_folder
-from ..errors import ConfigError
 from ..files import write_json
 from ..model import apply_patterns, score_and_select, sparse_layers
 from ..pattern import SparsePattern
@@ -27,8 +26,9 @@ from ..salience.borrow import borrowed
 from ..salience.report import SalienceReport
 from ..salience.warmup import warm_up
 from ..targets import Targets, find_dense_modules, find_targets, is_below
+from . import baselines
 from .checkpoint import trainable
-from .config import RunConfig
+from .config import ADAPTERS, RunConfig
 from .tasks import Task
 
 
@@ -93,9 +93,22 @@ def mean_loss(task: Task, accelerator: Accelerator) -> LossFn:
 
 def find(model: nn.Module, config: RunConfig) -> Targets:
     """The layers to adapt and the head. Raises ConfigError for names the model does not have."""
-    if config.method in ("speft", "lora"):
+    if config.method in ADAPTERS:
         return find_targets(model, config.speft())
     return Targets({}, find_dense_modules(model, () if config.task == "causal-lm" else None))
+
+
+def budgeted(config: RunConfig, targets: Targets) -> RunConfig:
+    """`config` with the density and the rank at which `lora_budget` is met, if there is one.
+
+    LoRA of rank r trains r (N + K) scalars of a layer [N, K].
+    """
+    rank = config.lora_budget
+    if rank is None:
+        return config
+    shapes = [layer.weight.shape for layer in targets.layers.values()]
+    density = rank * sum(n + k for n, k in shapes) / sum(n * k for n, k in shapes)
+    return dataclasses.replace(config, lora_rank=rank, density=density)
 
 
 def warm_up_head(
@@ -134,8 +147,8 @@ def prepare(
         if patterns is None:
             patterns, report = score_and_select(model, config.speft(), batches, loss_fn)
         apply_patterns(model, patterns, config.speft())
-    elif config.method == "lora":
-        model = _with_lora(model, config, targets)
+    elif config.method in baselines.METHODS:
+        model = baselines.adapt(model, config, targets)
     else:
         model.requires_grad_(config.method == "full")
         for name in targets.dense_modules:
@@ -146,13 +159,13 @@ def prepare(
     adapted = sum(p.numel() for p in trainable(model).values()) - head
     if config.method == "full":
         elements -= head
-    heads = () if config.method == "lora" else targets.dense_modules
+    heads = () if config.method in baselines.METHODS else targets.dense_modules
     return Prepared(model, heads, adapted, head, elements, report)
 
 
 def in_head(name: str, targets: Targets, config: RunConfig) -> bool:
     """Whether the trained parameter `name` belongs to the classification head."""
-    if config.method == "lora":
+    if config.method in baselines.METHODS:
         return ".modules_to_save." in name
     return is_below(name, targets.dense_modules)
 
@@ -209,34 +222,18 @@ def save_trained(
 ) -> None:
     """Writes what was trained, replacing what is there.
 
-    Methods "speft" and "head" give an adapter of this package, "lora" one of PEFT, and "full" a
-    whole model with its tokenizer. `about` goes along, in the last two cases as `speft.json`.
+    Methods "speft" and "head" give an adapter of this package, those of PEFT one of theirs, and
+    "full" a whole model with its tokenizer. `about` goes along, in the last two cases as
+    `speft.json`.
     """
     if config.method in ("speft", "head"):
         settings = config.speft() if config.method == "speft" else None
         save_adapter(model, folder, config=settings, extra=about, overwrite=True)
         return
     with new_folder(folder) as draft:
-        model.save_pretrained(draft)  # type: ignore[operator]
         if config.method == "full":
+            model.save_pretrained(draft)  # type: ignore[operator]
             tokenizer.save_pretrained(draft)
+        else:
+            baselines.save(model, config, draft)
         write_json(draft / "speft.json", about)
-
-
-def _with_lora(model: nn.Module, config: RunConfig, targets: Targets) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError(
-            "method 'lora' needs the library peft: pip install 'speft-kernels[peft]'"
-        ) from error
-    settings = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank,
-        target_modules=list(targets.layers),
-        modules_to_save=list(targets.dense_modules) or None,
-    )
-    with warnings.catch_warnings():
-        # PEFT asks the model by a name that transformers deprecates; nothing for the user to do.
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(model, settings)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..machine import commit, processor
 from ..salience.memory import PeakMemory
 from .checkpoint import Progress
 from .inputs import Inputs
@@ -56,9 +57,13 @@ def result_of(
         "salience_seconds": progress.salience.get("seconds", 0.0),
         "salience": progress.salience,
         "train_seconds": progress.train_seconds,
+        "lr": config.learning_rate,
+        "head_lr": config.head_learning_rate,
         "seed": config.seed,
         "device": str(device),
         "threads": torch.get_num_threads(),
+        "processor": processor(),
+        "commit": commit(),
         "versions": versions(),
     }
     if config.task == "classification":

@@ -49,7 +49,8 @@ def finetune(
         Interrupted: on Ctrl-C or SIGTERM, after a checkpoint if training had begun.
     """
     display = display or Display()
-    config.require("eval")
+    if not config.validation:
+        config.require("eval")
     config = config.located()
     folder = Folder(Path(config.output))
     if resume:
@@ -209,8 +210,10 @@ def check_resumable(folder: Folder, config: RunConfig) -> None:
             f"{folder.root} holds no checkpoint to resume from; start again with --overwrite"
         )
     own = config.to_dict()
+    # What a budget means is found out again with the model.
+    left_out = {"output", *(("density", "lora_rank") if config.lora_budget else ())}
     for key, value in RunConfig.from_dict(stored).to_dict().items():
-        if key != "output" and own[key] != value:
+        if key not in left_out and own[key] != value:
             raise ConfigError(
                 f"the run in {folder.root} has {key} = {value!r} and cannot go on with "
                 f"{own[key]!r}; drop the setting, or start again with --overwrite"

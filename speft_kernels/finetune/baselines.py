@@ -1,0 +1,86 @@
+"""What SPEFT is compared with: the adapters of PEFT, on the same layers and in the same loop."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..targets import Targets
+from .config import RunConfig
+
+METHODS = ("lora", "pissa", "shira", "supertuning")
+
+
+def adapt(model: nn.Module, config: RunConfig, targets: Targets) -> nn.Module:
+    """`model` inside PEFT's wrapper: `config.method` on `targets.layers`, the head trained densely.
+
+    "pissa" starts LoRA's factors from the weight's leading singular vectors; "shira" trains random
+    entries, as many as LoRA of the same rank; "supertuning" the entries of the largest magnitude.
+
+    Raises:
+        ConfigError: peft is missing, or too old for the method.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(
+            f"method {config.method!r} needs the library peft: pip install 'speft-kernels[peft]'"
+        ) from error
+    shared: dict[str, Any] = {
+        "target_modules": list(targets.layers),
+        "modules_to_save": list(targets.dense_modules) or None,
+    }
+    if config.method in ("lora", "pissa"):
+        settings: Any = peft.LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank,
+            init_lora_weights="pissa" if config.method == "pissa" else True,
+            **shared,
+        )
+    elif config.method == "shira":
+        settings = peft.ShiraConfig(r=config.lora_rank, random_seed=config.seed, **shared)
+    else:
+        if not hasattr(peft, "SupertuningConfig"):
+            raise ConfigError(
+                f"method 'supertuning' is not in the installed peft {peft.__version__}: "
+                "pip install --upgrade peft"
+            )
+        settings = peft.SupertuningConfig(sparsity=1 - config.density, **shared)
+    with warnings.catch_warnings():
+        # PEFT asks the model by a name that transformers deprecates; nothing for the user to do.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted: Any = peft.get_peft_model(model, settings)
+    if config.method == "pissa":
+        adapted.speft_start = _adapter(adapted)
+    return adapted
+
+
+def save(model: Any, config: RunConfig, folder: Path) -> None:
+    """Writes PEFT's own adapter into `folder`; it loads on the original model.
+
+    PiSSA moves what it starts from out of the base weight. PEFT turns the trained factors and those
+    it started from into a LoRA of twice the rank over the weight as it was.
+    """
+    if config.method != "pissa":
+        model.save_pretrained(folder)
+        return
+    with tempfile.TemporaryDirectory() as start, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the base weights that are not saved
+        settings = model.peft_config["default"]
+        settings.init_lora_weights = True  # or saving would ask for the conversion here too
+        model.save_pretrained(start, state_dict=model.speft_start)
+        settings.init_lora_weights = "pissa"
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
+
+
+def _adapter(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
