@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import ConfigError, nearest
-from .salience.metrics import metric_named
+from .salience.custom import Score, name_of
+from .salience.metrics import check_salience
 
 ALL_LINEAR = "all-linear"
 _CHOICES = {
     "scope": ("layer", "global"),
     "mode": ("resident", "additive"),
+    "accumulate": ("sum", "absolute", "square"),
     "accumulator_dtype": ("float32", "weight"),
     "accumulator_device": ("model", "cpu"),
+    "grasp_sign": ("paper", "code"),
 }
 
 
@@ -25,7 +28,9 @@ class SpeftConfig:
 
     Args:
         density: share of the target weights' entries that train, in (0, 1).
-        salience: key of the metric that ranks the entries (`salience.METRICS`).
+        salience: key of the metric that ranks the entries (`salience.METRICS`); or a callable
+            `score(w, g) -> s` of a weight and its gradient, all `[N, K]`, or the name of one,
+            "package.module:function", which is imported when scoring starts.
         scope: "layer" gives every matrix the same density, "global" ranks the entries of all of
             them together.
         target_modules: "all-linear", or names of linear layers: full names, dotted suffixes
@@ -41,9 +46,15 @@ class SpeftConfig:
         head_warmup_steps: optimiser steps on `modules_to_train` alone before scoring: the gradients
             behind a freshly initialised head are noise.
         head_warmup_lr: learning rate of that warm-up (AdamW).
+        accumulate: what becomes of the batches' gradients, for metrics of the plain gradient: "sum"
+            scores the summed gradient, "absolute" the sum of |g| of each batch, "square" that of
+            g^2.
         accumulator_dtype: "float32", or "weight" for each weight's own dtype, to accumulate
-            gradients in.
+            in.
         accumulator_device: "model", or "cpu" to keep the accumulators in host memory.
+        grasp_sign: "paper" ranks by -w (H g), "code" by +w (H g) as the paper's authors' code does.
+        grasp_temperature: metric "grasp" divides the logits by it, wherever the loss goes through
+            `torch.nn.functional.cross_entropy`; 1 leaves them. 200 is the authors' code's.
         seed: seed of whatever is random in the warm-up and in scoring.
 
     Raises:
@@ -51,7 +62,7 @@ class SpeftConfig:
     """
 
     density: float = 0.005
-    salience: str = "gradient"
+    salience: str | Score = "gradient"
     scope: str = "layer"
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: Sequence[str] = ()
@@ -60,15 +71,23 @@ class SpeftConfig:
     modules_to_train: Sequence[str] | None = None
     head_warmup_steps: int = 0
     head_warmup_lr: float = 1e-3
+    accumulate: str = "sum"
     accumulator_dtype: str = "float32"
     accumulator_device: str = "model"
+    grasp_sign: str = "paper"
+    grasp_temperature: float = 200.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", _fraction("density", self.density))
-        metric_named(self.salience)
+        statistic = check_salience(self.salience)
         for name, choices in _CHOICES.items():
             _choice(name, getattr(self, name), choices)
+        if self.accumulate != "sum" and statistic != "gradient":
+            raise ConfigError(
+                f"accumulate={self.accumulate!r} is for metrics of the plain gradient; salience "
+                f"{self.salience!r} has nothing of the kind to accumulate"
+            )
         if self.target_modules != ALL_LINEAR:
             object.__setattr__(
                 self, "target_modules", _names("target_modules", self.target_modules)
@@ -84,16 +103,24 @@ class SpeftConfig:
         object.__setattr__(self, "block_shape", _block_shape(self.block_shape))
         for name in ("head_warmup_steps", "seed"):
             _whole(name, getattr(self, name))
-        rate = _number("head_warmup_lr", self.head_warmup_lr)
-        if rate <= 0:
-            raise ConfigError(f"head_warmup_lr must be above 0, got {rate!r}")
-        object.__setattr__(self, "head_warmup_lr", rate)
+        for name in ("head_warmup_lr", "grasp_temperature"):
+            number = _number(name, getattr(self, name))
+            if number <= 0:
+                raise ConfigError(f"{name} must be above 0, got {number!r}")
+            object.__setattr__(self, name, number)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as a dict of JSON types; `from_dict` reads it back."""
+        """Return the settings as a dict of JSON types; `from_dict` reads it back.
+
+        A callable becomes its name, "module:qualname". `from_dict` takes any such name; scoring
+        with it refuses one that cannot be imported, as a lambda's cannot.
+        """
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not isinstance(self.salience, str):
+            settings["salience"] = name_of(self.salience)
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
+            for name, value in settings.items()
         }
 
     @classmethod

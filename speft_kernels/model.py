@@ -15,7 +15,7 @@ from .install import forget, install, swap_modules
 from .nn import SparseDeltaLinear
 from .overview import Summary, SummaryRow, sparse_layers, summary, trainable_parameters
 from .pattern import SparsePattern
-from .salience import LossFn, SalienceReport, metric_named
+from .salience import METRICS, LossFn, SalienceReport, metric_named
 from .salience.borrow import borrowed, undone_on_error
 from .salience.select import select_patterns
 from .salience.warmup import warm_up
@@ -199,10 +199,12 @@ def _targets_to_score(
         raise ConfigError("head_warmup_steps: no head to warm up; name it in modules_to_train")
     if batches is None and config.head_warmup_steps:
         raise ConfigError("head_warmup_steps needs batches")
-    if batches is None and metric_named(config.salience).needs_gradient:
+    metric = metric_named(config.salience)
+    if batches is None and metric.needs_data:
+        dataless = ", ".join(key for key, known in METRICS.items() if not known.needs_data)
         raise ConfigError(
-            f"salience {config.salience!r} needs batches to score with; salience='magnitude' needs "
-            "none"
+            f"salience {metric.key!r} needs batches to score with; metrics that need none: "
+            f"{dataless}"
         )
     return targets
 

@@ -13,58 +13,88 @@ from ..errors import ConfigError, SalienceError
 from .borrow import scoring_leaves
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+Consume = Callable[[str, Tensor], None]
 
 
 @dataclass
 class PassStatistics:
-    """What a scoring pass saw: `arrived` are the layers that received a gradient."""
+    """What a scoring pass saw: `arrived` are the layers that it came to a statistic of."""
 
     batches: int = 0
     examples: int = 0
     largest_gradient_bytes: int = 0
     arrived: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    missing: str = "received no gradient: the loss does not depend on it"
 
-    def check(self, layers: Iterable[str]) -> None:
+    def check(self, layers: Iterable[str], needs_data: bool = True) -> None:
         """Raise a SalienceError if there was no batch, or one of `layers` received no gradient."""
-        if not self.batches:
+        if needs_data and not self.batches:
             raise SalienceError("there is no batch to score with: batches is empty")
         missing = [name for name in layers if name not in self.arrived]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise SalienceError(
-                f"layer {missing[0]!r}{more} received no gradient: the loss does not depend on it. "
+                f"layer {missing[0]!r}{more} {self.missing}. "
                 "Name it in exclude_modules (with reentrant gradient checkpointing, "
                 "use_reentrant=False helps)"
             )
 
 
 class GradientSums:
-    """The gradient of each layer, summed over batches.
+    """A statistic of each layer, such as its gradient, summed over batches.
 
     Args:
+        layers: name -> layer; their weights' dtypes decide the sums'.
         dtype: "float32" (float64 for a float64 weight), or "weight" for the weight's own.
         device: "model", or "cpu" to keep the sums in host memory.
+        fold: "sum", "absolute" or "square": what is summed of each part.
     """
 
-    def __init__(self, dtype: str, device: str) -> None:
-        self._dtype, self._device = dtype, device
+    def __init__(
+        self, layers: Mapping[str, nn.Linear], dtype: str, device: str, fold: str = "sum"
+    ) -> None:
+        self._device, self._fold = device, fold
+        self._dtypes = {
+            name: weight.dtype if dtype == "weight" else wide(weight.dtype)
+            for name, weight in ((name, layer.weight) for name, layer in layers.items())
+        }
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Fold a gradient in. It may be kept: the caller must not write into it afterwards."""
+    def add(self, name: str, part: Tensor) -> None:
+        """Fold a part in. It may be kept: the caller must not write into it afterwards."""
+        part = folded(part, self._fold)
         if name in self.sums:
             total = self.sums[name]
-            total.add_(gradient.to(total.device))
+            total.add_(part.to(total.device))
         else:
-            wide = torch.promote_types(gradient.dtype, torch.float32)
-            self.sums[name] = gradient.to(
-                dtype=gradient.dtype if self._dtype == "weight" else wide,
-                device=gradient.device if self._device == "model" else "cpu",
-            )
+            device = part.device if self._device == "model" else torch.device("cpu")
+            self.sums[name] = part.to(dtype=self._dtypes[name], device=device)
 
     @property
     def nbytes(self) -> int:
         return sum(total.nbytes for total in self.sums.values())
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or float64 for float64: what sums are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def folded(gradient: Tensor, fold: str) -> Tensor:
+    """Return what `SpeftConfig.accumulate` makes of one batch's gradient, which is consumed."""
+    if fold == "absolute":
+        return gradient.abs_()
+    if fold == "square":
+        return gradient.to(wide(gradient.dtype)).square_()  # a half's square is out of its range
+    return gradient
+
+
+def arrives_in_parts(name: str) -> SalienceError:
+    return SalienceError(
+        f"the gradient of layer {name!r} arrives in parts, as reentrant checkpointing of a shared "
+        "layer makes it, and this way of scoring needs the whole: use use_reentrant=False"
+    )
 
 
 def stream_gradients(
@@ -72,7 +102,9 @@ def stream_gradients(
     layers: Mapping[str, nn.Linear],
     batches: Iterable[Any],
     loss_fn: LossFn | None,
-    consume: Callable[[str, Tensor], None],
+    consume: Consume,
+    *,
+    whole: bool = False,
 ) -> PassStatistics:
     """Run a backward pass a batch; each gradient goes to `consume(name, gradient)` on arrival.
 
@@ -80,13 +112,20 @@ def stream_gradients(
     no time does more than one layer's gradient exist besides what `consume` keeps. To be called
     with the model `borrowed`.
 
+    Args:
+        whole: refuse a gradient that arrives in parts within one batch.
+
     Raises:
         SalienceError: a loss is not finite, not a scalar, or depends on no layer.
         ConfigError: the default loss does not fit the model or the batches.
     """
     statistics = PassStatistics()
+    of_this_batch: set[str] = set()
 
     def release(name: str, leaf: Tensor) -> None:
+        if whole and name in of_this_batch:
+            raise arrives_in_parts(name)
+        of_this_batch.add(name)
         gradient = leaf.grad
         leaf.grad = None
         assert gradient is not None
@@ -100,6 +139,7 @@ def stream_gradients(
             leaf.register_post_accumulate_grad_hook(lambda leaf, name=name: release(name, leaf))
         for batch in batches:
             statistics.batches += 1
+            of_this_batch.clear()
             evaluate_loss(model, batch, loss_fn, f"batch {statistics.batches}").backward()
             statistics.examples += count_examples(batch)
     return statistics
@@ -127,7 +167,7 @@ def evaluate_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, label: s
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise SalienceError(f"the loss of {label} must be a scalar tensor, got {found}")
     if not bool(torch.isfinite(loss.detach()).all()):
-        origin = _first_non_finite(model, run)
+        origin = first_non_finite(model, run)
         where = f"; layer {origin!r} is the first whose output is not finite" if origin else ""
         raise SalienceError(
             f"the loss of {label} is {loss.item()}{where}: look at that batch and the weights of "
@@ -141,7 +181,7 @@ def evaluate_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, label: s
     return loss
 
 
-def _first_non_finite(model: nn.Module, run: Callable[[], object]) -> str | None:
+def first_non_finite(model: nn.Module, run: Callable[[], object]) -> str | None:
     """Return the name of the first module without children that returns a NaN or an infinity."""
     found: list[str] = []
 

@@ -1,62 +1,147 @@
 """The salience metrics: what each one needs, and its score.
 
-One entry of `METRICS` is one metric. Single entries are ranked by the fused top-k under the same
-key; `score` is the metric written out, for scores that are first summed over blocks.
+One entry of `METRICS` is one metric. Single entries are ranked by the fused top-k of (w, statistic)
+under the key `ranked_as`, so no score tensor exists; `score` is the metric written out, for scores
+that are first summed over blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ..errors import ConfigError, nearest
+from .custom import Score, check_name, name_of, resolve
+
+# What a scoring pass hands to the ranking, for each layer [N, K]:
+#   none               nothing
+#   gradient           the gradient of the loss, folded over the batches (`SpeftConfig.accumulate`)
+#   squared_gradient   the sum over the examples of the squared gradient of each
+#   hessian_gradient   H g of the summed loss, or its negative (`SpeftConfig.grasp_sign`)
+#   synaptic_flow      dR/d|w| of the linearised model of absolute values, without data
+_WITH_DATA = ("gradient", "squared_gradient", "hessian_gradient")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A score `s(w, g)` of each entry of a weight; g is summed over the scoring batches.
+    """A score `s(w, t)` of each entry of a weight w; t is the statistic of the scoring pass.
 
     Attributes:
         key: its name here, in configs and on the command line.
         paper_name: its name in "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language
-            Models".
+            Models" (arXiv 2412.13488).
         description: its formula, for people.
+        statistic: what the scoring pass collects: "none", "gradient", "squared_gradient",
+            "hessian_gradient" or "synaptic_flow".
+        ranked_as: key of `ops.topk_salience` that ranks (w, t) in the same order; None where the
+            score has to be computed first.
         needs_weight: whether w enters the score.
-        needs_gradient: whether g does; without it no data is needed.
-        score: `(w, g) -> s`, all `[N, K]` and of one floating dtype.
+        score: `(w, t) -> s`, all `[N, K]` and of one floating dtype; None draws at random.
     """
 
     key: str
     paper_name: str
     description: str
+    statistic: str
+    ranked_as: str | None
     needs_weight: bool
-    needs_gradient: bool
-    score: Callable[[Tensor, Tensor], Tensor]
+    score: Score | None
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether a statistic has to be collected."""
+        return self.statistic != "none"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether collecting it takes batches."""
+        return self.statistic in _WITH_DATA
+
+
+def _gradient_metric(
+    key: str, paper_name: str, description: str, needs_weight: bool, score: Score
+) -> Metric:
+    return Metric(key, paper_name, description, "gradient", key, needs_weight, score)
 
 
 METRICS: dict[str, Metric] = {
     metric.key: metric
     for metric in (
-        Metric("magnitude", "Magnitude", "|w|", True, False, lambda w, g: w.abs()),
-        Metric("gradient", "Gradient", "|g|", False, True, lambda w, g: g.abs()),
-        Metric("snip", "SNIP", "|w g|", True, True, lambda w, g: (w * g).abs()),
-        Metric("force", "FORCE", "-w g, signed", True, True, lambda w, g: -(w * g)),
-        Metric("taylor_fo", "Taylor-FO", "(w g)^2", True, True, lambda w, g: (w * g).square()),
+        Metric("magnitude", "Magnitude", "|w|", "none", "magnitude", True, lambda w, t: w.abs()),
+        _gradient_metric("gradient", "Gradient", "|g|", False, lambda w, g: g.abs()),
+        _gradient_metric("snip", "SNIP", "|w g|", True, lambda w, g: (w * g).abs()),
+        _gradient_metric("force", "FORCE", "-w g, signed", True, lambda w, g: -(w * g)),
+        _gradient_metric("taylor_fo", "Taylor-FO", "(w g)^2", True, lambda w, g: (w * g).square()),
+        # A sum of squares ranks as its mean does, and as its absolute value.
+        Metric(
+            "fisher",
+            "Fisher-Info",
+            "mean over examples of g^2",
+            "squared_gradient",
+            "gradient",
+            False,
+            lambda w, f: f.abs(),
+        ),
+        Metric(
+            "synflow",
+            "SynFlow",
+            "|w dR/dw|, data-free",
+            "synaptic_flow",
+            "snip",
+            True,
+            lambda w, r: (w * r).abs(),
+        ),
+        # The statistic carries the sign of `SpeftConfig.grasp_sign`.
+        Metric(
+            "grasp",
+            "GraSP",
+            "-w (H g), signed",
+            "hessian_gradient",
+            "force",
+            True,
+            lambda w, h: -(w * h),
+        ),
+        Metric("random", "Random", "uniform", "none", None, False, None),
     )
 }
 
 
-def metric_named(key: str) -> Metric:
-    """Return the metric of that key.
+def metric_named(salience: str | Score) -> Metric:
+    """Return the metric of that key, or the metric whose score is a callable.
+
+    Args:
+        salience: a key of `METRICS`, a callable `score(w, g) -> s`, or the name of one,
+            "package.module:function", which is imported here.
 
     Raises:
-        ConfigError: there is none; the message lists the known ones and the nearest.
+        ConfigError: there is none; the message lists the known ones and the nearest. Or the name
+            cannot be imported, or is of nothing that can be called.
     """
-    if not isinstance(key, str) or key not in METRICS:
+    check_salience(salience)
+    if isinstance(salience, str) and salience in METRICS:
+        return METRICS[salience]
+    if isinstance(salience, str):
+        return _custom(salience, resolve(salience))
+    return _custom(name_of(salience), salience)
+
+
+def check_salience(salience: object) -> str:
+    """Return the statistic that `salience` needs, importing nothing.
+
+    Raises:
+        ConfigError: it is neither a metric's key, nor a callable, nor the form of a callable's
+            name.
+    """
+    if isinstance(salience, str) and salience in METRICS:
+        return METRICS[salience].statistic
+    if isinstance(salience, str) and ":" in salience:
+        check_name(salience)
+    elif isinstance(salience, str) or not callable(salience):
         raise ConfigError(
-            f"unknown salience metric {key!r}; known: "
-            f"{', '.join(METRICS)}.{nearest(str(key), METRICS)}"
+            f"unknown salience metric {salience!r}; known: {', '.join(METRICS)}, or a callable "
+            f"score(w, g) or its name 'package.module:function'.{nearest(str(salience), METRICS)}"
         )
-    return METRICS[key]
+    return "gradient"
+
+
+def _custom(key: str, score: Score) -> Metric:
+    return Metric(key, "", "a callable's", "gradient", None, True, score)

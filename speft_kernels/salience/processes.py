@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,26 @@ def agree(error: Exception | None, device: torch.device) -> None:
         raise error
     if failed.item():
         raise SalienceError("scoring failed in another process; its own message says why")
+
+
+def together(
+    run: Callable[[], PassStatistics], layers: Mapping[str, nn.Linear], sums: GradientSums
+) -> PassStatistics:
+    """Run a pass that adds to `sums`; the sums and counts of all processes come out in each.
+
+    Raises:
+        SalienceError: the pass failed in another process. An error of this one comes out as it is.
+    """
+    if count() == 1:
+        return run()
+    statistics, error = PassStatistics(), None
+    try:
+        statistics = run()
+    except Exception as raised:  # agree() raises it again once the other processes know
+        error = raised
+    agree(error, next(iter(layers.values())).weight.device)
+    reduce_sums(layers, sums, statistics)
+    return statistics
 
 
 def reduce_sums(

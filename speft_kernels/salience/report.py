@@ -26,9 +26,11 @@ class SalienceReport:
         peak_memory_bytes: of scoring and selecting, as `peak_memory_source` measures it: "cuda
             allocator", "process high-water mark", or "process high-water mark since its start".
             None on a system that does not tell.
-        accumulator_bytes: of the summed gradients; 0 where none are needed.
-        largest_gradient_bytes: of one layer, the only dense gradient that exists at a time.
+        accumulator_bytes: of the sums over batches, all sets of them; 0 where none are needed.
+        largest_gradient_bytes: of one layer, the only dense gradient that exists at a time (metric
+            "grasp" holds those of all layers besides).
         layers: one entry a target layer, in the model's order.
+        notes: what scoring did that was not asked for, in sentences for people.
     """
 
     metric: str
@@ -44,6 +46,7 @@ class SalienceReport:
     accumulator_bytes: int
     largest_gradient_bytes: int
     layers: tuple[LayerBudget, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def nnz(self) -> int:
@@ -54,4 +57,5 @@ class SalienceReport:
         """Return the report as JSON types, with the total `nnz`."""
         fields = asdict(self)
         layers = [{**layer, "shape": list(layer["shape"])} for layer in fields.pop("layers")]
-        return {**fields, "block_shape": list(self.block_shape), "nnz": self.nnz, "layers": layers}
+        lists = {"block_shape": list(self.block_shape), "notes": list(self.notes)}
+        return {**fields, **lists, "nnz": self.nnz, "layers": layers}

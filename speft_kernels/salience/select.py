@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..errors import SalienceError
 from ..pattern import SparsePattern
 from . import processes
-from .accumulate import GradientSums, LossFn, PassStatistics, stream_gradients
+from .accumulate import GradientSums, LossFn, PassStatistics, folded, stream_gradients
+from .hessian import hessian_gradients
 from .memory import PeakMemory
 from .metrics import Metric, metric_named
+from .ranking import choose
 from .report import LayerBudget, SalienceReport
+from .squared import stream_squared_gradients
+from .synflow import stream_synaptic_flow
 
 if TYPE_CHECKING:
     from ..config import SpeftConfig
@@ -27,7 +29,7 @@ def select_patterns(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
     config: SpeftConfig,
-    batches: Iterable[Any] | None,  # None only for a metric that needs no gradient
+    batches: Iterable[Any] | None,  # None only for a metric that needs no data
     loss_fn: LossFn | None,
     *,
     head_warmup_seconds: float = 0.0,
@@ -44,34 +46,7 @@ def select_patterns(
     metric = metric_named(config.salience)
     devices = {layer.weight.device for layer in layers.values()}
     start, peak = time.perf_counter(), PeakMemory(devices)
-    sums = GradientSums(config.accumulator_dtype, config.accumulator_device)
-    statistics = PassStatistics()
-    chosen: dict[str, Tensor] = {}
-    accumulator_bytes = 0
-
-    if not metric.needs_gradient:
-        chosen = _choose(metric, config, layers, {})
-    else:
-        assert batches is not None
-        single, batches = _is_single(batches)
-        if single and config.scope == "layer" and processes.count() == 1:
-
-            def choose_now(name: str, gradient: Tensor) -> None:
-                if name in chosen:
-                    raise SalienceError(
-                        f"the gradient of layer {name!r} arrives in parts, as reentrant "
-                        "checkpointing of a shared layer makes it: use use_reentrant=False, or "
-                        "more than one batch"
-                    )
-                chosen.update(_choose(metric, config, {name: layers[name]}, {name: gradient}))
-
-            statistics = stream_gradients(model, layers, batches, loss_fn, choose_now)
-            statistics.check(layers)
-        else:
-            statistics = _sum_gradients(model, layers, batches, loss_fn, sums)
-            accumulator_bytes = sums.nbytes
-            chosen = _choose(metric, config, layers, sums.sums)
-
+    chosen, statistics, accumulator_bytes = _select(metric, model, layers, config, batches, loss_fn)
     patterns = {
         name: SparsePattern(
             (layer.out_features, layer.in_features),
@@ -97,117 +72,63 @@ def select_patterns(
             LayerBudget(name, pattern.shape, pattern.nnz, pattern.density)
             for name, pattern in patterns.items()
         ),
+        notes=tuple(statistics.notes),
     )
     return patterns, report
+
+
+def _select(
+    metric: Metric,
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    config: SpeftConfig,
+    batches: Iterable[Any] | None,
+    loss_fn: LossFn | None,
+) -> tuple[dict[str, Tensor], PassStatistics, int]:
+    """Return each layer's indices, what the pass saw, and the bytes of the accumulators."""
+    if metric.statistic == "none":
+        return choose(metric, config, layers, {}), PassStatistics(), 0
+    if not metric.needs_data:
+        single, batches = True, ()
+    else:
+        assert batches is not None
+        if metric.statistic == "hessian_gradient":
+            statistics, products, nbytes = hessian_gradients(
+                model, layers, config, batches, loss_fn
+            )
+            return choose(metric, config, layers, products), statistics, nbytes
+        single, batches = _is_single(batches)
+
+    chosen: dict[str, Tensor] = {}
+    sums = GradientSums(
+        layers, config.accumulator_dtype, config.accumulator_device, config.accumulate
+    )
+    at_once = single and config.scope == "layer" and processes.count() == 1
+    stream = _STREAMS[metric.statistic]
+    if stream is stream_gradients:
+        stream = partial(stream, whole=at_once or config.accumulate != "sum")
+
+    def choose_now(name: str, statistic: Tensor) -> None:
+        statistic = folded(statistic, config.accumulate)
+        chosen.update(choose(metric, config, {name: layers[name]}, {name: statistic}))
+
+    consume = choose_now if at_once else sums.add
+    statistics = processes.together(
+        lambda: stream(model, layers, batches, loss_fn, consume), layers, sums
+    )
+    statistics.check(layers, metric.needs_data)
+    nbytes = sums.nbytes
+    return chosen or choose(metric, config, layers, sums.sums), statistics, nbytes
+
+
+_STREAMS: dict[str, Callable[..., PassStatistics]] = {
+    "gradient": stream_gradients,
+    "squared_gradient": stream_squared_gradients,
+    "synaptic_flow": stream_synaptic_flow,
+}
 
 
 def _is_single(batches: Iterable[Any]) -> tuple[bool, Iterator[Any]]:
     iterator = iter(batches)
     ahead = list(islice(iterator, 2))
     return len(ahead) == 1, chain(ahead, iterator)
-
-
-def _sum_gradients(
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    batches: Iterable[Any],
-    loss_fn: LossFn | None,
-    sums: GradientSums,
-) -> PassStatistics:
-    if processes.count() == 1:
-        statistics = stream_gradients(model, layers, batches, loss_fn, sums.add)
-    else:
-        statistics, error = PassStatistics(), None
-        try:
-            statistics = stream_gradients(model, layers, batches, loss_fn, sums.add)
-        except Exception as raised:  # agree() raises it again once the other processes know
-            error = raised
-        processes.agree(error, next(iter(layers.values())).weight.device)
-        processes.reduce_sums(layers, sums, statistics)
-    statistics.check(layers)
-    return statistics
-
-
-def _choose(
-    metric: Metric,
-    config: SpeftConfig,
-    layers: Mapping[str, nn.Linear],
-    gradients: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """Return each layer's sorted flat indices of the entries (or blocks) that score highest.
-
-    `gradients` is emptied on the way: each one goes as soon as it is not needed any more.
-    """
-    groups = [[name] for name in layers] if config.scope == "layer" else [list(layers)]
-    chosen: dict[str, Tensor] = {}
-    for group in groups:
-        pairs = {name: _operands(metric, layers[name], gradients.get(name)) for name in group}
-        if config.block_shape == (1, 1) and _uniform(pairs.values()):
-            ranked_by = metric.key
-        else:
-            # The top-k reads scores instead. Each takes the place of its layer's gradient, so one
-            # layer's worth of memory comes on top: a copy of all weights in the gradients' dtype
-            # would be as large as these.
-            ranked_by = "raw"
-            dtype, device = _common(pairs.values())
-            for name in group:
-                score = _block_scores(metric, pairs[name], config.block_shape, dtype)
-                pairs[name] = (None, score.to(device))
-                gradients.pop(name, None)
-        places = sum((g if g is not None else _present(w)).numel() for w, g in pairs.values())
-        selected = ops.topk_salience(
-            [weight for weight, _ in pairs.values()],
-            [gradient for _, gradient in pairs.values()],
-            max(1, round(config.density * places)),
-            metric=ranked_by,
-            scope="global",
-            names=[f"layer {name!r}" for name in group],
-        )
-        chosen.update(zip(group, selected, strict=True))
-        for name in group:
-            gradients.pop(name, None)
-    return chosen
-
-
-# (weight, gradient); None where the metric does not read it
-Pair = tuple[Tensor | None, Tensor | None]
-
-
-def _operands(metric: Metric, layer: nn.Linear, gradient: Tensor | None) -> Pair:
-    weight = layer.weight.detach() if metric.needs_weight else None
-    return weight, gradient if metric.needs_gradient else None
-
-
-def _present(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None  # a metric reads the weight, the gradient or both
-    return tensor
-
-
-def _tensors(pairs: Iterable[Pair]) -> list[Tensor]:
-    return [tensor for pair in pairs for tensor in pair if tensor is not None]
-
-
-def _uniform(pairs: Iterable[Pair]) -> bool:
-    return len({(tensor.dtype, tensor.device) for tensor in _tensors(pairs)}) == 1
-
-
-def _common(pairs: Iterable[Pair]) -> tuple[torch.dtype, torch.device]:
-    """Return float32, or float64 where any tensor is; and the device to rank on."""
-    tensors = _tensors(pairs)
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    first = next((gradient for _, gradient in pairs if gradient is not None), tensors[0])
-    return torch.float64 if double else torch.float32, first.device
-
-
-def _block_scores(
-    metric: Metric, pair: Pair, block_shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """Return `[N / bh, K / bw]`: the entries' scores summed over each block."""
-    weight, gradient = pair
-    where = (gradient if gradient is not None else _present(weight)).device
-    unread = torch.empty(0)  # in the place of an operand that the metric does not read
-    score = metric.score(*(unread if t is None else t.to(where, dtype) for t in pair))
-    (rows, cols), (bh, bw) = score.shape, block_shape
-    if block_shape == (1, 1):
-        return score
-    return score.reshape(rows // bh, bh, cols // bw, bw).sum(dim=(1, 3))

@@ -1,0 +1,130 @@
+"""Ranking: the top entries or blocks of each layer, or of all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import SalienceError
+from .custom import check_score
+from .metrics import Metric
+from .uniform import draw
+
+if TYPE_CHECKING:
+    from ..config import SpeftConfig
+
+
+def choose(
+    metric: Metric,
+    config: SpeftConfig,
+    layers: Mapping[str, nn.Linear],
+    gradients: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return each layer's sorted flat indices of the entries (or blocks) that score highest.
+
+    Args:
+        gradients: what the scoring pass collected, `[N, K]` a layer; empty for a metric without. It
+            is emptied on the way: each one goes as soon as it is not needed any more.
+
+    Raises:
+        SalienceError: a score is not finite, or a callable's has the wrong shape or dtype; the
+            message names the layer.
+    """
+    if metric.score is None:
+        bh, bw = config.block_shape
+        sizes = {name: layer.weight.numel() // (bh * bw) for name, layer in layers.items()}
+        return draw(sizes, config.density, config.scope, config.seed)
+    groups = [[name] for name in layers] if config.scope == "layer" else [list(layers)]
+    chosen: dict[str, Tensor] = {}
+    for group in groups:
+        pairs = {name: _operands(metric, layers[name], gradients.get(name)) for name in group}
+        fused = metric.ranked_as is not None and config.block_shape == (1, 1)
+        if fused and _uniform(pairs.values()):
+            ranked_by = metric.ranked_as
+        else:
+            # The top-k reads scores instead. Each takes the place of its layer's gradient, so one
+            # layer's worth of memory comes on top: a copy of all weights in the gradients' dtype
+            # would be as large as these.
+            ranked_by = "raw"
+            dtype, device = _common(pairs.values())
+            for name in group:
+                score = _block_scores(metric, pairs[name], config.block_shape, dtype, name)
+                pairs[name] = (None, score.to(device))
+                gradients.pop(name, None)
+        places = sum((g if g is not None else _present(w)).numel() for w, g in pairs.values())
+        assert ranked_by is not None
+        try:
+            selected = ops.topk_salience(
+                [weight for weight, _ in pairs.values()],
+                [gradient for _, gradient in pairs.values()],
+                max(1, round(config.density * places)),
+                metric=ranked_by,
+                scope="global",
+                names=[f"layer {name!r}" for name in group],
+            )
+        except SalienceError as error:  # speaks of the key that it ranked by
+            message = str(error).replace(f"the {ranked_by} score", f"the {metric.key} score")
+            raise SalienceError(message) from None
+        chosen.update(zip(group, selected, strict=True))
+        for name in group:
+            gradients.pop(name, None)
+    return chosen
+
+
+# (weight, gradient); None where the metric does not read it
+Pair = tuple[Tensor | None, Tensor | None]
+
+
+def _operands(metric: Metric, layer: nn.Linear, gradient: Tensor | None) -> Pair:
+    weight = layer.weight.detach() if metric.needs_weight else None
+    return weight, gradient if metric.needs_gradient else None
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None  # a metric reads the weight, the gradient or both
+    return tensor
+
+
+def _tensors(pairs: Iterable[Pair]) -> list[Tensor]:
+    return [tensor for pair in pairs for tensor in pair if tensor is not None]
+
+
+def _uniform(pairs: Iterable[Pair]) -> bool:
+    return len({(tensor.dtype, tensor.device) for tensor in _tensors(pairs)}) == 1
+
+
+def _common(pairs: Iterable[Pair]) -> tuple[torch.dtype, torch.device]:
+    """Return float32, or float64 where any tensor is; and the device to rank on."""
+    tensors = _tensors(pairs)
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    first = next((gradient for _, gradient in pairs if gradient is not None), tensors[0])
+    return torch.float64 if double else torch.float32, first.device
+
+
+def _block_scores(
+    metric: Metric, pair: Pair, block_shape: tuple[int, int], dtype: torch.dtype, name: str
+) -> Tensor:
+    """Return `[N / bh, K / bw]`: the entries' scores summed over each block."""
+    weight, gradient = pair
+    like = gradient if gradient is not None else _present(weight)
+    unread = torch.empty(0)  # in the place of an operand that the metric does not read
+    operands = [unread if t is None else t.to(like.device, dtype) for t in pair]
+    if (
+        metric.ranked_as is None
+        and weight is not None
+        and operands[0].data_ptr() == weight.data_ptr()
+    ):
+        operands[0] = operands[0].clone()  # a user's callable may write into what it is given
+    assert metric.score is not None
+    score = metric.score(operands[0], operands[1])
+    if metric.ranked_as is None:
+        label = f"salience {metric.key!r}, called for layer {name!r},"
+        score = check_score(score, operands[0], label)
+    (rows, cols), (bh, bw) = score.shape, block_shape
+    if block_shape == (1, 1):
+        return score
+    return score.reshape(rows // bh, bh, cols // bw, bw).sum(dim=(1, 3))
