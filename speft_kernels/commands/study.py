@@ -1,0 +1,71 @@
+"""`speft study`: a grid of runs, resumable run by run."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from ..finetune.signals import Interrupted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the study")
+    parser.add_argument("--output", metavar="FOLDER", help="in the place of the file's output")
+    parser.add_argument("--data", metavar="FOLDER", help="folder that data paths start from")
+    parser.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="runs at a time [one a GPU; without GPUs one]",
+    )
+    parser.add_argument(
+        "--max-runs", type=_positive, metavar="N", help="begin no more than so many runs now"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the runs that are due, and run none"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..study.config import read_study
+    from ..study.runner import collect, run_study
+    from ..study.schedule import due
+
+    study = read_study(Path(args.config), output=args.output, data=args.data)
+    if args.dry_run:
+        finished = collect(study) if study.output.exists() else {}
+        left = due(study, finished)
+        print("\n".join(run.id for run in left))
+        print(f"{len(left)} runs are due now, {len(finished)} are finished", file=sys.stderr)
+        return 0
+    try:
+        rows = run_study(
+            study,
+            jobs=args.jobs or _jobs(),
+            say=lambda line: print(line, flush=True),
+            max_runs=args.max_runs,
+        )
+    except Interrupted as interruption:
+        again = f"speft study --config {shlex.quote(args.config)}"
+        for flag in ("output", "data", "jobs"):
+            if getattr(args, flag):
+                again += f" --{flag} {shlex.quote(str(getattr(args, flag)))}"
+        print(f"speft: stopped by {interruption}; to go on:\n  {again}", file=sys.stderr)
+        return 128 + interruption.signum
+    print(f"{len(rows)} runs are in {study.output / 'runs.csv'}")
+    return 0
+
+
+def _jobs() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number

@@ -1,0 +1,253 @@
+"""A study's configuration: tasks, methods, rates and seeds, and the grid they span."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, nearest
+from ..finetune.config import DEFAULT_LR, FIELDS, RunConfig
+
+_KEYS = {
+    "name": "the study's name",
+    "output": "its folder",
+    "data": "folder that relative data paths start from; by default the working folder",
+    "base": "settings of every run",
+    "tasks": "task name -> its settings, data among them",
+    "methods": "method label -> its settings; a list of values spans the grid",
+    "lr": "learning rates to search",
+    "seeds": "seeds of the runs at the best rate",
+    "search_seeds": "how many of the seeds every rate runs with",
+}
+# What a study sets itself, for each run.
+_OWN = ("output", "seed", "lr")
+# Kept in rows and ids as the study's file has them: they say the same on another machine.
+PATHS = ("train", "eval", "test")
+# Settings whose own values are lists: a list of them is one value, not an axis.
+_LISTS = ("target_modules", "exclude_modules", "block_shape")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the grid. `settings` are those of `RunConfig`, without `output`."""
+
+    task: str
+    name: str
+    lr: float
+    seed: int
+    settings: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        """Names the run and its folder; another setting gives another id."""
+        text = json.dumps(self.settings, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{self.task}-{self.name}-lr{self.lr:g}-s{self.seed}-{digest}"
+
+    def config(self, folder: Path, data: Path) -> RunConfig:
+        """The run's settings with its folder, and the paths of data below `data`.
+
+        Raises ConfigError, naming the run, for settings that do not fit together.
+        """
+        found = {
+            key: str(data / value)
+            for key in PATHS
+            if isinstance(value := self.settings.get(key), str) and (data / value).is_file()
+        }
+        try:
+            return RunConfig.from_dict({**self.settings, **found, "output": str(folder)})
+        except ConfigError as error:
+            raise ConfigError(f"run {self.id}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of runs: every method on every task, each at every rate and some seeds.
+
+    Every rate runs with the first `search_seeds` of the `seeds`; the rate with the best mean
+    `validation` then runs with the others. So rates are searched on data split off the training
+    set, and the reported data choose nothing.
+
+    Attributes:
+        methods: label -> settings; an entry with lists in the file is several here.
+        rates: label -> the learning rates that are searched.
+    """
+
+    name: str
+    output: Path
+    data: Path
+    tasks: Mapping[str, Mapping[str, Any]]
+    methods: Mapping[str, Mapping[str, Any]]
+    rates: Mapping[str, tuple[float, ...]]
+    seeds: tuple[int, ...]
+    search_seeds: int
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        """(task, method label): what a rate is searched for."""
+        return list(itertools.product(self.tasks, self.methods))
+
+    def run(self, task: str, name: str, lr: float, seed: int) -> Run:
+        settings = {**self.tasks[task], **self.methods[name], "lr": lr, "seed": seed}
+        return Run(task, name, lr, seed, settings)
+
+    def search(self, task: str, name: str) -> list[Run]:
+        """The runs of one cell that its rate is chosen by."""
+        seeds = self.seeds[: self.search_seeds]
+        return [self.run(task, name, lr, seed) for seed in seeds for lr in self.rates[name]]
+
+    def repeats(self, task: str, name: str, lr: float) -> list[Run]:
+        """The runs of one cell at the chosen rate that its search did not make."""
+        return [self.run(task, name, lr, seed) for seed in self.seeds[self.search_seeds :]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "tasks": {name: dict(settings) for name, settings in self.tasks.items()},
+            "methods": {name: dict(settings) for name, settings in self.methods.items()},
+            "lr": {name: list(rates) for name, rates in self.rates.items()},
+            "seeds": list(self.seeds),
+            "search_seeds": self.search_seeds,
+        }
+
+
+def read_study(path: Path, *, output: str | None = None, data: str | None = None) -> Study:
+    """The study of a YAML file.
+
+    Args:
+        output, data: in the place of the file's.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, a value is refused, or the grid has
+            nothing in it. Every run's settings are checked.
+    """
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; --config takes a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from error
+    try:
+        study = _study(loaded, output, data)
+        for task, name in study.cells:
+            for run in study.search(task, name):
+                config = run.config(study.output / "runs" / run.id, study.data)
+                if not config.validation and not config.eval:
+                    raise ConfigError(f"run {run.id}: validation (or eval) is missing")
+                if not config.test:
+                    raise ConfigError(f"run {run.id}: test, the data to report on, is missing")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return study
+
+
+def _study(loaded: Any, output: str | None, data: str | None) -> Study:
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"must hold the keys {', '.join(_KEYS)}")
+    for key in loaded:
+        if key not in _KEYS:
+            raise ConfigError(f"key {key!r} is unknown.{nearest(str(key), _KEYS)}")
+    base = _settings("base", loaded.get("base", {}))
+    tasks = {
+        _label("task", name): {**base, **_settings(f"task {name}", own)}
+        for name, own in _mapping("tasks", loaded.get("tasks")).items()
+    }
+    methods: dict[str, dict[str, Any]] = {}
+    rates: dict[str, tuple[float, ...]] = {}
+    for entry, own in _mapping("methods", loaded.get("methods")).items():
+        own = _settings(f"method {entry}", own, also=("lr",))
+        searched = _rates(own.pop("lr", loaded.get("lr")), entry)
+        for name, settings in _expanded(_label("method", entry), own):
+            if name in methods:
+                raise ConfigError(f"two methods are called {name!r}")
+            methods[name] = settings
+            kind = settings.get("method", base.get("method", "speft"))
+            rates[name] = searched or (DEFAULT_LR.get(kind, 1e-3),)
+    seeds = _several("seeds", loaded.get("seeds", [0]), int)
+    search = loaded.get("search_seeds", 1)
+    if isinstance(search, bool) or not isinstance(search, int) or not 0 < search <= len(seeds):
+        raise ConfigError(f"search_seeds = {search!r} must lie between 1 and {len(seeds)} (seeds)")
+    where = output or loaded.get("output")
+    if not isinstance(where, str) or not where:
+        raise ConfigError("output, the study's folder, is missing")
+    return Study(
+        name=str(loaded.get("name", Path(where).name)),
+        output=Path(where).expanduser().resolve(),
+        data=Path(data or loaded.get("data") or ".").expanduser().resolve(),
+        tasks=tasks,
+        methods=methods,
+        rates=rates,
+        seeds=seeds,
+        search_seeds=search,
+    )
+
+
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        raise ConfigError(f"{key} is empty, so the grid has nothing in it: {_KEYS[key]}")
+    return value
+
+
+def _settings(where: str, value: Any, also: Iterable[str] = ()) -> dict[str, Any]:
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} must hold settings, got {value!r}")
+    settings = {str(key).replace("-", "_"): entry for key, entry in value.items()}
+    for key in settings:
+        if key in _OWN and key not in also:
+            raise ConfigError(f"{where}: {key!r} is set by the study itself, for each run")
+        if key not in FIELDS:
+            raise ConfigError(f"{where}: setting {key!r} is unknown.{nearest(key, FIELDS)}")
+    return settings
+
+
+def _label(kind: str, name: Any) -> str:
+    if not isinstance(name, str) or not _LABEL.fullmatch(name):
+        raise ConfigError(
+            f"{kind} {name!r}: a label is made of letters, digits, and . _ + -, as it names folders"
+        )
+    return name
+
+
+def _expanded(name: str, own: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """One method for each combination of the listed values, its label followed by them."""
+    axes = {k: v for k, v in own.items() if isinstance(v, list) and k not in _LISTS}
+    for key, values in axes.items():
+        if not values:
+            raise ConfigError(f"method {name}: {key} is an empty list: nothing to run")
+    for combination in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, combination, strict=True))
+        label = "-".join([name, *(_text(value) for value in combination)])
+        yield _label("method", label), {**own, **chosen}
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).rpartition(":")[2]
+
+
+def _rates(value: Any, method: str) -> tuple[float, ...]:
+    return () if value is None else _several(f"method {method}: lr", value, float)
+
+
+def _several(key: str, value: Any, kind: Any) -> tuple[Any, ...]:
+    values = value if isinstance(value, list) else [value]
+    try:
+        # YAML reads 1e-3 as text.
+        found = tuple(kind(item) for item in values if not isinstance(item, bool))
+    except (TypeError, ValueError):
+        found = ()
+    if not found or len(found) < len(values) or (kind is int and list(found) != values):
+        raise ConfigError(f"{key} = {value!r} must be a list of numbers with one at least")
+    if len(set(found)) < len(found):
+        raise ConfigError(f"{key} = {value!r} names a value twice")
+    return found

@@ -1,0 +1,191 @@
+"""Running a study: the runs that are due, side by side, each finished one a row at once."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+
+from ..errors import ConfigError, SpeftError
+from ..files import write_json
+from ..finetune.signals import Interrupted, StopSignals
+from .config import PATHS, Run, Study
+from .rows import Row, read_rows, write_rows
+from .schedule import due
+from .worker import Worker
+
+_PATIENCE = 1.0  # seconds until a signal is looked for again
+
+
+class StudyError(SpeftError, RuntimeError):
+    """Runs of a study failed; what finished is kept."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """The places in a study's folder."""
+
+    root: Path
+
+    @property
+    def study(self) -> Path:
+        return self.root / "study.json"
+
+    @property
+    def rows(self) -> Path:
+        return self.root / "runs.csv"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+
+def run_study(
+    study: Study, *, jobs: int, say: Callable[[str], object], max_runs: int | None = None
+) -> list[Row]:
+    """Runs everything of `study` that is not finished; returns all its rows.
+
+    Interrupted anywhere, it goes on when called again: a finished run has its row in `runs.csv` or
+    its `result.json`, an unfinished one its checkpoint, and neither is repeated. A `runs.csv` alone
+    is enough to go on from.
+
+    Args:
+        jobs: runs at a time, in processes of their own, which share the cores and the GPUs.
+        say: receives a line for each run that ends.
+        max_runs: begin no more than so many.
+
+    Raises:
+        StudyError: some runs failed; all others were run. Or another process runs this study.
+        Interrupted: on Ctrl-C or SIGTERM, after the runs in progress have left checkpoints.
+    """
+    places = Places(study.output)
+    places.runs.mkdir(parents=True, exist_ok=True)
+    with _alone(places), StopSignals() as stop:
+        write_json(places.study, study.to_dict())
+        finished = collect(study)
+        failures = _run_due(study, places, finished, jobs, say, max_runs, stop)
+    if failures:
+        lines = "\n".join(f"  {id}: {reason}" for id, reason in failures.items())
+        raise StudyError(
+            f"{len(failures)} runs failed; all others are in {places.rows}. Run the same command "
+            f"again to try these again:\n{lines}"
+        )
+    return sorted(finished.values(), key=lambda row: row.id)
+
+
+def collect(study: Study) -> dict[str, Row]:
+    """The rows of `runs.csv`, and of the runs that finished without getting one, which it writes.
+
+    Rows of runs that the study no longer asks for are kept in the file and left out here.
+    """
+    places = Places(study.output)
+    stored = {row.id: row for row in read_rows(places.rows)}
+    known = {
+        run.id: run
+        for task, name in study.cells
+        for lr in study.rates[name]
+        for seed in study.seeds
+        for run in [study.run(task, name, lr, seed)]
+    }
+    for id, run in known.items():
+        folder = places.runs / id
+        if id not in stored and (folder / "result.json").exists():
+            stored[id] = _row(run, folder)
+    write_rows(places.rows, stored.values())
+    return {id: row for id, row in stored.items() if id in known}
+
+
+def _run_due(
+    study: Study,
+    places: Places,
+    finished: dict[str, Row],
+    jobs: int,
+    say: Callable[[str], object],
+    max_runs: int | None,
+    stop: StopSignals,
+) -> dict[str, str]:
+    """Returns run id -> why it failed."""
+    failures: dict[str, str] = {}
+    started: set[str] = set()
+    workers: dict[str, Worker] = {}
+    running: dict[str, Run] = {}
+    threads = max(1, torch.get_num_threads() // jobs)
+    try:
+        while True:
+            for run in due(study, finished):
+                if len(workers) == jobs or len(started) == max_runs:
+                    break
+                if run.id not in started:
+                    started.add(run.id)
+                    slot = min(set(range(jobs)) - {worker.slot for worker in workers.values()})
+                    config = run.config(places.runs / run.id, study.data)
+                    workers[run.id] = Worker(config, threads=threads, slot=slot)
+                    running[run.id] = run
+            if not workers:
+                return failures
+            ended = wait([worker.sentinel for worker in workers.values()], _PATIENCE)
+            stop.check()
+            for id in [id for id, worker in workers.items() if worker.sentinel in ended]:
+                reason = workers.pop(id).failure()
+                if reason is None:
+                    finished[id] = _row(running[id], places.runs / id)
+                    _add_row(places, finished[id])
+                    say(_line(finished[id], len(due(study, finished)) - len(workers)))
+                else:
+                    failures[id] = reason
+                    say(f"{id}: failed: {reason}")
+    except Interrupted as interruption:
+        interruption.folder = places.root
+        raise
+    finally:
+        for worker in workers.values():
+            worker.stop()
+        for worker in workers.values():
+            worker.failure()
+
+
+@contextlib.contextmanager
+def _alone(places: Places) -> Iterator[None]:
+    """Raises StudyError if another process runs the study in this folder."""
+    with open(places.lock, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StudyError(f"another process runs the study in {places.root}") from error
+        yield
+
+
+def _row(run: Run, folder: Path) -> Row:
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
+        # Where the run and its data lay says nothing of it; the rest is needed to repeat it.
+        del settings["output"]
+        settings.update({key: run.settings.get(key) for key in PATHS})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder}: not the folder of a finished run ({error}); delete it to run it again"
+        ) from error
+    return Row.of(run.id, run.task, run.name, result, settings)
+
+
+def _add_row(places: Places, row: Row) -> None:
+    rows = {old.id: old for old in read_rows(places.rows)}
+    write_rows(places.rows, {**rows, row.id: row}.values())
+
+
+def _line(row: Row, left: int) -> str:
+    return (
+        f"{row.id}: validation {row.validation:.4f}, {row.metric} {row.score:.4f}, "
+        f"{row.train_seconds:.0f} s; {max(0, left)} more are known to be due"
+    )

@@ -1,0 +1,41 @@
+"""Which runs of a study are due: the searches, and what their outcome asks for."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+
+from .config import Run, Study
+from .rows import Row
+
+
+def due(study: Study, finished: Mapping[str, Row]) -> list[Run]:
+    """The runs that can begin now, in the order in which they should.
+
+    All searches come first, every cell's first seed before any cell's second one, so that a study
+    that is stopped early has something to say of every method; then the repeats at each best rate.
+
+    Args:
+        finished: the rows there are, by id.
+    """
+    searches = {cell: study.search(*cell) for cell in study.cells}
+    runs = [run for search in searches.values() for run in search]
+    order = [run for seed in study.seeds for run in runs if run.seed == seed]
+    for (task, name), search in searches.items():
+        if all(run.id in finished for run in search):
+            order += study.repeats(task, name, best_rate(finished[run.id] for run in search))
+    return [run for run in order if run.id not in finished]
+
+
+def best_rate(rows: Iterable[Row]) -> float:
+    """The rate with the best mean validation; of equal ones the smallest.
+
+    Args:
+        rows: of one cell; every rate with the same seeds.
+    """
+    by_rate: dict[float, list[float]] = {}
+    sign = 1.0
+    for row in rows:
+        sign = 1.0 if row.higher_is_better else -1.0
+        by_rate.setdefault(row.lr, []).append(row.validation)
+    return max(sorted(by_rate), key=lambda lr: sign * statistics.mean(by_rate[lr]))

@@ -1,0 +1,89 @@
+"""One run of a study in a process of its own, which is stopped as a run is: with a checkpoint."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from ..errors import SpeftError
+from ..finetune.config import RunConfig
+
+
+class Worker:
+    """A started run. `sentinel` becomes ready when it ends, however it ends."""
+
+    def __init__(self, config: RunConfig, *, threads: int, slot: int) -> None:
+        self.slot = slot
+        context = multiprocessing.get_context("spawn")
+        self._answer, answer = context.Pipe(duplex=False)
+        self._process = context.Process(target=_main, args=(config, threads, slot, answer))
+        self._process.start()
+        answer.close()  # so that the end of the process is the end of the pipe
+        self.sentinel = self._process.sentinel
+
+    def stop(self) -> None:
+        """Ask it to leave a checkpoint and end."""
+        self._process.terminate()
+
+    def failure(self) -> str | None:
+        """Wait for its end; return why it failed, or None."""
+        try:
+            reason: str | None = self._answer.recv()
+        except EOFError:
+            reason = "its process died"
+        self._process.join()
+        code = self._process.exitcode
+        if reason == "its process died" and code is not None and code < 0:
+            reason += f" of {signal.Signals(-code).name} (a lack of memory is a frequent cause)"
+        return reason
+
+
+def _main(config: RunConfig, threads: int, slot: int, answer: Connection) -> None:
+    # Ctrl-C reaches the study alone, which stops its runs in their own way.
+    os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        execute(config, threads=threads, slot=slot)
+    except SpeftError as error:
+        answer.send(" ".join(str(error).split()))
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        answer.send(f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})")
+    else:
+        answer.send(None)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def execute(config: RunConfig, *, threads: int, slot: int) -> None:
+    """The run, from its checkpoint if it has one.
+
+    Args:
+        threads: of torch.
+        slot: which of the runs side by side it is; on a machine with GPUs it takes one by that.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{slot % torch.cuda.device_count()}"
+    from ..finetune.run import finetune
+
+    folder = Path(config.output)
+    resume = (folder / "checkpoint" / "state.pt").exists()
+    if folder.exists() and not resume:
+        shutil.rmtree(folder)  # it stopped before its first checkpoint
+    finetune(config, resume=resume)
