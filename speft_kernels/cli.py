@@ -15,6 +15,8 @@ from .errors import SpeftError, nearest
 COMMANDS = {
     "finetune": "fine-tune a model; without arguments: a demo that needs nothing but this computer",
     "merge": "fold an adapter into its base model and write a plain model",
+    "study": "run a grid of methods, tasks, learning rates and seeds, and keep a row of each run",
+    "report": "one HTML page of a run or a study, to read offline",
     "info": "versions and backends of this machine, or what a run's or adapter's folder holds",
     "tune": "measure what the plan's cost model needs to know of this machine",
     "salience": "score a model's weights and write the mask that would train",

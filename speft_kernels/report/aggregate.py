@@ -1,0 +1,280 @@
+"""Statistics of a study's rows: the learning rate each method gets, and what it then scores.
+
+A method's rate on a task is the one with the best mean validation over seeds; among equals the
+smallest. Rates are compared on the same seeds: those that all rates of that method and task were
+run with. Where no seed is common to all, the one that most rates have decides (among equals the
+smallest), and the rates without it are out of the choice. What a method scores is then taken over
+all seeds at its rate, so a study may run several rates with one seed and the best with more.
+
+Everything here is a function of the rows; what cannot be used is told in `Summary.problems`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..study.rows import Row
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+_SHARES = frozenset({"accuracy", "f1", "matthews", "pearson", "spearman"})
+# Densities of one method are the same budget within this factor: rounding and seeds move them less.
+_SAME_DENSITY = 1.25
+
+
+class Rate(NamedTuple):
+    """Learning rate of what is adapted, and of the head."""
+
+    lr: float
+    head_lr: float
+
+
+@dataclass(frozen=True)
+class RateResult:
+    """`validation` is the mean over `seeds`, the compared ones; None: out of the choice."""
+
+    rate: Rate
+    validation: float | None
+    seeds: tuple[int, ...]
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a task, at its chosen rate: `rows` are sorted by seed, one a seed.
+
+    `mean` and `deviation` (n - 1 in the denominator, None for one seed) are of the score.
+    """
+
+    task: str
+    name: str
+    rate: Rate
+    rows: tuple[Row, ...]
+    mean: float
+    deviation: float | None
+    best: bool = False
+
+    @property
+    def n(self) -> int:
+        return len(self.rows)
+
+    @property
+    def density(self) -> float:
+        return statistics.fmean(row.density for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`tasks` and `names` in the order in which the rows name them.
+
+    `averages` has a name for each method with a score on every task, where all tasks report in the
+    same direction; `best_averages` are the names with the best of them.
+    """
+
+    tasks: tuple[str, ...]
+    names: tuple[str, ...]
+    metrics: dict[str, str]
+    cells: dict[tuple[str, str], Cell]
+    rates: dict[tuple[str, str], tuple[RateResult, ...]]
+    averages: dict[str, float]
+    best_averages: frozenset[str]
+    problems: tuple[str, ...]
+
+
+def summarise(rows: Sequence[Row]) -> Summary:
+    """Choose each method's rate and average its scores; see the module's docstring."""
+    problems: list[str] = []
+    tasks = tuple(dict.fromkeys(row.task for row in rows))
+    metrics = {task: next(row.metric for row in rows if row.task == task) for task in tasks}
+    names = tuple(dict.fromkeys(label for label in labels(rows)))
+    groups: dict[tuple[str, str], dict[Rate, dict[int, Row]]] = {}
+    for row, label in zip(rows, labels(rows), strict=True):
+        fault = _fault(row, metrics[row.task])
+        if fault:
+            problems.append(f"run {row.id} is left out of the statistics: {fault}")
+            continue
+        seeds = groups.setdefault((row.task, label), {}).setdefault(_rate(row), {})
+        if row.seed in seeds:
+            problems.append(
+                f"run {row.id} repeats run {seeds[row.seed].id} (task, method, rates and seed are "
+                "the same); the later row counts"
+            )
+        seeds[row.seed] = row
+    cells: dict[tuple[str, str], Cell] = {}
+    rates: dict[tuple[str, str], tuple[RateResult, ...]] = {}
+    for (task, name), found in groups.items():
+        rates[task, name] = compare_rates(found, lower=metrics[task] in LOWER_IS_BETTER)
+        chosen = next((result.rate for result in rates[task, name] if result.chosen), None)
+        if chosen is None:
+            problems.append(f"{name} on {task} has no rate: no validation of it is a number")
+            continue
+        cells[task, name] = _cell(task, name, chosen, found[chosen])
+    cells = _marked(cells, tasks, metrics)
+    averages = _averages(cells, tasks, names, metrics)
+    lower = any(metric in LOWER_IS_BETTER for metric in metrics.values())
+    best = frozenset(n for n, value in averages.items() if value == _best(averages.values(), lower))
+    return Summary(tasks, names, metrics, cells, rates, averages, best, tuple(problems))
+
+
+def labels(rows: Sequence[Row]) -> list[str]:
+    """The method's name of each row, with the density where the study has several of that name."""
+    seen: dict[str, list[float]] = {}
+    for row in rows:
+        seen.setdefault(row.name, []).append(row.density)
+    clusters = {name: density_groups(found) for name, found in seen.items()}
+    return [
+        row.name
+        if len(set(clusters[row.name].values())) < 2
+        else f"{row.name}, {clusters[row.name].get(row.density, math.nan):.2%}"
+        for row in rows
+    ]
+
+
+def density_groups(densities: Iterable[float]) -> dict[float, float]:
+    """For each density the smallest of those that count as the same budget."""
+    groups: dict[float, float] = {}
+    start: float | None = None
+    for density in sorted({density for density in densities if math.isfinite(density)}):
+        if start is None or density > start * _SAME_DENSITY:
+            start = density
+        groups[density] = start
+    return groups
+
+
+def compare_rates(
+    found: dict[Rate, dict[int, Row]], *, lower: bool = False
+) -> tuple[RateResult, ...]:
+    """The rates of one method and task, in ascending order, at most one of them chosen.
+
+    Args:
+        found: the rows of each rate by seed.
+        lower: whether the lower validation is the better one.
+    """
+    shared = set.intersection(*(set(seeds) for seeds in found.values()))
+    if not shared:
+        counts = Counter(seed for seeds in found.values() for seed in seeds)
+        shared = {min(counts, key=lambda seed: (-counts[seed], seed))}
+    compared = tuple(sorted(shared))
+    means: dict[Rate, float | None] = {}
+    for rate in sorted(found):
+        validations = [found[rate][seed].validation for seed in compared if seed in found[rate]]
+        complete = len(validations) == len(compared)
+        mean = statistics.fmean(validations) if complete else math.nan
+        means[rate] = mean if math.isfinite(mean) else None
+    best = _best([mean for mean in means.values() if mean is not None], lower)
+    chosen = next((rate for rate, mean in means.items() if mean is not None and mean == best), None)
+    if chosen is None and len(means) == 1:
+        chosen = next(iter(means))  # nothing to choose between, so no validation is needed
+    return tuple(RateResult(rate, mean, compared, rate == chosen) for rate, mean in means.items())
+
+
+def markdown(summary: Summary) -> str:
+    """The table of scores for a document: a line a method, the best of each task in bold."""
+    several = len(summary.tasks) > 1 and bool(summary.averages)
+    heads = [f"{task} ({unit(summary.metrics[task])})" for task in summary.tasks]
+    header = ["method", "trained", *heads, *(["average"] if several else []), "seeds"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for name in summary.names:
+        cells = [summary.cells.get((task, name)) for task in summary.tasks]
+        present = [cell for cell in cells if cell is not None]
+        if not present:
+            continue
+        line = [name, f"{statistics.fmean(cell.density for cell in present):.3%}"]
+        line += ["" if cell is None else _bold(score(cell, summary), cell.best) for cell in cells]
+        if several:
+            average = summary.averages.get(name)
+            text = "" if average is None else number(average, summary.metrics[summary.tasks[0]])
+            line.append(_bold(text, name in summary.best_averages))
+        lines.append([*line, seeds_of(present)])
+    return "".join(f"| {' | '.join(_markdown_cell(text) for text in line)} |\n" for line in lines)
+
+
+def score(cell: Cell, summary: Summary) -> str:
+    """Mean and deviation, "79.20 ± 0.41" for a share in percent; one seed has no deviation."""
+    metric = summary.metrics[cell.task]
+    text = number(cell.mean, metric)
+    return text if cell.deviation is None else f"{text} ± {number(cell.deviation, metric)}"
+
+
+def number(value: float, metric: str) -> str:
+    return f"{100 * value:.2f}" if metric in _SHARES else f"{value:.4f}"
+
+
+def unit(metric: str) -> str:
+    return f"{metric}, %" if metric in _SHARES else metric
+
+
+def seeds_of(cells: Sequence[Cell]) -> str:
+    """How many seeds the cells have: "3", or "1-3"."""
+    counts = sorted({cell.n for cell in cells})
+    return "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+
+
+def _fault(row: Row, metric: str) -> str:
+    if row.metric != metric:
+        return f"its metric is {row.metric}, that of its task {metric}"
+    if not math.isfinite(row.score):
+        return f"its score is {row.score}"
+    if not math.isfinite(row.lr):
+        return f"its learning rate is {row.lr}"
+    if not math.isfinite(row.density):
+        return f"its density is {row.density}"
+    return ""
+
+
+def _rate(row: Row) -> Rate:
+    return Rate(row.lr, row.head_lr if math.isfinite(row.head_lr) else row.lr)
+
+
+def _cell(task: str, name: str, rate: Rate, found: dict[int, Row]) -> Cell:
+    rows = tuple(found[seed] for seed in sorted(found))
+    scores = [row.score for row in rows]
+    deviation = statistics.stdev(scores) if len(scores) > 1 else None
+    return Cell(task, name, rate, rows, statistics.fmean(scores), deviation)
+
+
+def _best(values: Iterable[float], lower: bool) -> float | None:
+    return (min if lower else max)(values, default=None)
+
+
+def _marked(
+    cells: dict[tuple[str, str], Cell], tasks: Sequence[str], metrics: dict[str, str]
+) -> dict[tuple[str, str], Cell]:
+    best = {
+        task: _best(
+            [c.mean for c in cells.values() if c.task == task], metrics[task] in LOWER_IS_BETTER
+        )
+        for task in tasks
+    }
+    return {
+        key: Cell(c.task, c.name, c.rate, c.rows, c.mean, c.deviation, c.mean == best[c.task])
+        for key, c in cells.items()
+    }
+
+
+def _averages(
+    cells: dict[tuple[str, str], Cell],
+    tasks: Sequence[str],
+    names: Sequence[str],
+    metrics: dict[str, str],
+) -> dict[str, float]:
+    kinds = {(metric in LOWER_IS_BETTER, metric in _SHARES) for metric in metrics.values()}
+    if len(kinds) != 1:
+        return {}  # a mean of losses and shares says nothing
+    return {
+        name: statistics.fmean(cells[task, name].mean for task in tasks)
+        for name in names
+        if all((task, name) in cells for task in tasks)
+    }
+
+
+def _bold(text: str, best: bool) -> str:
+    return f"**{text}**" if best and text else text
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())

@@ -1,0 +1,112 @@
+"""What a run's or a study's folder holds, read as data of unknown origin.
+
+Every error is a ConfigError that names the file, and its line where it has lines.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError
+from ..study.rows import Row, read_rows
+from .units import number
+
+# A study of a thousand runs needs a megabyte, a run of a million steps a hundred.
+_LARGEST = 2**30
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Entries of `metrics.jsonl`: steps with "loss" and "lr", evaluations with "eval"."""
+
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
+        """The steps and the values of `key` there, where both are finite numbers."""
+        pairs = [(number(entry.get("step")), number(entry.get(key))) for entry in self.steps]
+        known = [(x, y) for x, y in pairs if x is not None and y is not None]
+        return [x for x, _ in known], [y for _, y in known]
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "result.json"))
+
+
+def is_study(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("study.json", "runs.csv"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        content = json.loads(_read(path))
+    except RecursionError:
+        raise ConfigError(f"{path}: damaged: it is nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: damaged: it must hold an object")
+    return content
+
+
+def read_metrics(path: Path) -> Metrics:
+    """A run's `metrics.jsonl`; half a line at the end is one that is being written."""
+    metrics = Metrics([], [])
+    for at, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("not an object")
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError) and _is_last(path, at):
+                break
+            raise ConfigError(f"{path}, line {at}: damaged: {error}") from error
+        if number(entry.get("step")) is None:
+            raise ConfigError(f"{path}, line {at}: damaged: it has no step")
+        if "eval" not in entry:
+            metrics.steps.append(entry)
+        elif isinstance(entry["eval"], dict):
+            metrics.evaluations.append(entry)
+        else:
+            raise ConfigError(f"{path}, line {at}: damaged: eval is no object")
+    return metrics
+
+
+def read_runs(path: Path) -> list[Row]:
+    """The rows of a study's `runs.csv`, none where no run has finished."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: not a file")
+    try:
+        return read_rows(path)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name` for a name that is no path: a row's id must not lead out of the study."""
+    if name in ("", ".", "..") or any(letter in name for letter in "/\\\0"):
+        raise ConfigError(f"{folder}: {name!r} is no name of a run's folder")
+    return folder / name
+
+
+def _read(path: Path) -> str:
+    try:
+        if not path.is_file():  # opening a pipe would wait for its writer
+            raise ConfigError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        if path.stat().st_size > _LARGEST:
+            raise ConfigError(f"{path}: larger than {_LARGEST} bytes")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: damaged: not UTF-8: {error}") from error
+
+
+def _is_last(path: Path, at: int) -> bool:
+    return _read(path).count("\n") < at

@@ -1,0 +1,242 @@
+"""The page of a study: what its methods score, at which rates, where their masks lie, at what cost.
+
+The statistics come from `runs.csv`. Masks and loss curves come from `runs/<id>`; where a folder is
+missing or damaged they are left out, and the page says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import ConfigError
+from ..study.rows import Row
+from . import figures
+from .aggregate import Summary, density_groups, summarise
+from .folder import Metrics, inside, read_json, read_metrics, read_runs
+from .masks import Masks, read_masks
+from .page import Html, details, figure, notices, page, paragraph, section
+from .parts import pretty, smoothed, thinned
+from .study_masks import masks_section
+from .study_tables import cost_section, machines, rate_table, result_table, run_table
+
+_T = TypeVar("_T")
+
+
+def study_page(folder: Path) -> str:
+    """The report of a study, finished or not.
+
+    Raises:
+        ConfigError: `study.json` is missing, or it or `runs.csv` is damaged.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    study = read_json(folder / "study.json")
+    rows = read_runs(folder / "runs.csv")
+    title = f"Study {study.get('name', folder.resolve().name)}"
+    about = section("The study", details("study.json", pretty(study)))
+    if not rows:
+        lead = notices(["No run has finished: runs.csv is missing or has no rows."])
+        return page(title, Html(lead + _unfinished(folder, rows)), about)
+    summary = summarise(rows)
+    files = _Files(folder / "runs")
+    curves = _curves(summary, files)
+    masks = masks_section(summary, files)
+    lead = Html(
+        paragraph(_size(summary, rows), "quiet")
+        + notices([*summary.problems, *files.problems, *_mixed(rows)])
+        + _unfinished(folder, rows)
+    )
+    return page(
+        title,
+        lead,
+        _results(summary),
+        section("Learning rates", rate_table(summary)),
+        masks,
+        curves,
+        cost_section(summary),
+        section("All runs", run_table(rows), machines(rows)),
+        about,
+    )
+
+
+@dataclass
+class _Files:
+    """Reads from the runs' folders; what cannot be read is told once in `problems`."""
+
+    folder: Path
+    problems: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    def metrics(self, row: Row) -> Metrics:
+        return self._read(row, lambda run: read_metrics(run / "metrics.jsonl"), Metrics([], []))
+
+    def masks(self, row: Row) -> Masks:
+        return self._read(row, lambda run: read_masks(run / "adapter"), {})
+
+    def _read(self, row: Row, read: Any, nothing: _T) -> _T:
+        try:
+            run = inside(self.folder, row.id)
+            if not run.exists():
+                if row.id not in self.absent:
+                    self.absent.append(row.id)
+                return nothing
+            found: _T = read(run)
+            return found
+        except ConfigError as error:
+            problem = f"run {row.id} could not be read: {error}"
+            if problem not in self.problems:
+                self.problems.append(problem)
+            return nothing
+
+    def missing(self, what: str) -> Html:
+        if not self.absent:
+            return Html("")
+        names = ", ".join(self.absent)
+        return notices([f"{what} of these runs are left out, for they have no folder: {names}"])
+
+
+def _size(summary: Summary, rows: Sequence[Row]) -> str:
+    seeds = len({row.seed for row in rows})
+    parts = ((len(rows), "run"), (len(summary.tasks), "task"), (len(summary.names), "method"))
+    return ", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in (*parts, (seeds, "seed")))
+
+
+def _mixed(rows: Sequence[Row]) -> list[str]:
+    """Times and memory of several machines or versions are not to be compared."""
+    places = {(r.device, r.processor, r.threads, r.versions, r.commit) for r in rows}
+    if len(places) < 2:
+        return []
+    return [
+        f"The runs were made in {len(places)} different environments (device, processor, threads, "
+        "versions or commit; see the table at the end): compare times and memory with care."
+    ]
+
+
+def _unfinished(folder: Path, rows: Sequence[Row]) -> Html:
+    """The runs that have a folder and no row yet."""
+    try:
+        found = {path.name for path in (folder / "runs").iterdir() if path.is_dir()}
+    except OSError:
+        return Html("")
+    names = sorted(name for name in found - {row.id for row in rows} if not name.startswith("."))
+    if not names:
+        return Html("")
+    return notices([f"{len(names)} with a folder and no row in runs.csv yet: {', '.join(names)}"])
+
+
+def _results(summary: Summary) -> Html:
+    return section(
+        "Results",
+        result_table(summary),
+        paragraph(
+            "Scores are on the reported data, at the learning rate whose mean validation is best. "
+            "Validation is on data split off the training set, and rates are compared on the "
+            "seeds that all of them have.",
+            "quiet",
+        ),
+        _by_task(summary),
+        _by_density(summary),
+    )
+
+
+def _by_task(summary: Summary) -> Html:
+    names = [name for name in summary.names if any(n == name for _, n in summary.cells)]
+    if not names:
+        return Html("")
+    parts = []
+    for metric in dict.fromkeys(summary.metrics.values()):
+        tasks = [task for task in summary.tasks if summary.metrics[task] == metric]
+        found = {name: [summary.cells.get((task, name)) for task in tasks] for name in names}
+        values = {
+            name: [None if cell is None else (cell.mean, cell.deviation) for cell in cells]
+            for name, cells in found.items()
+        }
+        parts.append(figures.Groups(metric, tasks, values))
+    drawn = figures.grouped("scores", "Score of each method by task", parts, names)
+    return figure(drawn, "Mean score; the bars are one standard deviation over seeds each way.")
+
+
+def _by_density(summary: Summary) -> Html:
+    """Drawn where some kind of method was run at two densities."""
+    parts = []
+    kinds = _families(summary)
+    # A family has the place, and so the look, of its first method.
+    families = [kinds.get(name, name) for name in summary.names]
+    families = [kind if kind not in families[:i] else "" for i, kind in enumerate(families)]
+    several = False
+    for task in summary.tasks:
+        lines, levels = [], {}
+        for family in filter(None, families):
+            cells = [
+                cell
+                for (where, name), cell in summary.cells.items()
+                if where == task and kinds[name] == family
+            ]
+            cells.sort(key=lambda cell: cell.density)
+            points = [cell for cell in cells if cell.density > 0]
+            several = several or len({cell.density for cell in points}) > 1
+            if points:
+                x, y = [cell.density for cell in points], [cell.mean for cell in points]
+                spread = [cell.deviation for cell in points]
+                lines.append(figures.Line(family, x, y, spread, points=True))
+            elif cells:
+                levels[family] = cells[-1].mean
+        metric = summary.metrics[task]
+        if lines:
+            parts.append(figures.Panel(task, "trained share", metric, lines, True, levels))
+    if not several:
+        return Html("")
+    drawn = figures.panels("density", "Score against the trained share", parts, families)
+    return figure(drawn, "Score against the trained share of the adapted weights (dashed: none).")
+
+
+def _families(summary: Summary) -> dict[str, str]:
+    """What each method is apart from its density; two of one density are two families."""
+    first = {name: cell.rows[0] for (_, name), cell in reversed(summary.cells.items())}
+    kinds = {name: _kind(row) for name, row in first.items()}
+    starts = density_groups(row.density for row in first.values())
+    taken = Counter((kinds[name], starts[row.density]) for name, row in first.items())
+    crowded = {kind for (kind, _), count in taken.items() if count > 1}
+    return {n: first[n].name if kind in crowded else kind for n, kind in kinds.items()}
+
+
+def _kind(row: Row) -> str:
+    words = (row.method, row.salience, row.scope, row.dynamic)
+    return " ".join(word for word in words if word) if row.salience else row.name
+
+
+def _curves(summary: Summary, files: _Files) -> Html:
+    parts = []
+    for task in summary.tasks:
+        lines = []
+        for name in summary.names:
+            cell = summary.cells.get((task, name))
+            if cell is not None and (line := _mean_curve([files.metrics(r) for r in cell.rows])):
+                lines.append(figures.Line(name, *line))
+        if lines:
+            parts.append(figures.Panel(task, "step", "loss", lines))
+    if not parts:
+        text = "No run's folder with a metrics.jsonl is here, so there are no loss curves."
+        return section("Training loss", paragraph(text))
+    drawn = figures.panels("loss", "Training loss by step and task", parts, summary.names)
+    return section(
+        "Training loss",
+        figure(drawn, "Smoothed training loss at the chosen rate, mean over its seeds."),
+        files.missing("The loss curves"),
+    )
+
+
+def _mean_curve(runs: Sequence[Metrics]) -> tuple[list[float], list[float]] | None:
+    """The mean over runs where all of them have a value; of the first where they share no step."""
+    curves = [curve for run in runs if (curve := run.curve("loss"))[0]]
+    if not curves:
+        return None
+    curves = [thinned(x, smoothed(y, max(1, len(y) // 30)), 150) for x, y in curves]
+    by_step = [dict(zip(x, y, strict=True)) for x, y in curves]
+    common = sorted(set.intersection(*(set(values) for values in by_step)))
+    if not common:
+        return curves[0]
+    return common, [sum(values[x] for values in by_step) / len(by_step) for x in common]

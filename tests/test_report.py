@@ -1,0 +1,466 @@
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from report_folders import METHODS, VERSIONS, row, write_study
+from tiny_text import save_bert, sentences, write_tsv
+
+from speft_kernels.adapter import read_adapter
+from speft_kernels.cli import main
+from speft_kernels.errors import ConfigError
+from speft_kernels.pattern import SparsePattern
+from speft_kernels.report import write_report
+from speft_kernels.report.aggregate import markdown, summarise
+from speft_kernels.report.masks import grid_of, overlap
+from speft_kernels.report.page import Cell, Column, plain, table
+from speft_kernels.study.rows import read_rows, write_rows
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\" onload='alert(2)' $\\frac{1}$ <!-- \u202e\x07"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    rows = sentences(48, seed=1)
+    save_bert(folder / "model", [text for text, _ in rows])
+    given = {
+        "--model": folder / "model",
+        "--train": write_tsv(folder / "train.tsv", rows),
+        "--eval": write_tsv(folder / "eval.tsv", sentences(16, seed=2)),
+        "--output": folder / "run",
+        **{"--batch-size": 8, "--scoring-examples": 16, "--scoring-batches": 2},
+        **{"--pooling": "mean", "--density": 0.05, "--lr": 2e-2, "--epochs": 2},
+    }
+    assert main(["finetune", *(str(part) for pair in given.items() for part in pair)]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the trained run, to be damaged."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("made") / "study", tasks=("mrpc", "sst2"))
+
+
+@pytest.fixture
+def study(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "study")
+
+
+class Page(HTMLParser):
+    """Elements, their attributes, and the rows of each table as text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.tables, self.texts = [], [], [], []
+        self._stack = []
+        self.html = path.read_text(encoding="utf-8")
+        self.feed(self.html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attributes]
+        self._stack.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        while self._stack and self._stack.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if any(tag in ("td", "th") for tag in self._stack) and self.tables[-1][-1]:
+            self.tables[-1][-1][-1] += data
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+    def table_with(self, header):
+        return next(rows for rows in self.tables if rows and header in rows[0])
+
+
+def report(folder):
+    return Page(write_report(folder))
+
+
+def check_self_contained(page):
+    """No address but the page's own parts, no code but the page's own script."""
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name, value)
+        if name in ("href", "src", "xlink:href", "action", "srcset", "data"):
+            assert value == "data:," or value[1:] in ids, (tag, name, value)
+        if name == "aria-labelledby":
+            assert value in ids
+        for target in re.findall(r"url\((.*?)\)", value or ""):
+            assert target[1:] in ids, (tag, name, value)
+    assert page.tags.count("script") == 1
+    assert not {"img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+
+
+def test_a_finished_run(trained, capsys):
+    assert main(["report", str(trained)]) == 0
+    assert capsys.readouterr().out == f"{trained / 'report.html'}\n"
+    page = Page(trained / "report.html")
+    check_self_contained(page)
+    result = json.loads((trained / "result.json").read_text())
+    facts = dict(map(tuple, page.table_with("what")[1:]))
+    assert facts["accuracy, before training"] == f"{result['before']:.4f}"
+    assert facts["accuracy, after training"] == f"{result['after']:.4f}"
+    assert facts["accuracy, the most frequent label, always"] == "0.5000"
+    assert facts["trained parameters"] == f"{result['trainable_parameters']:,}"
+    assert f"torch {torch.__version__}" in facts["versions"]
+    differing = dict(r[:2] for r in page.table_with("setting")[1:])
+    assert differing["lr"] == "0.02"
+    assert "scheduler" not in differing
+    layers = {r[0]: r for r in page.table_with("layer")[1:]}
+    for name, layer in read_adapter(trained / "adapter").layers.items():
+        used = (layer.pattern.used_rows.numel(), layer.pattern.used_cols.numel())
+        assert layers[name][3] == str(layer.pattern.nnz)
+        assert (layers[name][5], layers[name][7]) == tuple(map(str, used))
+    assert len(page.table_with("step")) == 1 + 2
+    assert page.tags.count("svg") == 3  # loss and rate, evaluations, the mask
+    for label in ("attention.self.query", "learning rate", "training loss"):
+        assert label in page.texts
+
+
+def test_the_same_data_give_the_same_bytes(trained, tmp_path):
+    import matplotlib
+
+    methods = {name: METHODS[name] for name in ("magnitude", "gradient")}
+    study = write_study(tmp_path / "study", tasks=("sst2",), methods=methods, layers=1)
+    for folder in (study, trained):
+        first = write_report(folder, tmp_path / "first.html").read_bytes()
+        with matplotlib.rc_context({"font.size": 20, "axes.grid": False, "text.usetex": True}):
+            assert write_report(folder, tmp_path / "second.html").read_bytes() == first
+
+
+def test_an_unfinished_run(run):
+    (run / "result.json").unlink()
+    (run / "checkpoint").mkdir()
+    whole = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(whole + '{"step": 13, "los')
+    page = report(run)
+    assert "not finished: 12 steps are recorded; it holds a checkpoint" in page.text
+    assert "Results" not in page.text
+    assert page.tags.count("svg") == 3
+
+    for name in ("metrics.jsonl", "adapter"):
+        path = run / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    page = report(run)
+    assert "0 steps are recorded" in page.text
+    assert "There is no adapter (yet)" in page.text
+    assert "svg" not in page.tags
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", None, "no such file"),
+        ("config.json", b"{", "not JSON"),
+        ("config.json", b"[" * 100_000, "nested too deeply"),
+        ("config.json", b"\xff{}", "not UTF-8"),
+        ("result.json", b"[1]", "must hold an object"),
+        ("result.json", b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
+        ("metrics.jsonl", None, "no such file"),
+        ("metrics.jsonl", b'{"step": 1}\n{"step\n{"step": 2}\n', "line 2: damaged"),
+        ("metrics.jsonl", b'{"step": 1}\n7\n', "line 2: damaged: not an object"),
+        ("metrics.jsonl", b'{"loss": 1}\n', "line 1: damaged: it has no step"),
+        ("metrics.jsonl", b'{"step": 1, "eval": 3}\n', "line 1: damaged: eval"),
+        ("adapter/adapter.safetensors", b"nothing", "checksum"),
+        ("adapter/adapter_config.json", b"{}", "adapter_config.json"),
+    ],
+)
+def test_a_damaged_run(run, capsys, name, content, reason):
+    (run / "report.html").write_text("the old one")
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_bytes(content)
+    assert main(["report", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert str(run / Path(name).parts[0]) in error
+    assert reason in error
+    assert error.count("\n") == 1
+    assert (run / "report.html").read_text() == "the old one"
+
+
+def test_values_of_other_kinds_do_no_harm(run):
+    """Valid JSON that no run would write."""
+    (run / "config.json").write_text('{"settings": [1], "x": "\\ud800\\u0000"}')
+    odd = {"before": "x", "after": None, "test": 3, "versions": [], "salience": 1, "metric": {}}
+    (run / "result.json").write_text(json.dumps({**odd, "steps": 10**400, "density": [1]}))
+    lines = [{"step": 10**400}, {"step": 1, "loss": 1e400, "lr": True}, {"step": 2, "eval": {}}]
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines[1:]) + '{"step": 3, "eval": {"a": "b"}}\n'
+    )
+    check_self_contained(report(run))
+    (run / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(ConfigError, match="no step"):
+        report(run)
+
+
+def test_what_cannot_be_reported(tmp_path, trained, capsys, monkeypatch):
+    for folder, reason in (
+        (tmp_path / "absent", "no such folder"),
+        (tmp_path, "neither a run .* nor a study"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            write_report(folder)
+    for output in (tmp_path, tmp_path / "absent" / "page.html"):
+        with pytest.raises(ConfigError, match="choose another --output"):
+            write_report(trained, output)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["report", str(trained), "--output", str(tmp_path / "page.html")]) == 2
+    assert "pip install 'speft-kernels[bench]'" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_study(study, capsys):
+    assert main(["report", str(study)]) == 0
+    assert capsys.readouterr().err == ""
+    page = Page(study / "report.html")
+    check_self_contained(page)
+    assert "36 runs, 2 tasks, 6 methods, 2 seeds" in page.text
+    scores = {r[0]: r for r in page.table_with("average")[1:]}
+    assert list(scores) == list(METHODS)
+    # 0.6 + 0.03 * 3 + 0.01 * seed + lr - 0.02 over the seeds 0 and 1; the next task 5 points more.
+    assert scores["gradient"][1:] == ["5.000%", "68.50 ± 0.71", "73.50 ± 0.71", "71.00", "2"]
+    rates = page.table_with("0.001")
+    assert rates[1] == ["mrpc", "head", "60.10", "61.00", "0"]
+    assert len(rates) == 1 + 2 * len(METHODS)
+    assert page.tags.count("svg") == 2 + 2 * 2 + 1 + 1
+    assert len(page.table_with("settings")) == 1 + 36
+    assert page.table_with("versions")[1][-2:] == ["python 3.11.2, torch 2.13.0", "36"]
+    masks = [
+        read_adapter(study / "runs" / f"0-{method}-0.01-0" / "adapter").layers for method in (2, 3)
+    ]
+    sets = [
+        {(n, int(i)) for n, layer in mask.items() for i in layer.pattern.entry_indices}
+        for mask in masks
+    ]
+    pair = page.table_with("Jaccard")[1]
+    shared = len(sets[0] & sets[1])
+    assert pair[:5] == ["magnitude", "gradient", *map(str, (len(sets[0]), len(sets[1]), shared))]
+    assert pair[5] == f"{shared / len(sets[0] | sets[1]):.3%}"
+
+
+def test_hostile_names(tmp_path):
+    methods = {HOSTILE: METHODS["lora"], HOSTILE + "2": {**METHODS["magnitude"], HOSTILE: HOSTILE}}
+    write_study(tmp_path / "s", tasks=(HOSTILE,), methods=methods, name=HOSTILE, layers=1)
+    rows = read_rows(tmp_path / "s" / "runs.csv")
+    fields = ("metric", "device", "processor", "commit", "versions", "settings", "dynamic")
+    hostile = [dataclasses.replace(r, **dict.fromkeys(fields, HOSTILE)) for r in rows]
+    write_rows(tmp_path / "s" / "runs.csv", hostile)
+    page = report(tmp_path / "s")
+    check_self_contained(page)
+    assert "\u202e" not in page.html
+    assert "\x07" not in page.html
+    assert plain(HOSTILE) in page.texts
+    assert page.table_with("average" if "average" in page.texts else "seeds")[1][0] == plain(
+        HOSTILE
+    )
+
+
+def test_a_hostile_run(run):
+    config = json.loads((run / "config.json").read_text())
+    config["settings"] |= {HOSTILE: HOSTILE, "model": HOSTILE}
+    (run / "config.json").write_text(json.dumps(config))
+    result = json.loads((run / "result.json").read_text())
+    result |= {"metric": HOSTILE, "versions": {HOSTILE: HOSTILE}, "test": {HOSTILE: HOSTILE}}
+    (run / "result.json").write_text(json.dumps(result))
+    evaluation = {"step": 12, "eval": {HOSTILE: 0.5}}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(f"{json.dumps(evaluation)}\n" * 2)
+    check_self_contained(report(run))
+
+
+def test_damaged_runs_of_a_study_are_named(study):
+    runs = study / "runs"
+    (runs / "0-2-0.01-0" / "adapter" / "adapter.safetensors").write_bytes(b"nothing")
+    (runs / "1-1-0.01-1" / "metrics.jsonl").write_text("nothing\n{}\n")
+    shutil.rmtree(runs / "1-0-0.01-0")
+    (runs / "not-finished").mkdir()
+    rows = read_rows(study / "runs.csv")
+    nan = float("nan")
+    changed = {
+        "0-1-0.01-1": {"score": nan},
+        "0-5-0.001-0": {"validation": nan},
+        "1-3-0.01-0": {"metric": "f1"},
+        "1-4-0.01-0": {"id": "../../outside"},
+        "1-5-0.01-1": {"seed": 0},
+    }
+    write_rows(study / "runs.csv", [dataclasses.replace(r, **changed.get(r.id, {})) for r in rows])
+    page = report(study)
+    for line in (
+        "run 0-2-0.01-0 could not be read: .*checksum",
+        r"run 1-1-0.01-1 could not be read: .*metrics.jsonl, line 1",
+        "run 0-1-0.01-1 is left out of the statistics: its score is nan",
+        "run 1-3-0.01-0 is left out of the statistics: its metric is f1, that of its task accuracy",
+        r"run ../../outside could not be read: .* is no name of a run's folder",
+        "run 1-5-0.01-1 repeats run 1-5-0.01-0",
+        "The loss curves of these runs are left out, .*: 1-0-0.01-0",
+        "2 with a folder and no row in runs.csv yet: .*not-finished",
+    ):
+        assert re.search(line, page.text), line
+    assert len(page.table_with("settings")) == 1 + len(rows)  # nothing is lost
+
+
+def test_a_study_of_rows_alone(tmp_path):
+    folder = write_study(tmp_path / "study", tasks=("sst2",), runs=False)
+    page = report(folder)
+    assert "so nothing is said of the masks" in page.text
+    assert "so there are no loss curves" in page.text
+    assert page.tags.count("svg") == 3
+
+    (folder / "runs.csv").unlink()
+    assert "No run has finished" in report(folder).text
+    (folder / "runs.csv").write_text("id,task\nx,y\n")
+    with pytest.raises(ConfigError, match=r"runs.csv: no column"):
+        write_report(folder)
+    (folder / "study.json").unlink()
+    with pytest.raises(ConfigError, match=r"study.json: no such file"):
+        write_report(folder)
+
+
+def test_the_rate_is_chosen_on_the_seeds_that_all_rates_share():
+    rows = [
+        row(lr=lr, seed=seed, validation=validation, score=score)
+        for lr, seed, validation, score in (
+            (1e-3, 0, 0.80, 0.70),
+            (1e-3, 1, 0.99, 0.99),  # better, but the other rate has no seed 1
+            (1e-2, 0, 0.82, 0.71),
+            (1e-2, 2, 0.10, 0.75),
+        )
+    ]
+    summary = summarise(rows)
+    cell = summary.cells["sst2", "lora"]
+    assert cell.rate.lr == 1e-2
+    assert (cell.n, cell.mean) == (2, pytest.approx(0.73))
+    assert cell.deviation == pytest.approx(0.04 / 2**0.5)  # n - 1 = 1
+    first, second = summary.rates["sst2", "lora"]
+    assert (first.validation, first.seeds, first.chosen) == (0.80, (0,), False)
+    assert (second.validation, second.chosen) == (0.82, True)
+
+
+def test_rates_without_a_common_seed_and_ties():
+    def chosen(*runs, metric="accuracy"):
+        summary = summarise([row(lr=lr, seed=s, validation=v, metric=metric) for lr, s, v in runs])
+        cell = summary.cells.get(("sst2", "lora"))
+        return cell and cell.rate.lr
+
+    nan = float("nan")
+    # Seed 1 is what most rates have; the rate without it is out of the choice.
+    assert chosen((1e-4, 0, 0.9), (1e-3, 1, 0.7), (1e-2, 1, 0.8)) == 1e-2
+    assert chosen((1e-2, 0, 0.8), (1e-3, 0, 0.8)) == 1e-3
+    assert chosen((1e-3, 0, 0.3), (1e-2, 0, 0.2), metric="loss") == 1e-2
+    assert chosen((1e-3, 0, 0.3), (1e-2, 0, nan)) == 1e-3
+    assert chosen((1e-3, 0, nan)) == 1e-3
+    assert chosen((1e-3, 0, nan), (1e-2, 0, nan)) is None
+
+
+def test_averages_best_and_markdown():
+    rows = [
+        row(id=f"{task}{name}{seed}", task=task, name=name, seed=seed, score=score, density=d)
+        for task, name, seed, score, d in (
+            ("cola", "a|b", 0, 0.50, 0.005),
+            ("cola", "a|b", 1, 0.54, 0.005),
+            ("cola", "c", 0, 0.51, 0.1),
+            ("mrpc", "a|b", 0, 0.70, 0.005),
+        )
+    ]
+    summary = summarise(rows)
+    assert summary.averages == {"a|b": pytest.approx((0.52 + 0.70) / 2)}
+    assert [key for key, cell in summary.cells.items() if cell.best] == [
+        ("cola", "a|b"),
+        ("mrpc", "a|b"),
+    ]
+    assert markdown(summary) == (
+        "| method | trained | cola (accuracy, %) | mrpc (accuracy, %) | average | seeds |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| a\\|b | 0.500% | **52.00 ± 2.83** | **70.00** | **61.00** | 1-2 |\n"
+        "| c | 10.000% | 51.00 |  |  | 1 |\n"
+    )
+    assert summarise([*rows, row(task="x", metric="loss")]).averages == {}
+
+
+def test_one_name_at_several_densities():
+    rows = [row(id=str(d), density=d, seed=s) for d in (0.001, 0.01) for s in (0, 1)]
+    rows.append(row(id="rounded", density=0.01002, seed=2))
+    summary = summarise(rows)
+    assert summary.names == ("lora, 0.10%", "lora, 1.00%")
+    assert summary.cells["sst2", "lora, 1.00%"].n == 3
+    assert summary.problems == ()
+
+
+@pytest.mark.parametrize("block_shape", [(1, 1), (2, 4)])
+def test_overlap_is_that_of_the_sets(block_shape):
+    def mask(seed, count):
+        generator = torch.Generator().manual_seed(seed)
+        blocks = torch.randperm(32, generator=generator)[:count].sort().values
+        return SparsePattern.from_blocks((16, 16), block_shape, blocks)
+
+    first = {"a": mask(0, 9), "b": mask(1, 3)}
+    second = {"a": mask(2, 14), "c": mask(3, 5)}
+    sets = [
+        {(n, int(i)) for n, p in masks.items() for i in p.mask().flatten().nonzero()}
+        for masks in (first, second)
+    ]
+    found = overlap(first, second)
+    assert found.shared == len(sets[0] & sets[1]) > 0
+    assert found.jaccard == len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+    assert found.share == len(sets[0] & sets[1]) / len(sets[0])
+    assert found.expected == pytest.approx(first["a"].nnz * second["a"].nnz / 256)
+    assert overlap(first, first).jaccard == 1
+    assert overlap({}, {}).jaccard == 1
+    with pytest.raises(ConfigError, match="different models"):
+        overlap({"a": mask(0, 1)}, {"a": SparsePattern((4, 4), torch.tensor([1]))})
+
+
+def test_the_grid_follows_the_names():
+    def pattern(count):
+        return SparsePattern((4, 4), torch.arange(count))
+
+    names = {
+        "bert.encoder.layer.10.attention.self.query": 1,
+        "bert.encoder.layer.2.attention.self.query": 2,
+        "bert.encoder.layer.2.experts.0.up": 3,
+        "bert.encoder.layer.2.experts.1.up": 5,
+        "pooler": 4,
+    }
+    grid = grid_of({name: pattern(count) for name, count in names.items()})
+    assert grid.rows == (2, 10, None)
+    assert grid.columns == ("attention.self.query", "experts.*.up", "pooler")
+    assert grid.density == {
+        (10, "attention.self.query"): 1 / 16,
+        (2, "attention.self.query"): 2 / 16,
+        (2, "experts.*.up"): 8 / 32,
+        (None, "pooler"): 4 / 16,
+    }
+    two = grid_of({"encoder.0.q": pattern(1), "decoder.0.q": pattern(2), "3": pattern(1)})
+    assert two.columns == ("encoder: q", "decoder: q", ": itself")
+
+
+def test_a_cell_escapes_its_text():
+    made = table([Column(HOSTILE), Column("n", True)], [(Cell(HOSTILE), Cell(1, 10**400))], HOSTILE)
+    assert "<img" not in made
+    assert "\x07" not in made
+    assert 'data-value="Infinity"' in made
+    assert VERSIONS.startswith("{")
