@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from scoring import best
 from tiny_models import (
     MLP_LAYERS,
     Snapshot,
@@ -48,28 +49,6 @@ def summed_gradients(
     weights = [model.get_submodule(name).weight for name in names]
     total = sum(loss_fn(model, batch) for batch in batches)
     return dict(zip(names, torch.autograd.grad(total, weights), strict=True))
-
-
-def best(scores: list[Tensor], density: float, scope: str) -> list[list[int]]:
-    """Sorted flat indices of the top scores; ties go to the lowest index."""
-    flat = [score.reshape(-1) for score in scores]
-    if scope == "layer":
-        return [
-            sorted(
-                score.argsort(descending=True, stable=True)[: max(1, round(density * len(score)))]
-                .tolist()
-            )
-            for score in flat
-        ]  # fmt: skip
-    sizes = [len(score) for score in flat]
-    everything = torch.cat(flat)
-    count = max(1, round(density * len(everything)))
-    chosen = everything.argsort(descending=True, stable=True)[:count].sort().values
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [
-        [int(i) - start for i in chosen if start <= int(i) < start + size]
-        for start, size in zip(starts, sizes, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("metric", list(FORMULAS))

@@ -1,0 +1,166 @@
+"""Fisher: squared per-example gradients against one backward pass an example, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from scoring import (
+    assert_close,
+    linear_layers,
+    model_loss,
+    one_backward_an_example,
+    squares,
+)
+from tiny_models import (
+    MLP_LAYERS,
+    bert_classifier,
+    llama,
+    mlp,
+    pair_batches,
+    pair_loss,
+    token_batches,
+)
+from torch import Tensor, nn
+
+from speft_kernels.errors import SalienceError
+from speft_kernels.model import SpeftConfig, score_and_select
+from speft_kernels.salience import squared
+from speft_kernels.salience.borrow import borrowed
+from speft_kernels.salience.squared import square_sums, stream_squared_gradients
+
+
+def test_fisher_of_an_mlp_is_one_backward_an_example() -> None:
+    model = mlp(dtype=torch.float64)
+    layers = {name: model.get_submodule(name) for name in (*MLP_LAYERS, "head")}
+    batches = [*pair_batches(2, dtype=torch.float64), *pair_batches(1, dtype=torch.float64, seed=1)]
+    batches[0] = tuple(part[:2] for part in batches[0])  # batches of different sizes
+    expected = one_backward_an_example(model, layers, batches, pair_loss)
+    assert_close(squares(model, layers, batches, pair_loss), expected)
+
+
+@pytest.mark.parametrize("build", [bert_classifier, llama])
+@pytest.mark.parametrize("buffer", [7, 2**10, 2**20])
+def test_fisher_of_transformers(
+    build: Callable[[], nn.Module], buffer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(squared, "_CPU_BUFFER", buffer)  # tiles of rows, chunks of examples
+    model = build().double()
+    assert model.config._attn_implementation == "sdpa"
+    batches = token_batches(2, causal=build is llama)
+    layers = linear_layers(model)
+    expected = one_backward_an_example(model, layers, batches, model_loss)
+    assert_close(squares(model, layers, batches, model_loss), expected)
+
+
+def test_fisher_holds_a_bounded_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest: list[int] = []
+    bmm = torch.bmm
+    monkeypatch.setattr(
+        torch, "bmm", lambda *args: largest.append((out := bmm(*args)).numel()) or out
+    )
+    monkeypatch.setattr(squared, "_CPU_BUFFER", 100)
+    x, dy = torch.randn(6, 3, 40), torch.randn(6, 3, 9)
+    found = square_sums([(x, dy)], 6, "a layer")
+    expected = torch.einsum("btn,btk->bnk", dy.double(), x.double()).mul(6).square().sum(0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    assert max(largest) <= 100
+    assert len(largest) > 6
+
+
+class Flat(nn.Module):
+    """Token states flattened to [B * T, K] on the way, one layer called twice, written into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared = nn.Linear(6, 5), nn.Linear(5, 5)
+        self.write = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.write(self.first(x.reshape(-1, 6)))
+        once = torch.tanh(self.shared(hidden)).reshape(*x.shape[:-1], 5)
+        twice = self.shared(once).mean(dim=1)
+        self.shared(once)  # a call that the loss does not depend on
+        return twice
+
+
+def flat_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def flat_batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(4, 3, 6, dtype=torch.float64, generator=generator),
+            torch.randint(0, 5, (4,), generator=generator),
+        )
+        for _ in range(2)
+    ]
+
+
+def test_fisher_of_flattened_inputs_and_of_a_layer_called_again() -> None:
+    torch.manual_seed(0)
+    model = Flat().double()
+    layers = linear_layers(model)
+    expected = one_backward_an_example(model, layers, flat_batches(), flat_loss)
+    assert_close(squares(model, layers, flat_batches(), flat_loss), expected)
+
+
+def test_fisher_computes_no_dense_gradient() -> None:
+    model = mlp()
+    with borrowed(model, 0):
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            assert not any(p.requires_grad for p in model.parameters())
+            return pair_loss(model, batch)
+
+        layers = {name: model.get_submodule(name) for name in MLP_LAYERS}
+        stream_squared_gradients(model, layers, pair_batches(1), loss, lambda name, part: None)
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_fisher_of_a_layer_shared_by_reentrant_checkpoints_is_refused() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    cell = nn.Linear(6, 6)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        for _ in range(2):
+            x = checkpoint(model, x, use_reentrant=True)
+        return x.square().mean()
+
+    model = nn.Sequential(cell)
+    with pytest.raises(SalienceError, match="layer '0' arrives in parts.*use_reentrant=False"):
+        score_and_select(model, SpeftConfig(salience="fisher"), [torch.randn(3, 6)], loss)
+
+
+@pytest.mark.parametrize(
+    ("batch", "shape", "message"),
+    [
+        ({"scale": 2.0}, (3, 6), "batch 1 does not tell how many examples"),
+        ((torch.zeros(4),), (6, 6), r"rows of layer '0'.*4 examples.*shape \(6, 6\)"),
+        ((torch.zeros(4),), (1, 3, 6), r"layer '0'.*shape \(1, 3, 6\).*\(4, ..., 6\)"),
+        ((torch.zeros(2),), (6,), r"layer '0'.*2 examples"),
+    ],
+)
+def test_fisher_needs_to_tell_examples_apart(batch: Any, shape: Any, message: str) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(torch.ones(shape)).square().mean()
+
+    model = nn.Sequential(nn.Linear(6, 6))
+    with pytest.raises(SalienceError, match=message):
+        score_and_select(model, SpeftConfig(salience="fisher"), [batch], loss)
+
+
+def test_fisher_of_a_layer_that_is_not_called_as_a_module() -> None:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return nn.functional.linear(model[0](x), model[1].weight).square().mean()
+
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    config = SpeftConfig(salience="fisher", target_modules=("0", "1"))
+    with pytest.raises(SalienceError, match="layer '1'.*never called as a module"):
+        score_and_select(model, config, [torch.randn(3, 6)], loss)

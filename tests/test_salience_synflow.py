@@ -1,0 +1,106 @@
+"""SynFlow against linear networks written out in float64, and parameters given back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from scoring import (
+    assert_close,
+    best,
+    flow,
+    linear_layers,
+)
+from tiny_models import (
+    bert_classifier,
+    llama,
+)
+from torch import Tensor, nn
+
+from speft_kernels.model import SpeftConfig, score_and_select
+
+
+def test_synflow_of_a_chain_is_the_product_of_absolute_matrices() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 6), nn.Sigmoid(), nn.Linear(6, 3), nn.Softmax(-1)
+    ).double()
+    a, b, c = (model[i].weight.detach().abs() for i in (0, 2, 4))
+    bias_a, bias_b = (model[i].bias.detach().abs() for i in (0, 2))
+    ones_in, ones_out = torch.ones(4).double(), torch.ones(3).double()
+    first = a @ ones_in + bias_a
+    second = b @ first + bias_b
+    expected = {
+        "0": torch.outer(b.T @ (c.T @ ones_out), ones_in),
+        "2": torch.outer(c.T @ ones_out, first),
+        "4": torch.outer(ones_out, second),
+    }
+    assert_close(flow(model, linear_layers(model)), expected)
+    scores = [model[int(name)].weight.detach().abs() * t for name, t in expected.items()]
+    for scope in ("layer", "global"):
+        config = SpeftConfig(density=0.2, salience="synflow", scope=scope)
+        patterns, report = score_and_select(model, config)
+        assert [p.indices.tolist() for p in patterns.values()] == best(scores, 0.2, scope)
+        assert (report.batches, report.examples) == (0, 0)
+        assert report.accumulator_bytes == (0 if scope == "layer" else 8 * (20 + 30 + 18))
+
+
+def test_synflow_through_functions_and_a_forward_of_the_users() -> None:
+    class Functions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.leaky_relu(self.first(x), 0.1).tanh()
+            x = nn.functional.glu(torch.sigmoid(x))
+            x = nn.functional.relu(x, inplace=True).softmax(-1)
+            return nn.functional.log_softmax(self.second(nn.functional.gelu(x)), dim=-1)
+
+    torch.manual_seed(0)
+    model = Functions().double()
+    layers = linear_layers(model)
+    forward = lambda model, batch: model(torch.ones(1, 4, dtype=torch.float64))  # noqa: E731
+    a, b = (layer.weight.detach().abs().requires_grad_() for layer in layers.values())
+    left, right = (a.sum(1) + model.first.bias.detach().abs()).chunk(2)
+    r = (b @ (left * right) + model.second.bias.detach().abs()).sum()
+    expected = dict(zip(layers, torch.autograd.grad(r, (a, b)), strict=True))
+    assert_close(flow(model, layers, forward), expected)
+    patterns, _ = score_and_select(model, SpeftConfig(salience="synflow"), None, forward)
+    assert patterns["first"].nnz
+
+
+@pytest.mark.parametrize("build", [bert_classifier, llama])
+def test_synflow_is_the_same_with_fused_and_with_plain_attention(
+    build: Callable[..., nn.Module],
+) -> None:
+    fused, plain = build().double(), build().double()
+    plain.set_attn_implementation("eager")
+    expected = flow(plain, linear_layers(plain))
+    # Llama's plain attention rounds its weights to float32, a relative error of 6e-8 a layer.
+    found = flow(fused, linear_layers(fused))
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert tensor.abs().max() > 0
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-12)
+
+
+def test_synflow_of_a_wrapper_that_takes_tokens_alone() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = bert_classifier().double()
+            self.config = self.inner.config
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.inner.get_input_embeddings()
+
+        def forward(self, input_ids: Tensor) -> Any:
+            return self.inner(input_ids)
+
+    wrapped = Wrapper()
+    expected = flow(wrapped.inner, linear_layers(wrapped.inner))
+    found = flow(wrapped, linear_layers(wrapped))
+    assert_close({name.removeprefix("inner."): t for name, t in found.items()}, expected)
