@@ -56,9 +56,10 @@ def sparsify(
 
     Args:
         batches: what to score with, moved to the model's device batch by batch. An iterable of
-            dicts of tensors, or of whatever `loss_fn` takes; metrics that read no gradient need
-            none.
-        loss_fn: `loss_fn(model, batch)` returns a scalar; by default `model(**batch).loss`.
+            dicts of tensors, or of whatever `loss_fn` takes. Metrics "magnitude", "synflow" and
+            "random" need none; "grasp" goes over them twice and keeps an iterator as a list.
+        loss_fn: `loss_fn(model, batch)` returns a scalar; by default `model(**batch).loss`. For
+            "synflow" see `salience.synflow.stream_synaptic_flow`.
 
     Returns:
         How the selection was made and what it cost.

@@ -130,3 +130,19 @@ def best(scores: list[Tensor], density: float, scope: str) -> list[list[int]]:
         [int(i) - start for i in chosen if start <= int(i) < start + size]
         for start, size in zip(starts, sizes, strict=True)
     ]
+
+
+def chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 20), nn.Tanh(), nn.Linear(20, 10)).double()
+
+
+def chain_batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(7, 10, dtype=torch.float64, generator=generator),
+            torch.randint(0, 10, (7,), generator=generator),
+        )
+        for _ in range(count)
+    ]

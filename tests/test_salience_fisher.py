@@ -122,6 +122,24 @@ def test_fisher_computes_no_dense_gradient() -> None:
         assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fisher_lets_go_of_a_layer_as_soon_as_it_arrives(checkpointing: bool) -> None:
+    model = llama()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    within: list[bool] = []
+
+    def consume(name: str, part: Tensor) -> None:
+        within.append(torch._C._current_graph_task_id() != -1)  # a backward pass is running
+
+    with borrowed(model, 0):
+        layers = linear_layers(model)
+        batches = token_batches(2, causal=True)
+        stream_squared_gradients(model, layers, batches, None, consume)
+    assert within == [True] * (2 * len(layers))
+
+
 def test_fisher_of_a_layer_shared_by_reentrant_checkpoints_is_refused() -> None:
     from torch.utils.checkpoint import checkpoint
 

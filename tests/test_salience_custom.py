@@ -1,0 +1,150 @@
+"""Callables as scores: what they come to, their names in configs, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scoring import chain, chain_batches
+from tiny_models import Snapshot, mlp, mlp_config, pair_batches, pair_loss
+from torch import Tensor
+
+from speft_kernels.adapter import load_adapter, save_adapter
+from speft_kernels.errors import ConfigError, SalienceError
+from speft_kernels.model import SpeftConfig, score_and_select, sparsify
+from speft_kernels.salience import metric_named
+
+
+def product(w: Tensor, g: Tensor) -> Tensor:
+    """SNIP's score."""
+    return (w * g).abs()
+
+
+class Scorer:
+    def __call__(self, w: Tensor, g: Tensor) -> Tensor:
+        return product(w, g)
+
+    def method(self, w: Tensor, g: Tensor) -> Tensor:
+        return product(w, g)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("block_shape", [(1, 1), (2, 2)])
+def test_a_callable_scores_as_the_metric_of_its_formula(
+    scope: str, count: int, block_shape: tuple[int, int]
+) -> None:
+    settings = {"density": 0.2, "scope": scope, "block_shape": block_shape}
+    batches = chain_batches(count)
+    snip = SpeftConfig(**settings, salience="snip", target_modules=("0", "2"))
+    expected, _ = score_and_select(chain(), snip, batches, pair_loss)
+    for salience in (product, Scorer(), f"{__name__}:product", lambda w, g: product(w, g)):
+        config = SpeftConfig(**settings, salience=salience, target_modules=("0", "2"))
+        found, report = score_and_select(chain(), config, batches, pair_loss)
+        assert found == expected
+        assert report.metric == config.to_dict()["salience"]
+
+
+def test_a_callable_may_write_into_what_it_is_given() -> None:
+    def careless(w: Tensor, g: Tensor) -> Tensor:
+        return w.mul_(g).abs_()
+
+    model = mlp()
+    before = Snapshot(model)
+    config = mlp_config(salience=careless)
+    found, _ = score_and_select(model, config, pair_batches(2), pair_loss)
+    before.assert_untouched()
+    assert (
+        found == score_and_select(model, mlp_config(salience="snip"), pair_batches(2), pair_loss)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda w, g: None, "returned a NoneType"),
+        (lambda w, g: g.sum(), r"layer 'second'.*returned shape \(\) for a weight of shape"),
+        (lambda w, g: g.abs() > 0, r"returned torch.bool; it must return floating"),
+        (lambda w, g: w / 0, "score of layer 'second' has NaN or infinite"),
+    ],
+)
+@pytest.mark.parametrize("block_shape", [(1, 1), (2, 2)])
+def test_results_of_a_callable_are_checked(
+    score: Any, message: str, block_shape: tuple[int, int]
+) -> None:
+    model = mlp()
+    before = Snapshot(model)
+    with pytest.raises(SalienceError, match=message):
+        sparsify(model, mlp_config(salience=score, block_shape=block_shape), pair_batches(1),
+                 pair_loss)  # fmt: skip
+    before.assert_untouched()
+
+
+def test_configs_keep_a_callables_name(tmp_path: Path) -> None:
+    config = mlp_config(salience=product)
+    stored = config.to_dict()
+    assert stored["salience"] == f"{__name__}:product"
+    restored = SpeftConfig.from_dict(stored)
+    assert metric_named(restored.salience).score is product
+    assert restored.to_dict() == stored
+
+
+@pytest.mark.parametrize(
+    ("score", "part"),
+    [
+        (lambda w, g: g, "<lambda>"),
+        (Scorer(), "<Scorer>"),
+        (Scorer().method, "<Scorer.method>"),
+        (functools.partial(product), "<partial>"),
+    ],
+)
+def test_an_adapter_of_a_callable_without_a_name_is_saved_and_loaded(
+    score: Callable[..., Tensor], part: str, tmp_path: Path
+) -> None:
+    config = mlp_config(salience=score)
+    model = mlp()
+    sparsify(model, config, pair_batches(1), pair_loss)
+    save_adapter(model, tmp_path / "adapter", config=config)
+    info = load_adapter(mlp(), tmp_path / "adapter")
+    assert info.config is not None
+    assert part in str(info.config.salience)
+    with pytest.raises(ConfigError, match="cannot be imported: a lambda, a local function"):
+        sparsify(mlp(), info.config, pair_batches(1), pair_loss)
+
+
+def test_reading_a_config_imports_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "hostile_score.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = SpeftConfig.from_dict({"salience": "hostile_score:score"})
+    assert config.to_dict()["salience"] == "hostile_score:score"
+    assert "hostile_score" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("salience", "message"),
+    [
+        ("no_such_module:f", "'no_such_module:f' cannot be imported: No module"),
+        ("math:nothing", "math has no nothing"),
+        ("math:pi", "is a float; it must be a callable"),
+        (f"{__name__}:outer.<locals>.f", "local function"),
+    ],
+)
+def test_names_that_cannot_be_imported(salience: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        score_and_select(mlp(), mlp_config(salience=salience), pair_batches(1), pair_loss)
+
+
+@pytest.mark.parametrize("salience", ["math:", ":pi", "a b:c", "math:pi()", "m:f:g", "../x:f"])
+def test_names_of_the_wrong_form(salience: str) -> None:
+    with pytest.raises(ConfigError, match="not the name of a callable"):
+        SpeftConfig(salience=salience)
+
+
+@pytest.mark.parametrize("salience", [3, None, "gradeint"])
+def test_other_things_are_no_metric(salience: Any) -> None:
+    with pytest.raises(ConfigError, match="unknown salience metric"):
+        SpeftConfig(salience=salience)
