@@ -69,7 +69,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Summary:
-    """`tasks` and `names` in the order in which the rows name them.
+    """`tasks` and `names` are in the order in which the rows name them.
 
     `averages` has a name for each method with a score on every task, where all tasks report in the
     same direction; `best_averages` are the names with the best of them.
@@ -138,7 +138,7 @@ def density_groups(densities: Iterable[float]) -> dict[float, float]:
     """For each density the smallest of those that count as the same budget."""
     groups: dict[float, float] = {}
     start: float | None = None
-    for density in sorted({density for density in densities if math.isfinite(density)}):
+    for density in sorted({density for density in densities if _is_usable(density)}):
         if start is None or density > start * _SAME_DENSITY:
             start = density
         groups[density] = start
@@ -162,9 +162,8 @@ def compare_rates(
     means: dict[Rate, float | None] = {}
     for rate in sorted(found):
         validations = [found[rate][seed].validation for seed in compared if seed in found[rate]]
-        complete = len(validations) == len(compared)
-        mean = statistics.fmean(validations) if complete else math.nan
-        means[rate] = mean if math.isfinite(mean) else None
+        known = len(validations) == len(compared) and all(map(_is_usable, validations))
+        means[rate] = statistics.mean(validations) if known else None
     best = _best([mean for mean in means.values() if mean is not None], lower)
     chosen = next((rate for rate, mean in means.items() if mean is not None and mean == best), None)
     if chosen is None and len(means) == 1:
@@ -217,17 +216,23 @@ def seeds_of(cells: Sequence[Cell]) -> str:
 def _fault(row: Row, metric: str) -> str:
     if row.metric != metric:
         return f"its metric is {row.metric}, that of its task {metric}"
-    if not math.isfinite(row.score):
-        return f"its score is {row.score}"
-    if not math.isfinite(row.lr):
-        return f"its learning rate is {row.lr}"
-    if not math.isfinite(row.density):
-        return f"its density is {row.density}"
+    for what, value in (
+        ("score", row.score),
+        ("learning rate", row.lr),
+        ("density", row.density),
+    ):
+        if not _is_usable(value):
+            return f"its {what} is {value}"
     return ""
 
 
+def _is_usable(value: float) -> bool:
+    """Whether sums and axes can take it; nothing that was measured is near the bound."""
+    return math.isfinite(value) and abs(value) < 1e12
+
+
 def _rate(row: Row) -> Rate:
-    return Rate(row.lr, row.head_lr if math.isfinite(row.head_lr) else row.lr)
+    return Rate(row.lr, row.head_lr if _is_usable(row.head_lr) else row.lr)
 
 
 def _cell(task: str, name: str, rate: Rate, found: dict[int, Row]) -> Cell:

@@ -91,6 +91,7 @@ th[aria-sort="ascending"] button::after { content: " ↑"; color: inherit; }
 th[aria-sort="descending"] button::after { content: " ↓"; color: inherit; }
 th button:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 details { margin: 0.75rem 0; }
+td details { margin: 0; }
 summary { cursor: pointer; color: var(--link); }
 pre {
   overflow-x: auto;

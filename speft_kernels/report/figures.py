@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .masks import Grid
 from .page import Html
 from .svg import TEXT, draw, label
 
@@ -141,7 +140,12 @@ class Groups:
 
 
 def grouped(key: str, title: str, parts: Sequence[Groups], names: Sequence[str]) -> Html:
-    """Points with error bars, grouped along the x axis; a panel below the other."""
+    """Points with error bars, grouped along the x axis; a panel below the other.
+
+    Args:
+        names: all that may be drawn; a name's place decides its look.
+    """
+    used = [name for name in names if any(any(part.values.get(name, ())) for part in parts)]
 
     def fill(figure: Figure) -> None:
         for axes, part in zip(
@@ -162,27 +166,37 @@ def grouped(key: str, title: str, parts: Sequence[Groups], names: Sequence[str])
                 )
             for i in range(1, len(part.groups)):
                 axes.axvline(i - 0.5, color=TEXT, alpha=0.25, lw=0.8)
-            axes.set_xticks(range(len(part.groups)), [label(group) for group in part.groups])
+            named = [label(group) for group in part.groups]
+            axes.set_xticks(range(len(named)), named)
+            if sum(map(len, named)) > 110:  # letters that fit side by side
+                axes.tick_params(axis="x", labelrotation=20)
             axes.set_xlim(-0.5, len(part.groups) - 0.5)
             axes.grid(visible=False, axis="x")
             axes.set_ylabel(label(part.y_label))
-        _legend(figure, names, names, markers=True)
+        _legend(figure, used, names, markers=True)
 
-    height = 3.4 * len(parts) + 0.3 * math.ceil(len(names) / 3)
+    height = 3.4 * len(parts) + 0.3 * math.ceil(len(used) / 3)
     return draw(key, title, (WIDTH, height), fill)
 
 
 def bars(
     key: str, title: str, parts: Sequence[tuple[str, Mapping[str, float]]], names: Sequence[str]
 ) -> Html:
-    """Horizontal bars, one a name; `parts` are (label of the x axis, value by name)."""
+    """Horizontal bars, one a name; `parts` are (label of the x axis, value by name).
+
+    Args:
+        names: all that may be drawn; a name's place decides its look.
+    """
+    used = [name for name in names if any(name in values for _, values in parts)]
 
     def fill(figure: Figure) -> None:
         axes_of = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
         for axes, (x_label, values) in zip(axes_of, parts, strict=True):
-            for place, name in enumerate(names):
+            for place, name in enumerate(used):
                 if name in values:
-                    axes.barh(place, values[name], color=look(place)["color"], height=0.7)
+                    axes.barh(
+                        place, values[name], color=look(names.index(name))["color"], height=0.7
+                    )
                     axes.annotate(
                         f"{values[name]:.3g}",
                         (values[name], place),
@@ -191,118 +205,10 @@ def bars(
                         va="center",
                         fontsize=9,
                     )
-            axes.set_yticks(range(len(names)), [label(name) for name in names])
-            axes.set_ylim(len(names) - 0.4, -0.6)
+            axes.set_yticks(range(len(used)), [label(name) for name in used])
+            axes.set_ylim(len(used) - 0.4, -0.6)
             axes.set_xlim(0, 1.2 * max(values.values(), default=0.0) or 1.0)
             axes.set_xlabel(x_label)
             axes.grid(visible=False, axis="y")
 
-    return draw(key, title, (WIDTH, 1.0 + 0.32 * len(names)), fill)
-
-
-def matrix(
-    key: str, title: str, names: Sequence[str], values: Sequence[Sequence[float | None]]
-) -> Html:
-    """Shares between 0 and 1 as a square of coloured cells with their percentages."""
-    side = 1.0 + 0.5 * len(names)
-    longest = max(len(label(name)) for name in names)
-
-    def fill(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        _cells(axes, values, 1.0)
-        for row, line in enumerate(values):
-            for column, value in enumerate(line):
-                if value is not None:
-                    ink = "white" if value < 0.6 else "black"
-                    text = f"{100 * value:.0f}" if value >= 0.0995 else f"{100 * value:.1f}"
-                    axes.text(
-                        column + 0.5,
-                        row + 0.5,
-                        text,
-                        color=ink,
-                        ha="center",
-                        va="center",
-                        fontsize=9,
-                    )
-        axes.set_aspect("equal")
-        _ticks(axes, names, names)
-
-    size = (min(WIDTH, side + 0.16 * longest), side + 0.06 * longest)
-    return draw(key, title, size, fill)
-
-
-def heat_maps(key: str, title: str, grids: Mapping[str, Grid]) -> Html:
-    """Where masks lie: a panel a mask, layer numbers down, projections across, one scale."""
-    first = next(iter(grids.values()))
-    top = max((value for grid in grids.values() for value in grid.density.values()), default=0.0)
-    wide = max(len(grid.columns) for grid in grids.values())
-    tall = max(len(grid.rows) for grid in grids.values())
-    columns = min(len(grids), 3 if wide <= 8 else 1)
-    rows = math.ceil(len(grids) / columns)
-    width = WIDTH if columns > 1 or wide > 8 else min(WIDTH, 3.6 + 0.45 * len(first.columns))
-
-    def fill(figure: Figure) -> None:
-        shared = all(grid.columns == first.columns for grid in grids.values())
-        axes_of = list(figure.subplots(rows, columns, squeeze=False, sharex=shared).flat)
-        image: Any = None
-        for axes, (name, grid) in zip(axes_of, grids.items(), strict=False):
-            image = _cells(axes, _values(grid), 100 * top)
-            _ticks(axes, [_row(row) for row in grid.rows], grid.columns)
-            axes.set_title(label(name))
-        for number in range(len(grids), rows * columns):
-            axes_of[number].set_axis_off()
-            if shared:  # the panel above is the last of its column
-                axes_of[number - columns].tick_params(labelbottom=True)
-        bar = figure.colorbar(image, ax=axes_of, shrink=0.9, fraction=0.04, pad=0.02)
-        bar.outline.set_visible(False)
-        bar.set_label("trained share, %")
-
-    height = 1.7 + rows * (0.45 + 0.2 * tall)
-    return draw(key, title, (width, height), fill)
-
-
-def _values(grid: Grid) -> list[list[float | None]]:
-    return [
-        [
-            None if (d := grid.density.get((row, column))) is None else 100 * d
-            for column in grid.columns
-        ]
-        for row in grid.rows
-    ]
-
-
-def _row(row: int | None) -> str:
-    return "other" if row is None else str(row)
-
-
-def _cells(axes: Axes, values: Sequence[Sequence[float | None]], top: float) -> Any:
-    import numpy as np
-    from matplotlib import colormaps
-
-    data = np.ma.masked_invalid([[math.nan if v is None else v for v in line] for line in values])
-    # Fewer colours than matplotlib's limit of 50: it would draw the scale as pixels.
-    image = axes.pcolormesh(
-        data,
-        cmap=colormaps["viridis"].resampled(40),
-        vmin=0.0,
-        vmax=top or 1.0,
-        edgecolors=TEXT,
-        linewidth=0.3,
-    )
-    axes.invert_yaxis()
-    axes.grid(visible=False)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return image
-
-
-def _ticks(axes: Axes, down: Sequence[str], across: Sequence[str]) -> None:
-    axes.set_xticks(
-        [i + 0.5 for i in range(len(across))],
-        [label(name) for name in across],
-        rotation=40,
-        ha="right",
-        rotation_mode="anchor",
-    )
-    axes.set_yticks([i + 0.5 for i in range(len(down))], [label(name) for name in down])
+    return draw(key, title, (WIDTH, 1.0 + 0.32 * len(used)), fill)

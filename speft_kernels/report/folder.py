@@ -6,11 +6,13 @@ Every error is a ConfigError that names the file, and its line where it has line
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
+from ..study.config import Run
 from ..study.rows import Row, read_rows
 from .units import number
 
@@ -68,7 +70,7 @@ def read_metrics(path: Path) -> Metrics:
                 break
             raise ConfigError(f"{path}, line {at}: damaged: {error}") from error
         if number(entry.get("step")) is None:
-            raise ConfigError(f"{path}, line {at}: damaged: it has no step")
+            raise ConfigError(f"{path}, line {at}: damaged: it has no step that is a number")
         if "eval" not in entry:
             metrics.steps.append(entry)
         elif isinstance(entry["eval"], dict):
@@ -86,6 +88,36 @@ def read_runs(path: Path) -> list[Row]:
         return read_rows(path)
     except DataError as error:
         raise ConfigError(str(error)) from error
+
+
+def asked_for(rows: Sequence[Row], study: Mapping[str, Any]) -> tuple[list[Row], list[str]]:
+    """The rows of the grid that `study.json` describes, in its order, and the ids of the others.
+
+    A study whose settings were changed keeps the rows of before: they have other ids, and would
+    count twice or be averaged with what they cannot be compared with. A `study.json` that describes
+    no grid, or another one than all of the rows are of, leaves every row in.
+    """
+    found = {row.id for row in rows if _is_asked_for(row, study)}
+    kept = [row for row in rows if row.id in found or not found]
+    tasks, methods = (_places(study.get(key)) for key in ("tasks", "methods"))
+    last = len(tasks) + len(methods)
+    kept.sort(key=lambda row: (tasks.get(row.task, last), methods.get(row.name, last)))
+    return kept, [row.id for row in rows if found and row.id not in found]
+
+
+def _is_asked_for(row: Row, study: Mapping[str, Any]) -> bool:
+    try:
+        if row.lr not in study["lr"][row.name] or row.seed not in study["seeds"]:
+            return False
+        own = {**study["tasks"][row.task], **study["methods"][row.name]}
+        settings = {**own, "lr": row.lr, "seed": row.seed}
+        return Run(row.task, row.name, row.lr, row.seed, settings).id == row.id
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _places(names: object) -> dict[str, int]:
+    return {name: i for i, name in enumerate(names)} if isinstance(names, dict) else {}
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -144,7 +144,7 @@ def _cell(cell: Cell, column: Column, first: bool) -> str:
     if len(text) > 36 and not column.numeric:
         kind += " long"
         if not isinstance(cell.text, Html):  # names of layers and files break between their parts
-            text = Html(re.sub(r"[./](?=\w)", r"\g<0><wbr>", text))
+            text = Html(re.sub(r"[./](?=[^\W\d])", r"\g<0><wbr>", text))
     if cell.marked:
         text = Html(f"<strong>{text}</strong>")
     return f'<{tag}{scope} class="{kind}"{value}>{text}</{tag}>'

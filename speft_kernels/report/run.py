@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..finetune.config import FIELDS
-from . import figures
+from . import cells, figures
 from .folder import Metrics, read_json, read_metrics
 from .masks import Masks, grid_of, read_masks
 from .page import Cell, Column, Html, details, figure, notices, page, paragraph, section, table
@@ -165,7 +165,7 @@ def _mask(masks: Masks, folder: Path) -> Html:
         text = "The run's adapter is no sparse one." if there else "There is no adapter (yet)."
         return section("Where the mask lies", paragraph(text))
     trained = sum(pattern.nnz for pattern in masks.values())
-    drawn = figures.heat_maps(
+    drawn = cells.heat_maps(
         "mask", "Density of the mask by layer and projection", {"": grid_of(masks)}
     )
     return section(

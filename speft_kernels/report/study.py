@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..study.rows import Row
 from . import figures
 from .aggregate import Summary, density_groups, summarise
-from .folder import Metrics, inside, read_json, read_metrics, read_runs
+from .folder import Metrics, asked_for, inside, read_json, read_metrics, read_runs
 from .masks import Masks, read_masks
 from .page import Html, details, figure, notices, page, paragraph, section
 from .parts import pretty, smoothed, thinned
@@ -40,13 +40,14 @@ def study_page(folder: Path) -> str:
     if not rows:
         lead = notices(["No run has finished: runs.csv is missing or has no rows."])
         return page(title, Html(lead + _unfinished(folder, rows)), about)
-    summary = summarise(rows)
+    current, others = asked_for(rows, study)
+    summary = summarise(current)
     files = _Files(folder / "runs")
     curves = _curves(summary, files)
     masks = masks_section(summary, files)
     lead = Html(
-        paragraph(_size(summary, rows), "quiet")
-        + notices([*summary.problems, *files.problems, *_mixed(rows)])
+        paragraph(_size(summary, current), "quiet")
+        + notices([*_others(others), *summary.problems, *files.problems, *_mixed(current)])
         + _unfinished(folder, rows)
     )
     return page(
@@ -104,6 +105,15 @@ def _size(summary: Summary, rows: Sequence[Row]) -> str:
     return ", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in (*parts, (seeds, "seed")))
 
 
+def _others(ids: Sequence[str]) -> list[str]:
+    if not ids:
+        return []
+    return [
+        f"{len(ids)} runs are no longer of the grid in study.json; they are left out of everything "
+        f"but the table of all runs: {', '.join(ids)}"
+    ]
+
+
 def _mixed(rows: Sequence[Row]) -> list[str]:
     """Times and memory of several machines or versions are not to be compared."""
     places = {(r.device, r.processor, r.threads, r.versions, r.commit) for r in rows}
@@ -143,19 +153,20 @@ def _results(summary: Summary) -> Html:
 
 
 def _by_task(summary: Summary) -> Html:
-    names = [name for name in summary.names if any(n == name for _, n in summary.cells)]
-    if not names:
+    if not summary.cells:
         return Html("")
     parts = []
     for metric in dict.fromkeys(summary.metrics.values()):
         tasks = [task for task in summary.tasks if summary.metrics[task] == metric]
-        found = {name: [summary.cells.get((task, name)) for task in tasks] for name in names}
+        found = {
+            name: [summary.cells.get((task, name)) for task in tasks] for name in summary.names
+        }
         values = {
             name: [None if cell is None else (cell.mean, cell.deviation) for cell in cells]
             for name, cells in found.items()
         }
         parts.append(figures.Groups(metric, tasks, values))
-    drawn = figures.grouped("scores", "Score of each method by task", parts, names)
+    drawn = figures.grouped("scores", "Score of each method by task", parts, summary.names)
     return figure(drawn, "Mean score; the bars are one standard deviation over seeds each way.")
 
 

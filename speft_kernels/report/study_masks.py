@@ -6,7 +6,7 @@ from typing import Protocol
 
 from ..errors import ConfigError
 from ..study.rows import Row
-from . import figures
+from . import cells
 from .aggregate import Summary, density_groups
 from .masks import Masks, Overlap, grid_of, overlap
 from .page import Cell, Column, Html, details, figure, join, notices, paragraph, section, table
@@ -52,7 +52,7 @@ def _task(summary: Summary, task: str, files: Files, number: int) -> list[Html]:
             key = f"overlap-{number}-{place}"
             parts.append(_compared(key, f"{where}, density {start:.3%}", names, masks))
     grids = {name: grid_of(found) for name, found in masks.items()}
-    drawn = figures.heat_maps(
+    drawn = cells.heat_maps(
         f"masks-{number}", f"Density of each mask by layer and projection: {where}", grids
     )
     return [*parts, figure(drawn, f"Trained share by layer (down) and projection: {where}.")]
@@ -91,7 +91,7 @@ def _compared(key: str, where: str, names: list[str], masks: dict[str, Masks]) -
         ]
         for one in names
     ]
-    drawn = figures.matrix(key, f"Overlap of the masks: {where}", names, values)
+    drawn = cells.matrix(key, f"Overlap of the masks: {where}", names, values)
     titles = ("entries of first", "entries of second", "shared", "Jaccard", "share of first")
     columns = [
         Column("first"),

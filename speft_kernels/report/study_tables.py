@@ -12,6 +12,7 @@ from . import figures
 from .aggregate import Rate, Summary, number, score, seeds_of, unit
 from .page import Cell, Column, Html, code, details, figure, section, table
 from .units import NOTHING, cell, memory, seconds, share
+from .units import number as as_number
 
 
 def result_table(summary: Summary) -> Html:
@@ -74,27 +75,27 @@ def cost_section(summary: Summary) -> Html:
     """Time and memory of each method at its chosen rates, over all tasks."""
     shares: dict[str, float] = {}
     peaks: dict[str, float] = {}
-    rows, names = [], []
+    rows = []
     for name in summary.names:
         runs = [r for (_, n), found in summary.cells.items() if n == name for r in found.rows]
         if not runs:
             continue
-        names.append(name)
-        parts = [r.salience_seconds / r.train_seconds for r in runs if r.train_seconds > 0]
-        if parts:
-            shares[name] = 100 * statistics.median(parts)
-        used = [r.peak_memory_bytes for r in runs if r.peak_memory_bytes is not None]
-        scoring = [
-            r.salience_peak_memory_bytes for r in runs if r.salience_peak_memory_bytes is not None
-        ]
+        scored, trained = _known(runs, "salience_seconds"), _known(runs, "train_seconds")
+        used, scoring = (
+            _known(runs, "peak_memory_bytes"),
+            _known(runs, "salience_peak_memory_bytes"),
+        )
+        if scored and trained and statistics.median(trained) > 0:
+            shares[name] = 100 * statistics.median(scored) / statistics.median(trained)
         if used:
             peaks[name] = max(used) / 2**30
+        steps = _known(runs, "step_ms_median")
         rows.append(
             (
                 Cell(name),
-                cell(statistics.median(r.step_ms_median for r in runs), ",.1f"),
-                seconds(statistics.median(r.train_seconds for r in runs)),
-                seconds(statistics.median(r.salience_seconds for r in runs)),
+                cell(_median(steps), ",.1f"),
+                seconds(_median(trained)),
+                seconds(_median(scored)),
                 cell(shares.get(name), ".2f"),
                 memory(max(used, default=None)),
                 memory(max(scoring, default=None)),
@@ -107,12 +108,24 @@ def cost_section(summary: Summary) -> Html:
         *(Column(title, True) for title in (*titles, "peak memory of scoring", "runs")),
     ]
     axes = [("scoring, % of the training time", shares), ("peak memory of training, GiB", peaks)]
-    drawn = figures.bars("cost", "Scoring time and peak memory of each method", axes, names)
+    if not rows:
+        return Html("")
+    drawn = figures.bars("cost", "Scoring time and peak memory of each method", axes, summary.names)
     return section(
         "Cost",
         figure(drawn, "Scoring time as a share of training (median), peak memory (maximum)."),
         table(columns, rows, "Medians over the runs at the chosen rates; memory is the maximum"),
     )
+
+
+def _known(runs: Sequence[Row], column: str) -> list[float]:
+    """The values that are numbers; nothing that was measured is near the bound."""
+    found = (as_number(getattr(run, column)) for run in runs)
+    return [value for value in found if value is not None and 0 <= value < 1e18]
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 _TEXTS = frozenset({"id", "task", "name", "method", "salience", "scope", "dynamic", "metric"})

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 from .page import Cell
 
 NOTHING = "–"
+_LARGEST = 1e100
 
 
 def number(value: object) -> float | None:
-    """`value` as a finite number, None for anything else."""
+    """`value` as a finite number, None for anything else, and for what no axis could hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         found = float(value)
     except OverflowError:
         return None
-    return found if math.isfinite(found) else None
+    return found if abs(found) < _LARGEST else None
 
 
 def cell(value: object, form: str = "", *, marked: bool = False) -> Cell:
