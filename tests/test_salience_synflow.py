@@ -19,6 +19,7 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
+from speft_kernels.errors import ConfigError
 from speft_kernels.model import SpeftConfig, score_and_select
 
 
@@ -104,3 +105,22 @@ def test_synflow_of_a_wrapper_that_takes_tokens_alone() -> None:
     expected = flow(wrapped.inner, linear_layers(wrapped.inner))
     found = flow(wrapped, linear_layers(wrapped))
     assert_close({name.removeprefix("inner."): t for name, t in found.items()}, expected)
+
+
+def test_synflow_of_a_model_of_images_needs_a_forward() -> None:
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.head, self.config = nn.Conv2d(3, 4, 2), nn.Linear(4, 2), object()
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.patches
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return self.head(self.patches(pixel_values).mean((2, 3)))
+
+    config = SpeftConfig(salience="synflow", target_modules=("head",))
+    with pytest.raises(ConfigError, match="Images is neither"):
+        score_and_select(Images(), config)
+    forward = lambda model, batch: model(torch.ones(1, 3, 4, 4))  # noqa: E731
+    assert score_and_select(Images(), config, None, forward)[0]["head"].nnz

@@ -57,22 +57,22 @@ def hessian_gradients(
         SalienceError: as `stream_gradients`; or an operation of the model has no second derivative,
             or the two passes saw different numbers of batches.
     """
-    if isinstance(batches, Iterator):
-        batches = list(batches)
+    kept: list[Iterable[Any]] = []
+
+    def first_pass() -> PassStatistics:
+        # Inside the pass, so that an error of the iterator ends it in every process.
+        kept.append(list(batches) if isinstance(batches, Iterator) else batches)
+        return stream_gradients(model, layers, kept[0], loss_fn, gradients.add)
+
+    def second_pass() -> PassStatistics:
+        return _stream_products(model, layers, kept[0], loss_fn, gradients.sums, products.add)
+
     gradients = GradientSums(layers, config.accumulator_dtype, config.accumulator_device)
     products = GradientSums(layers, config.accumulator_dtype, config.accumulator_device)
     with _Observed(config.grasp_temperature) as observed:
-        statistics = processes.together(
-            lambda: stream_gradients(model, layers, batches, loss_fn, gradients.add),
-            layers,
-            gradients,
-        )
+        statistics = processes.together(first_pass, layers, gradients)
         statistics.check(layers)
-        second = processes.together(
-            lambda: _stream_products(model, layers, batches, loss_fn, gradients.sums, products.add),
-            layers,
-            products,
-        )
+        second = processes.together(second_pass, layers, products)
     if (second.batches, second.examples) != (statistics.batches, statistics.examples):
         raise SalienceError(
             "salience 'grasp' goes over the batches twice and must see the same ones: first there "

@@ -39,8 +39,8 @@ def stream_synaptic_flow(
 
     Args:
         batches: not read.
-        loss_fn: for a model that is neither a transformers model nor an `nn.Sequential` that begins
-            with a linear layer: `loss_fn(model, None)` returns R, or logits to sum up.
+        loss_fn: for a model that is neither a transformers model of tokens nor an `nn.Sequential`
+            that begins with a linear layer: `loss_fn(model, None)` returns R, or logits to sum up.
 
     Raises:
         ConfigError: the model is of another kind and `loss_fn` is missing or cannot do without a
@@ -81,8 +81,9 @@ def stream_synaptic_flow(
 
 def _flow(model: nn.Module, loss_fn: LossFn | None) -> Tensor:
     """Return R, a scalar in float32 or float64."""
-    if hasattr(model, "get_input_embeddings") and hasattr(model, "config"):
-        output = _call_transformer(model)
+    embeddings = _token_embeddings(model)
+    if embeddings is not None:
+        output = _call_transformer(model, embeddings)
     elif isinstance(model, nn.Sequential) and len(model) and isinstance(model[0], nn.Linear):
         weight = model[0].weight
         output = model(torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device))
@@ -90,8 +91,8 @@ def _flow(model: nn.Module, loss_fn: LossFn | None) -> Tensor:
         output = _call_user(model, loss_fn)
     else:
         raise ConfigError(
-            "salience 'synflow' sends an all-ones embedding through a transformers model, or an "
-            "all-ones input through an nn.Sequential that begins with a linear layer; a "
+            "salience 'synflow' sends an all-ones embedding through a transformers model of "
+            "tokens, or an all-ones input through an nn.Sequential that begins with a linear layer; a "
             f"{type(model).__name__} is neither: pass a loss_fn whose loss_fn(model, None) returns "
             "the model's output for an all-ones input, or use another metric"
         )
@@ -112,8 +113,17 @@ def _call_user(model: nn.Module, loss_fn: LossFn) -> Tensor:
         ) from error
 
 
-def _call_transformer(model: Any) -> Any:
+def _token_embeddings(model: Any) -> nn.Embedding | None:
+    """Return the token embeddings of a transformers model that takes tokens, or None."""
+    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
+        return None
     embeddings = model.get_input_embeddings()
+    accepted = inspect.signature(model.forward).parameters
+    takes_tokens = "inputs_embeds" in accepted or "input_ids" in accepted
+    return embeddings if takes_tokens and isinstance(embeddings, nn.Embedding) else None
+
+
+def _call_transformer(model: nn.Module, embeddings: nn.Embedding) -> Any:
     weight = embeddings.weight
     ones = torch.ones(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
     accepted = inspect.signature(model.forward).parameters
