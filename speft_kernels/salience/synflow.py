@@ -92,9 +92,10 @@ def _flow(model: nn.Module, loss_fn: LossFn | None) -> Tensor:
     else:
         raise ConfigError(
             "salience 'synflow' sends an all-ones embedding through a transformers model of "
-            "tokens, or an all-ones input through an nn.Sequential that begins with a linear layer; a "
-            f"{type(model).__name__} is neither: pass a loss_fn whose loss_fn(model, None) returns "
-            "the model's output for an all-ones input, or use another metric"
+            "tokens, or an all-ones input through an nn.Sequential that begins with a linear "
+            f"layer; a {type(model).__name__} is neither: pass a loss_fn whose "
+            "loss_fn(model, None) returns the model's output for an all-ones input, or use "
+            "another metric"
         )
     if not isinstance(output, Tensor):
         logits = getattr(output, "logits", None)
