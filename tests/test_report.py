@@ -270,7 +270,11 @@ def test_a_study(study, capsys):
 
 
 def test_hostile_names(tmp_path):
-    methods = {HOSTILE: METHODS["lora"], HOSTILE + "2": {**METHODS["magnitude"], HOSTILE: HOSTILE}}
+    methods = {
+        HOSTILE: METHODS["lora"],
+        HOSTILE + "2": {**METHODS["magnitude"], HOSTILE: HOSTILE},
+        "gradient": METHODS["gradient"],  # a pair of masks: the task's name is in an attribute
+    }
     write_study(tmp_path / "s", tasks=(HOSTILE,), methods=methods, name=HOSTILE, layers=1)
     rows = read_rows(tmp_path / "s" / "runs.csv")
     fields = ("metric", "device", "processor", "commit", "versions", "settings", "dynamic")

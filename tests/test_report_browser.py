@@ -46,7 +46,8 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """The report of a study with names that try to be code, or are too long."""
-    methods = {**METHODS, LONG: METHODS["lora"], HOSTILE: METHODS["magnitude"]}
+    # As words, 0.005 would come after 0.01.
+    methods = {**METHODS, LONG: {"method": "lora", "density": 0.005}, HOSTILE: METHODS["magnitude"]}
     folder = tmp_path_factory.mktemp("study") / "study"
     write_study(folder, tasks=("sst2", HOSTILE), methods=methods, name=HOSTILE, layers=2)
     (folder / "runs" / "0-1-0.01-0" / "metrics.jsonl").write_text("not JSON\n{}\n")
