@@ -39,6 +39,7 @@ from .install import install, is_sparse, state_of, swap_modules
 from .model import merge, unmerge
 from .nn import SparseDeltaLinear
 from .overview import sparse_layers
+from .pattern import SparsePattern
 from .targets import is_below
 
 __all__ = [
@@ -86,9 +87,35 @@ def save_adapter(
         AdapterError: the folder exists, cannot be written, or holds something else than an adapter;
             there is nothing to save, a value is not finite, or `extra` is not JSON.
     """
+    _check_destination(Path(folder), overwrite)
+    stored = {
+        name: StoredLayer(layer.pattern, layer.values, fingerprint(layer))
+        for name, layer in sparse_layers(model).items()
+    }
+    write_adapter(model, stored, folder, config=config, extra=extra, overwrite=overwrite)
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """What an adapter holds of a layer: pattern, values, and the SHA-256 of the base under them."""
+
+    pattern: SparsePattern
+    values: Tensor
+    base_sha256: str
+
+
+def write_adapter(
+    model: nn.Module,
+    layers: Mapping[str, StoredLayer],
+    folder: str | os.PathLike[str],
+    *,
+    config: SpeftConfig | None = None,
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """`save_adapter` with `layers` in the place of the model's own patterns and values."""
     folder = Path(folder)
     _check_destination(folder, overwrite)
-    layers = sparse_layers(model)
     dense = _dense_tensors(model)
     if not layers and not dense:
         raise AdapterError(
@@ -111,7 +138,7 @@ def save_adapter(
             name: {
                 "shape": list(layer.pattern.shape),
                 "block_shape": list(layer.pattern.block_shape),
-                "base_sha256": fingerprint(layer),
+                "base_sha256": layer.base_sha256,
             }
             for name, layer in layers.items()
         },

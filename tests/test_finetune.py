@@ -25,8 +25,10 @@ from speft_kernels.finetune.signals import Interrupted
 from speft_kernels.finetune.tasks import Classification
 from speft_kernels.model import sparse_layers
 
-METHODS = ("speft", "lora", "full", "head")
-LR = {"speft": 2e-2, "lora": 2e-2, "full": 2e-3, "head": 5e-2}
+PEFT = ("lora", "pissa", "shira", "supertuning")
+DYNAMIC = ("merge", "rigl")  # method "speft" with a mask that moves
+METHODS = ("speft", *DYNAMIC, *PEFT, "full", "head")
+LR = {"full": 2e-3, "head": 5e-2}
 
 
 class Silent(Display):
@@ -57,6 +59,10 @@ def place(tmp_path_factory):
 
 
 def settings(place, output, method="speft", **others):
+    lr = LR.get(method, 2e-2)
+    if method in DYNAMIC:
+        others = {"dynamic": method, "dynamic_every": 4, **others}
+        method = "speft"
     return {
         "model": str(place / "model"),
         "train": str(place / "train.tsv"),
@@ -68,7 +74,7 @@ def settings(place, output, method="speft", **others):
         "lora_rank": 2,
         "scoring_examples": 32,
         "scoring_batches": 2,
-        "lr": LR.get(method),
+        "lr": lr,
         "epochs": 3,
         "batch_size": 8,
         **others,
@@ -121,7 +127,8 @@ def test_a_run_learns_writes_its_folder_and_can_be_loaded_again(place, tmp_path,
     ]
     assert json.loads((output / "result.json").read_text()) == result
     assert result["test"]["accuracy"] == result["after"] == result["eval"]["accuracy"]
-    assert (result["method"], result["metric"], result["seed"]) == (method, "accuracy", 0)
+    own = "speft" if method in DYNAMIC else method
+    assert (result["method"], result["metric"], result["seed"]) == (own, "accuracy", 0)
     assert result["majority"] == 0.5
     assert result["steps"] == 36
     assert result["trainable_parameters"] == (
@@ -132,7 +139,7 @@ def test_a_run_learns_writes_its_folder_and_can_be_loaded_again(place, tmp_path,
     assert result["tokens_per_second"] > 0
     assert result["peak_memory_bytes"] > 2**20
     assert result["train_seconds"] > 0
-    assert (result["salience_seconds"] > 0) == (method == "speft")
+    assert (result["salience_seconds"] > 0) == (own == "speft")
     assert (
         result["versions"]["torch"] == torch.__version__.partition("+")[0]
         or "+" in (result["versions"]["torch"])
@@ -146,7 +153,7 @@ def test_a_run_learns_writes_its_folder_and_can_be_loaded_again(place, tmp_path,
         assert isinstance(model, MeanPoolClassifier)
     else:
         model = load_classifier(str(place / "model"), ("bad", "good"), pooling="mean")
-    if method == "lora":
+    if method in PEFT:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, output / "adapter")
@@ -187,6 +194,102 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(place, tmp_path, met
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+    assert result.get("mask", {}).get("steps") == ([4, 8] if method in DYNAMIC else None)
+
+
+def test_a_moving_mask_is_chosen_again_on_other_examples_and_only_while_it_may(place, tmp_path):
+    more = {"epochs": 2, "dynamic_every": 5, "dynamic_until": 0.5}  # 24 steps
+    result = run(place, tmp_path / "run", "merge", **more)
+    mask = result["mask"]
+    assert (mask["strategy"], mask["steps"]) == ("merge", [5, 10])
+    assert mask["seconds"] > 0
+    assert all(moved > 0 for moved in mask["moved"])
+    # The best model may be of any mask; its adapter holds what its masks touched until then.
+    stored = sum(t.numel() for n, t in tensors(tmp_path / "run").items() if n.endswith(".values"))
+    assert stored == mask["entries_in_adapter"]
+    assert stored <= result["trainable_parameters_without_head"] + sum(mask["moved"])
+    with pytest.raises(ConfigError, match="dynamic = 'merge' moves the mask of method 'speft'"):
+        run(place, tmp_path / "lora", "lora", dynamic="merge")
+    with pytest.raises(ConfigError, match="mode 'resident'"):
+        run(place, tmp_path / "additive", mode="additive", dynamic="rigl")
+
+
+@pytest.mark.parametrize("stop_at", [3, 4, 5])
+def test_a_signal_while_the_mask_moves_loses_nothing(place, tmp_path, stop_at, monkeypatch):
+    from speft_kernels.finetune.inputs import ScoringBatches
+
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    expected = run(place, straight, "merge", epochs=1)
+    passes, batches = [], ScoringBatches.__iter__
+
+    def signalled(self):
+        passes.append(self)
+        for number, batch in enumerate(batches(self)):
+            if len(passes) == 2 and number == 1:  # within the first choice after the start
+                terminate()
+            yield batch
+
+    with monkeypatch.context() as patch:
+        if stop_at == 4:
+            patch.setattr(ScoringBatches, "__iter__", signalled)
+        display = Silent(stop_at if stop_at != 4 else None, terminate)
+        with pytest.raises(Interrupted):
+            run(place, stopped, "merge", display=display, epochs=1)
+    result = run(place, stopped, "merge", resume=True, epochs=1)
+    assert result["eval"] == expected["eval"]
+    assert result["mask"]["moved"] == expected["mask"]["moved"]
+    for name, tensor in tensors(stopped).items():
+        assert torch.equal(tensor, tensors(straight)[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's call
+def test_a_pissa_adapter_loads_on_the_original_model_without_peft_changing_it_first(
+    place, tmp_path
+):
+    """PiSSA trains on a residual of the base: its adapter must not need that residual."""
+    from peft import PeftModel
+
+    run(place, tmp_path / "run", "pissa", epochs=1)
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] is True
+    assert config["r"] == 4  # twice that of the run
+    model = load_classifier(str(place / "model"), ("bad", "good"), pooling="mean")
+    name = "backbone.encoder.layer.0.attention.self.query"
+    before = model.get_submodule(name).weight.clone()
+    loaded = PeftModel.from_pretrained(model, tmp_path / "run" / "adapter")
+    assert torch.equal(loaded.base_model.model.get_submodule(name).base_layer.weight, before)
+
+
+def test_a_budget_is_met_by_every_adapter(place, tmp_path):
+    lora = 2 * (4 * 64 + 2 * 80)
+    counts = {
+        method: run(place, tmp_path / method, method, max_steps=1, lora_budget=1)[
+            "trainable_parameters_without_head"
+        ]
+        for method in ("speft", *PEFT)
+    }
+    # SPEFT and Super-Tuning round in each of the 12 layers.
+    assert counts == {m: pytest.approx(lora, abs=0 if m in PEFT[:3] else 12) for m in counts}
+    for method in ("full", "head"):
+        with pytest.raises(ConfigError, match=f"method '{method}' has no budget"):
+            run(place, tmp_path / method, method, lora_budget=1)
+
+
+def test_validation_is_split_off_the_training_data(place, tmp_path):
+    result = run(
+        place, tmp_path / "run", eval=None, test=str(place / "eval.tsv"), validation=0.25, epochs=1
+    )
+    assert result["steps"] == 9  # 72 of 96 rows
+    again = run(
+        place, tmp_path / "again", eval=None, validation=0.25, max_steps=1, seed=5, method="head"
+    )
+    assert again["majority"] == result["majority"]  # the same rows, whatever the seed and method
+    with pytest.raises(ConfigError, match="exclude each other"):
+        run(place, tmp_path / "both", validation=0.25)
+    with pytest.raises(SpeftError, match="leaves one side empty"):
+        run(place, tmp_path / "none", eval=None, validation=0.001)
+    with pytest.raises(ConfigError, match="--eval is missing"):
+        run(place, tmp_path / "missing", eval=None)
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(place, tmp_path):

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -69,6 +70,8 @@ def save(model: Any, config: RunConfig, folder: Path) -> None:
     if config.method != "pissa":
         model.save_pretrained(folder)
         return
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+
     with tempfile.TemporaryDirectory() as start, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the base weights that are not saved
         settings = model.peft_config["default"]
@@ -76,6 +79,11 @@ def save(model: Any, config: RunConfig, folder: Path) -> None:
         model.save_pretrained(start, state_dict=model.speft_start)
         settings.init_lora_weights = "pissa"
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
+    # The conversion keeps the factors alone: the head has to be put beside them again.
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    trained = get_peft_model_state_dict(model)
+    heads = {name: t.contiguous() for name, t in trained.items() if ".lora_" not in name}
+    save_file({**load_file(path), **heads}, path, metadata={"format": "pt"})
 
 
 def _adapter(model: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..files import replaced
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass
@@ -23,7 +23,8 @@ class Progress:
     """Where a run stands.
 
     `before` and `best` are metrics; `best_step` is the step of the best evaluation so far, 0 before
-    the first. `salience` is what scoring came to.
+    the first. `salience` is what scoring came to. `mask_steps` are those after which a dynamic mask
+    was chosen again, and `mask_moved` how many scalars began to train then.
     """
 
     step: int = 0
@@ -35,6 +36,9 @@ class Progress:
     train_seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     salience: dict[str, Any] = field(default_factory=dict)
+    mask_steps: list[int] = field(default_factory=list)
+    mask_moved: list[int] = field(default_factory=list)
+    mask_seconds: float = 0.0
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

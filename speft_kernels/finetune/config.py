@@ -75,7 +75,7 @@ class RunConfig:
     method: str = option("speft", "how to train", choices=METHODS)
 
     density: float = option(0.005, "share of the target weights that train", above=0, below=1)
-    salience: str = option("gradient", "score that chooses the weights")
+    salience: str = option("gradient", "score that chooses the weights, or a function MODULE:NAME")
     scope: str = option("layer", "rank each matrix by itself, or all together")
     target_modules: tuple[str, ...] | str = option(
         "all-linear", "layers to adapt: names, suffixes or regular expressions"
@@ -83,6 +83,36 @@ class RunConfig:
     exclude_modules: tuple[str, ...] = option((), "layers to leave out")
     block_shape: tuple[int, int] = option((1, 1), "train blocks of this shape, e.g. 16x16")
     mode: str = option("resident", "where the sparse values live while training")
+    accumulate: str = option(
+        "sum",
+        "what becomes of the scoring batches' gradients",
+        choices=("sum", "absolute", "square"),
+    )
+    accumulator_dtype: str = option(
+        "float32", "precision in which scores accumulate", choices=("float32", "weight")
+    )
+    accumulator_device: str = option(
+        "model", "where scores accumulate: 'cpu' is host memory", choices=("model", "cpu")
+    )
+    grasp_sign: str = option(
+        "paper",
+        "sign of --salience grasp: -w(Hg), or +w(Hg) of the authors' code",
+        choices=("paper", "code"),
+    )
+    grasp_temperature: float = option(200.0, "what --salience grasp divides the logits by", above=0)
+    dynamic: str | None = option(
+        None,
+        "choose the mask again while training: 'merge' selects it anew and leaves the learned "
+        "delta in the weights, 'rigl' drops the smallest deltas and grows by gradient",
+        choices=("merge", "rigl"),
+    )
+    dynamic_every: int = option(1000, "steps between two choices of --dynamic", minimum=1)
+    dynamic_share: float = option(
+        0.3, "share of the mask that 'rigl' moves at first", above=0, below=1
+    )
+    dynamic_until: float = option(
+        0.75, "share of the steps after which the mask moves no more", above=0, below=1
+    )
     scoring_examples: int = option(1024, "examples that the score is taken from", minimum=1)
     scoring_batches: int = option(64, "batches that they are divided into", minimum=1)
     head_warmup_steps: int = option(0, "steps that train the head alone, before scoring", minimum=0)
@@ -179,6 +209,11 @@ class RunConfig:
                 f"lora_budget = {self.lora_budget} is for methods that adapt linear layers "
                 f"({', '.join(ADAPTERS)}); method {self.method!r} has no budget"
             )
+        if self.dynamic and (self.method != "speft" or self.mode != "resident"):
+            raise ConfigError(
+                f"dynamic = {self.dynamic!r} moves the mask of method 'speft' in mode 'resident'; "
+                f"this is method {self.method!r} in mode {self.mode!r}"
+            )
         if self.method == "speft":
             self.speft()
 
@@ -213,6 +248,11 @@ class RunConfig:
             exclude_modules=self.exclude_modules,
             block_shape=self.block_shape,
             mode=self.mode,
+            accumulate=self.accumulate,
+            accumulator_dtype=self.accumulator_dtype,
+            accumulator_device=self.accumulator_device,
+            grasp_sign=self.grasp_sign,
+            grasp_temperature=self.grasp_temperature,
             modules_to_train=() if self.task == "causal-lm" else None,
             seed=self.seed,
         )

@@ -62,21 +62,27 @@ class Inputs:
             "max_length": self.config.max_length,
         }
 
-    def scoring_batches(self, stop: StopSignals) -> ScoringBatches:
-        return ScoringBatches(self.task, self.train, self.config, stop)
+    def scoring_batches(self, stop: StopSignals, count: int = 0) -> ScoringBatches:
+        """Those of the `count`-th choice of the mask; other examples for each."""
+        return ScoringBatches(self.task, self.train, self.config, stop, count)
 
 
 class ScoringBatches:
     """The batches that salience is taken from; they can be gone through several times.
 
-    A random choice of the training data by the run's seed. Raises Interrupted between two batches
-    when a signal has arrived.
+    A random choice of the training data by the run's seed and `count`. Raises Interrupted between
+    two batches when a signal has arrived.
     """
 
     def __init__(
-        self, task: Task, train: list[Encoded], config: RunConfig, stop: StopSignals
+        self,
+        task: Task,
+        train: list[Encoded],
+        config: RunConfig,
+        stop: StopSignals,
+        count: int,
     ) -> None:
-        generator = torch.Generator().manual_seed(config.seed)
+        generator = torch.Generator().manual_seed((config.seed + 1_000_003 * count) % 2**63)
         chosen = torch.randperm(len(train), generator=generator)[: config.scoring_examples]
         self._parts = [part.tolist() for part in chosen.tensor_split(config.scoring_batches)]
         self._task, self._train, self._stop = task, train, stop

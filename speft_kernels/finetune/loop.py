@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import get_scheduler
 
+from ..adapter import load_adapter
+from ..dynamic import Move, carry
 from ..errors import SpeftError
 from ..files import replaced
 from ..flat import FlatValues
@@ -77,8 +79,9 @@ class Loop:
     """Trains a model with one optimizer over `train`, evaluating on `held_out`.
 
     A step is `grad_accumulation` batches. Its loss is the mean over all their items, whatever the
-    sizes of the batches, so accumulation changes the memory and not the mathematics. `facts` go
-    into each checkpoint, `save_best` is called when the model is the best so far.
+    sizes of the batches, so accumulation changes the memory and not the mathematics. `facts()` go
+    into each checkpoint, `save_best` is called when the model is the best so far. `move_mask`
+    chooses a dynamic mask again, given the number of the choice and the progress towards the last.
     """
 
     def __init__(
@@ -92,22 +95,24 @@ class Loop:
         *,
         accelerator: Accelerator,
         folder: Folder,
-        facts: dict[str, Any],
+        facts: Callable[[], dict[str, Any]],
         save_best: Callable[[], object],
+        move_mask: Callable[[int, float], Move],
         display: Display,
         stop: StopSignals,
     ) -> None:
         self.task, self.config = task, config
         self.train, self.held_out = train, held_out
         self.accelerator, self.folder, self.facts = accelerator, folder, facts
-        self.save_best, self.display, self.stop = save_best, display, stop
+        self.save_best, self.move_mask = save_best, move_mask
+        self.display, self.stop = display, stop
         self.progress = Progress()
         batches = math.ceil(len(train) / config.batch_size)
         self.steps_per_epoch = math.ceil(batches / config.grad_accumulation)
         self.total_steps = self.steps_per_epoch * config.epochs
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
-        groups = _flat(groups, prepared.model)
+        groups, self._values = _flat(groups, prepared.model)
         fused = accelerator.device.type in ("cpu", "cuda")
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
@@ -140,6 +145,8 @@ class Loop:
             while True:
                 if self._due(self.config.eval_every) and not self._is_evaluated():
                     self._evaluate()
+                if self._mask_due():
+                    self._move_mask()
                 if self._due(self.config.save_every):
                     self.save()
                 if self.progress.step == self.total_steps:
@@ -151,14 +158,14 @@ class Loop:
             raise
         finally:
             self.display.stop()
-        load_tensors(self.folder.best, self.model)
+        self._load_best()
         return self.progress
 
     def save(self) -> None:
         """Writes the checkpoint that `resume` continues from."""
         self.folder.checkpoint.mkdir(exist_ok=True)
         save_checkpoint(
-            self.folder.state, self.progress, self.model, self.facts, **self._stateful_parts()
+            self.folder.state, self.progress, self.model, self.facts(), **self._stateful_parts()
         )
 
     def evaluate(self, encoded: Sequence[Encoded]) -> dict[str, float]:
@@ -191,6 +198,40 @@ class Loop:
         return step > 0 and (
             step % (every or self.steps_per_epoch) == 0 or step == self.total_steps
         )
+
+    def _mask_due(self) -> bool:
+        """Whether the mask is to be chosen again before the next step."""
+        step, every = self.progress.step, self.config.dynamic_every
+        return (
+            self.prepared.moving is not None
+            and 0 < step <= self.config.dynamic_until * self.total_steps
+            and step % every == 0
+            and step not in self.progress.mask_steps
+        )
+
+    def _move_mask(self) -> None:
+        """Chooses the mask again, and lets the optimizer train the new values."""
+        started, progress = time.perf_counter(), self.progress
+        end = self.config.dynamic_until * self.total_steps
+        move = self.move_mask(len(progress.mask_steps) + 1, progress.step / end)
+        old = self._values
+        assert old is not None
+        new = self._values = FlatValues(self.model).parameter
+        carry(self.optimizer.optimizer, old, new, self.model, move, self.config.dynamic == "rigl")
+        self._parameters = [new if p is old else p for p in self._parameters]
+        progress.mask_steps.append(progress.step)
+        progress.mask_moved.append(move.moved)
+        progress.mask_seconds += time.perf_counter() - started
+        self._log(mask_moved=move.moved)
+        self.display.note(f"step {progress.step}: {move.moved:,} other weights train now")
+
+    def _load_best(self) -> None:
+        moving = self.prepared.moving
+        if moving is None:
+            load_tensors(self.folder.best, self.model)
+        else:  # the best model may have had another mask
+            moving.release(self.model)
+            load_adapter(self.model, self.folder.adapter)
 
     def _is_evaluated(self) -> bool:
         return self.progress.evaluated_step == self.progress.step
@@ -241,7 +282,8 @@ class Loop:
         best = not progress.best or sign * metrics[name] > sign * progress.best[name]
         if best:
             progress.best, progress.best_step = metrics, progress.step
-            save_tensors(self.folder.best, self.model)
+            if self.prepared.moving is None:
+                save_tensors(self.folder.best, self.model)
             self.save_best()
         progress.evaluated_step = progress.step
         self._log(eval=metrics, best=best)
@@ -270,20 +312,25 @@ class Loop:
             temporary.write_text("".join(kept), encoding="utf-8")
 
 
-def _flat(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
-    """The groups with the sparse layers' values replaced by the one parameter that holds them."""
+def _flat(
+    groups: list[dict[str, Any]], model: nn.Module
+) -> tuple[list[dict[str, Any]], nn.Parameter | None]:
+    """The groups with the sparse layers' values replaced by the one parameter that holds them, and
+    that parameter.
+    """
     layers = [layer for layer in sparse_layers(model).values() if layer.values.numel()]
     if not layers:
-        return groups
+        return groups, None
     values = {id(layer.values) for layer in layers}
-    flat = [FlatValues(model).parameter]
+    parameter = FlatValues(model).parameter
+    flat = [parameter]
     parted = []
     for group in groups:
         others = [p for p in group["params"] if id(p) not in values]
         if len(others) < len(group["params"]):
             others, flat = flat + others, []
         parted.append({**group, "params": others})
-    return [group for group in parted if group["params"]]
+    return [group for group in parted if group["params"]], parameter
 
 
 def check_finite(metrics: Mapping[str, float], when: str, remedy: str) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapter import save_adapter
 from ..atomic import new_folder
+from ..dynamic import MovingMask
 from ..files import write_json
 from ..model import apply_patterns, score_and_select, sparse_layers
 from ..pattern import SparsePattern
@@ -43,6 +44,7 @@ class Prepared:
         head: number of trained scalars of the head.
         target_elements: number of scalars of the matrices that are adapted.
         report: what scoring came to (method "speft" only, and not in a resumed run).
+        moving: moves the mask, in a run with a dynamic one.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Prepared:
     head: int
     target_elements: int
     report: SalienceReport | None = None
+    moving: MovingMask | None = None
 
     @property
     def density(self) -> float:
@@ -141,12 +144,14 @@ def prepare(
     patterns: dict[str, SparsePattern] | None = None,
 ) -> Prepared:
     """Makes `model` train by `config.method`; `patterns` are those of the run that is resumed."""
-    report = None
+    report = moving = None
     elements = sum(layer.weight.numel() for layer in targets.layers.values())
     if config.method == "speft":
         if patterns is None:
             patterns, report = score_and_select(model, config.speft(), batches, loss_fn)
         apply_patterns(model, patterns, config.speft())
+        if config.dynamic:
+            moving = MovingMask(model, config.speft(), config.dynamic, share=config.dynamic_share)
     elif config.method in baselines.METHODS:
         model = baselines.adapt(model, config, targets)
     else:
@@ -160,7 +165,7 @@ def prepare(
     if config.method == "full":
         elements -= head
     heads = () if config.method in baselines.METHODS else targets.dense_modules
-    return Prepared(model, heads, adapted, head, elements, report)
+    return Prepared(model, heads, adapted, head, elements, report, moving)
 
 
 def in_head(name: str, targets: Targets, config: RunConfig) -> bool:
@@ -214,7 +219,7 @@ def patterns_from(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, SparsePa
 
 
 def save_trained(
-    model: nn.Module,
+    prepared: Prepared,
     config: RunConfig,
     folder: Path,
     about: dict[str, Any],
@@ -226,6 +231,10 @@ def save_trained(
     "full" a whole model with its tokenizer. `about` goes along, in the last two cases as
     `speft.json`.
     """
+    model = prepared.model
+    if prepared.moving is not None:
+        prepared.moving.save(model, folder, config=config.speft(), extra=about, overwrite=True)
+        return
     if config.method in ("speft", "head"):
         settings = config.speft() if config.method == "speft" else None
         save_adapter(model, folder, config=settings, extra=about, overwrite=True)

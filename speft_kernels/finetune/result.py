@@ -12,6 +12,7 @@ import torch
 
 from .._version import __version__
 from ..machine import commit, processor
+from ..overview import sparse_layers
 from ..salience.memory import PeakMemory
 from .checkpoint import Progress
 from .inputs import Inputs
@@ -66,6 +67,16 @@ def result_of(
         "commit": commit(),
         "versions": versions(),
     }
+    if prepared.moving is not None:
+        result["mask"] = {
+            "strategy": config.dynamic,
+            "steps": progress.mask_steps,
+            "moved": progress.mask_moved,
+            "seconds": progress.mask_seconds,
+            "entries_in_adapter": sum(
+                layer.pattern.nnz for layer in sparse_layers(prepared.model).values()
+            ),
+        }
     if config.task == "classification":
         classes = [_class(item.labels) for item in inputs.eval]
         result["majority"] = majority_accuracy((_class(i.labels) for i in inputs.train), classes)

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 
 from .._version import __version__
+from ..dynamic import Move
 from ..errors import ConfigError
 from ..files import write_json
 from ..salience.memory import PeakMemory
@@ -129,6 +130,8 @@ def _resumed(
     )
     loop = _loop(inputs, prepared, accelerator, folder, display, stop)
     loop.resume(state)
+    if prepared.moving is not None:
+        prepared.moving.load_state_dict(prepared.model, state["facts"]["left"])
     display.note(f"resuming after step {loop.progress.step} of {loop.total_steps}")
     return loop, prepared
 
@@ -142,6 +145,21 @@ def _loop(
     stop: StopSignals,
 ) -> Loop:
     config, model, targets = inputs.config, prepared.model, inputs.targets
+    moving = prepared.moving
+
+    def facts() -> dict[str, Any]:
+        return {
+            "fingerprint": inputs.fingerprint,
+            "patterns": methods.patterns_of(model),
+            "left": {} if moving is None else moving.state_dict(),
+        }
+
+    def move_mask(count: int, progress: float) -> Move:
+        assert moving is not None
+        batches = inputs.scoring_batches(stop, count)
+        loss_fn = methods.mean_loss(inputs.task, accelerator)
+        return moving.update(model, batches, loss_fn, progress=progress)
+
     return Loop(
         prepared,
         inputs.task,
@@ -151,17 +169,16 @@ def _loop(
         inputs.eval,
         accelerator=accelerator,
         folder=folder,
-        facts={"fingerprint": inputs.fingerprint, "patterns": methods.patterns_of(model)},
+        facts=facts,
         save_best=lambda: save_best(prepared, inputs, folder),
+        move_mask=move_mask,
         display=display,
         stop=stop,
     )
 
 
 def save_best(prepared: methods.Prepared, inputs: Inputs, folder: Folder) -> None:
-    methods.save_trained(
-        prepared.model, inputs.config, folder.adapter, inputs.about(), inputs.tokenizer
-    )
+    methods.save_trained(prepared, inputs.config, folder.adapter, inputs.about(), inputs.tokenizer)
 
 
 def start_accelerator(config: RunConfig) -> Accelerator:

@@ -1,0 +1,395 @@
+"""`MovingMask`: a mask that is chosen again while the model trains.
+
+Two strategies. `merge` is the paper's (arXiv 2412.13488): the whole mask is selected again on the
+model as it has become; what was learned stays in the weight, also where it trains no longer.
+`rigl` moves a share of the mask (Evci et al., "Rigging the Lottery", arXiv 1911.11134): the trained
+entries of the smallest delta go back to their base values, and as many others begin to train where
+the gradient is largest.
+
+In both the base weight stays known to the bit: `W = W0 + delta` over every entry that holds a delta
+now, and `save` writes just these, as an adapter for the original base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .adapter import StoredLayer, fingerprint, write_adapter
+from .config import SpeftConfig
+from .errors import ConfigError
+from .model import apply_patterns, desparsify, score_and_select, sparse_layers
+from .nn import SparseDeltaLinear
+from .pattern import SparsePattern
+from .salience import LossFn, SalienceReport
+from .salience.accumulate import GradientSums, stream_gradients
+from .salience.borrow import borrowed
+from .targets import find_targets
+
+STRATEGIES = ("merge", "rigl")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Entries (or blocks) of one weight, their base, and what they hold beyond it.
+
+    `values` and `base_values` have the pattern's `values_shape`.
+    """
+
+    pattern: SparsePattern
+    values: Tensor
+    base_values: Tensor
+
+    @classmethod
+    def of(cls, layer: SparseDeltaLinear) -> Delta:
+        return cls(layer.pattern, layer.values.detach().clone(), layer.base_values.clone())
+
+    def write(self, weight: Tensor) -> None:
+        if not self.pattern.is_empty:
+            ops.write_delta(weight, self.pattern, self.base_values, self.values)
+
+    def erase(self, weight: Tensor) -> None:
+        if not self.pattern.is_empty:
+            ops.write_delta(weight, self.pattern, self.base_values, None)
+
+    def where(self, kept: Tensor) -> Delta:
+        """The part at which `kept` (bool, one for each index of the pattern) holds."""
+        return Delta(
+            _like(self.pattern, self.pattern.indices[kept]),
+            self.values[kept],
+            self.base_values[kept],
+        )
+
+    def joined(self, other: Delta) -> Delta:
+        """Both; they must not share an entry."""
+        indices = torch.cat([self.pattern.indices, other.pattern.indices])
+        order = indices.argsort()
+        return Delta(
+            _like(self.pattern, indices[order]),
+            torch.cat([self.values, other.values])[order],
+            torch.cat([self.base_values, other.base_values])[order],
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "shape": self.pattern.shape,
+            "block_shape": self.pattern.block_shape,
+            "indices": self.pattern.indices.cpu(),
+            "values": self.values.cpu(),
+            "base_values": self.base_values.cpu(),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> Delta:
+        pattern = SparsePattern(
+            tuple(state["shape"]), state["indices"], tuple(state["block_shape"])
+        )
+        values, base = state["values"].to(device), state["base_values"].to(device)
+        return cls(pattern.to(device), values, base)
+
+
+@dataclass(frozen=True)
+class Move:
+    """What an update did.
+
+    Attributes:
+        origins: for each layer, for each index of its new pattern, its place in the old one, or -1
+            where it did not train before; int64.
+        old_units: for each layer, how many indices its old pattern had.
+        moved: scalars that train now and did not before.
+        report: of the selection; None for "rigl", which selects only what grows.
+    """
+
+    origins: dict[str, Tensor]
+    old_units: dict[str, int]
+    moved: int
+    report: SalienceReport | None
+
+
+class MovingMask:
+    """Moves the mask of a sparse model, and knows every entry that holds a delta.
+
+    Args:
+        model: made sparse with `config`, its values still those of the base (zero).
+        config: as for `sparsify`; `salience` and `scope` select under "merge", under "rigl" the
+            scope says whether each layer keeps its number of entries, or all of them together.
+        strategy: "merge" or "rigl".
+        share: of the mask that "rigl" moves at first.
+
+    Raises:
+        ConfigError: an unknown strategy, a share outside (0, 1), mode "additive" (the base then
+            belongs to others too, and selection writes the delta into it), or no sparse layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: SpeftConfig, strategy: str, *, share: float = 0.3
+    ) -> None:
+        if strategy not in STRATEGIES:
+            raise ConfigError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
+        if not 0 < share < 1:
+            raise ConfigError(f"share must lie in (0, 1), got {share!r}")
+        if config.mode != "resident":
+            raise ConfigError('a mask that moves needs mode="resident"')
+        layers = sparse_layers(model)
+        if not layers:
+            raise ConfigError("the model has no sparse layers: sparsify(model, config) comes first")
+        self.config, self.strategy, self.share = config, strategy, share
+        self._bases = {name: fingerprint(layer) for name, layer in layers.items()}
+        # Deltas of entries that train no longer: in the weight, beside what the layers hold.
+        self._left = {name: _nothing(layer) for name, layer in layers.items()}
+
+    @property
+    def entries(self) -> int:
+        """Trained scalars that stay behind in the weights without training any more."""
+        return sum(delta.pattern.nnz for delta in self._left.values())
+
+    def update(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss_fn: LossFn | None,
+        *,
+        progress: float,
+    ) -> Move:
+        """Choose the mask again; the sparse layers are replaced, their values carried over.
+
+        A `FlatValues` of the model, and an optimizer's hold on the values, are void afterwards: see
+        `carry`.
+
+        Args:
+            progress: share of the training, in [0, 1], by which the share that "rigl" moves falls
+                from `share` to 0 along a cosine.
+
+        Raises:
+            SalienceError: as for `sparsify`. On any error, one out of `loss_fn` among them, the
+                model computes what it did, with the patterns it had.
+        """
+        layers = sparse_layers(model)
+        trained = {name: Delta.of(layer) for name, layer in layers.items()}
+        patterns = {name: delta.pattern for name, delta in trained.items()}
+        touched = {name: delta.joined(self._left[name]) for name, delta in trained.items()}
+        desparsify(model)  # W = W0 + everything touched, in plain layers
+        report, kept = None, touched
+        try:
+            if self.strategy == "merge":
+                patterns, report = score_and_select(model, self.config, batches, loss_fn)
+            else:
+                kept, patterns = self._regrown(model, trained, batches, loss_fn, progress)
+        finally:  # also on an error, with the patterns and the deltas there were
+            for name, delta in touched.items():
+                delta.erase(_weight(model, name))
+            self._install(model, patterns, kept)
+        origins = {
+            name: places(pattern.indices, trained[name].pattern.indices)
+            for name, pattern in patterns.items()
+        }
+        moved = sum(
+            int((origin < 0).sum()) * math.prod(patterns[name].block_shape)
+            for name, origin in origins.items()
+        )
+        old_units = {name: _units(delta.pattern) for name, delta in trained.items()}
+        return Move(origins, old_units, moved, report)
+
+    def save(self, model: nn.Module, folder: Path, **arguments: Any) -> None:
+        """Write the adapter of everything that holds a delta: it loads on the original base.
+
+        `arguments` and errors as for `save_adapter`.
+        """
+        stored = {}
+        for name, layer in sparse_layers(model).items():
+            delta = Delta.of(layer).joined(self._left[name])
+            stored[name] = StoredLayer(delta.pattern, delta.values, self._bases[name])
+        write_adapter(model, stored, folder, **arguments)
+
+    def release(self, model: nn.Module) -> None:
+        """Take what was left behind out of the weights, whose other entries stay as they are.
+
+        Before the model is given an adapter, which says again what the weights hold.
+        """
+        for name, layer in sparse_layers(model).items():
+            self._left[name].erase(layer.weight)
+            self._left[name] = _nothing(layer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was left behind, as plain data and tensors on the CPU."""
+        return {name: delta.state() for name, delta in self._left.items()}
+
+    def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` returned, in a model whose layers have the same patterns."""
+        for name, layer in sparse_layers(model).items():
+            self._left[name] = Delta.from_state(state[name], layer.weight.device)
+            self._left[name].write(layer.weight.detach())
+
+    def _install(
+        self,
+        model: nn.Module,
+        patterns: Mapping[str, SparsePattern],
+        kept: Mapping[str, Delta],
+    ) -> None:
+        """Make plain layers that hold W0 sparse, with the deltas `kept` in or beside `patterns`."""
+        apply_patterns(model, patterns, self.config)
+        for name, layer in sparse_layers(model).items():
+            delta = kept[name]
+            found = places(layer.pattern.indices, delta.pattern.indices)
+            known = found >= 0
+            with torch.no_grad():
+                layer.values[known] = delta.values[found[known]]
+            beside = places(delta.pattern.indices, layer.pattern.indices) < 0
+            self._left[name] = delta.where(beside)
+            self._left[name].write(layer.weight.detach())
+            layer.sync()
+
+    def _regrown(
+        self,
+        model: nn.Module,
+        trained: Mapping[str, Delta],
+        batches: Iterable[Any],
+        loss_fn: LossFn | None,
+        progress: float,
+    ) -> tuple[dict[str, Delta], dict[str, SparsePattern]]:
+        """What stays, and the patterns with what grows in the place of what goes."""
+        share = self.share / 2 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+        kept = {
+            name: trained[name].where(stays)
+            for name, stays in _survivors(trained, share, self.config.scope).items()
+        }
+        for name, delta in trained.items():
+            weight = _weight(model, name)
+            delta.erase(weight)
+            kept[name].write(weight)
+        layers = find_targets(model, self.config).layers
+        sums = GradientSums(
+            layers, self.config.accumulator_dtype, self.config.accumulator_device, "sum"
+        )
+        with borrowed(model, self.config.seed):
+            statistics = stream_gradients(model, layers, batches, loss_fn, sums.add)
+        statistics.check(layers, True)
+        scores = {name: self._growth(sums.sums.pop(name), kept[name].pattern) for name in trained}
+        groups = [[name] for name in trained]
+        if self.config.scope == "global":
+            groups = [list(trained)]
+        patterns = {}
+        for group in groups:
+            count = sum(_units(trained[n].pattern) - _units(kept[n].pattern) for n in group)
+            grown = (
+                ops.topk_salience(
+                    [None] * len(group),
+                    [scores[name] for name in group],
+                    count,
+                    metric="raw",
+                    scope="global",
+                    names=[f"layer {name!r}" for name in group],
+                )
+                if count
+                else [scores[name].new_empty(0, dtype=torch.int64) for name in group]
+            )
+            for name, indices in zip(group, grown, strict=True):
+                stays = kept[name].pattern
+                new = torch.cat([stays.indices.long(), indices.to(stays.device).long()])
+                patterns[name] = _like(stays, new.sort().values)
+        return kept, patterns
+
+    def _growth(self, gradient: Tensor, stays: SparsePattern) -> Tensor:
+        """`[N / bh, K / bw]`: the sum of |g| of each block; -1 where one trains already."""
+        (rows, cols), (bh, bw) = gradient.shape, stays.block_shape
+        scores = gradient.abs().float()
+        if stays.is_block:
+            scores = scores.reshape(rows // bh, bh, cols // bw, bw).sum(dim=(1, 3))
+        scores.view(-1)[stays.indices.to(scores.device).long()] = -1
+        return scores
+
+
+def carry(
+    optimizer: torch.optim.Optimizer,
+    old: nn.Parameter,
+    new: nn.Parameter,
+    model: nn.Module,
+    move: Move,
+    moments: bool,
+) -> None:
+    """Let `optimizer` train `new` in the place of `old`, both flat values of `model`'s layers.
+
+    Args:
+        moments: False forgets them, as the paper does under "merge". Otherwise those of the entries
+            that trained before go along and the others' start from zero; the count of the steps is
+            one number for all, so it goes along too.
+    """
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if state is None or not moments:
+        return
+    optimizer.state[new] = {
+        key: _moved(value, new, model, move)
+        if isinstance(value, Tensor) and value.shape == old.shape
+        else value
+        for key, value in state.items()
+    }
+
+
+def _moved(moments: Tensor, new: nn.Parameter, model: nn.Module, move: Move) -> Tensor:
+    found = torch.zeros_like(new, dtype=moments.dtype)
+    start, taken = 0, 0
+    for name, layer in sparse_layers(model).items():
+        origin = move.origins[name]
+        size = math.prod(layer.pattern.block_shape)
+        old_units = move.old_units[name]
+        before = moments[start : start + old_units * size].view(old_units, size)
+        part = found[taken : taken + layer.values.numel()].view(-1, size)
+        known = origin >= 0
+        part[known] = before[origin[known]]
+        start, taken = start + before.numel(), taken + part.numel()
+    return found
+
+
+def places(wanted: Tensor, among: Tensor) -> Tensor:
+    """The place of each index of `wanted` in the sorted `among`, or -1; int64."""
+    wanted, among = wanted.long(), among.long()
+    if not among.numel():
+        return torch.full_like(wanted, -1)
+    at = torch.searchsorted(among, wanted).clamp_(max=among.numel() - 1)
+    return torch.where(among[at] == wanted, at, -1)
+
+
+def _survivors(trained: Mapping[str, Delta], share: float, scope: str) -> dict[str, Tensor]:
+    """For each layer, which of its entries or blocks stay: all but those of the smallest delta."""
+    sizes = {
+        name: delta.values.abs().reshape(_units(delta.pattern), -1).sum(1)
+        for name, delta in trained.items()
+    }
+    groups = [[name] for name in sizes] if scope == "layer" else [list(sizes)]
+    stays = {}
+    for group in groups:
+        size = torch.cat([sizes[name].cpu() for name in group])
+        keep = torch.ones(len(size), dtype=torch.bool)
+        # A stable order: of equal deltas the first go, whatever the device.
+        keep[size.argsort(stable=True)[: round(share * len(size))]] = False
+        parts = keep.split([len(sizes[name]) for name in group])
+        stays.update({n: part.to(sizes[n].device) for n, part in zip(group, parts, strict=True)})
+    return stays
+
+
+def _units(pattern: SparsePattern) -> int:
+    return pattern.indices.numel()
+
+
+def _like(pattern: SparsePattern, indices: Tensor) -> SparsePattern:
+    return SparsePattern(pattern.shape, indices, pattern.block_shape)
+
+
+def _nothing(layer: SparseDeltaLinear) -> Delta:
+    none = torch.zeros(_units(layer.pattern), dtype=torch.bool, device=layer.weight.device)
+    return Delta.of(layer).where(none)
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()

@@ -1,0 +1,295 @@
+"""A mask that moves: what is trained, what stays, and that the base is known to the bit."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny_models import MLP_LAYERS, Mlp, mlp, mlp_config, pair_batches, pair_loss
+
+from speft_kernels.adapter import load_adapter, read_adapter
+from speft_kernels.dynamic import Delta, MovingMask, carry, places
+from speft_kernels.errors import ConfigError
+from speft_kernels.flat import FlatValues
+from speft_kernels.model import sparse_layers, sparsify
+
+BLOCKS = ((1, 1), (2, 2))
+
+
+class Training:
+    """A sparse MLP trained by Adam on its flat values, with a mask that moves."""
+
+    def __init__(self, strategy, *, block_shape=(1, 1), dtype=torch.float32, **settings):
+        self.base = mlp(dtype=dtype).eval()
+        self.model = copy.deepcopy(self.base)
+        settings = {"block_shape": block_shape, "density": 0.2, **settings}
+        self.config = mlp_config(**settings)
+        self.batches = pair_batches(3, dtype=dtype)
+        sparsify(self.model, self.config, self.batches, pair_loss)
+        self.mask = MovingMask(self.model, self.config, strategy)
+        self.flat = FlatValues(self.model).parameter
+        self.optimizer = torch.optim.Adam([self.flat], lr=0.05)
+
+    def steps(self, count=3):
+        for batch in pair_batches(count, dtype=self.flat.dtype, seed=7):
+            pair_loss(self.model, batch).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def move(self, progress=0.0, seed=1):
+        batches = pair_batches(3, dtype=self.flat.dtype, seed=seed)
+        move = self.mask.update(self.model, batches, pair_loss, progress=progress)
+        old, self.flat = self.flat, FlatValues(self.model).parameter
+        moments = self.mask.strategy == "rigl"
+        carry(self.optimizer, old, self.flat, self.model, move, moments)
+        return move
+
+    def weights(self):
+        """Layer -> the weight that it computes with."""
+        for layer in sparse_layers(self.model).values():
+            layer.sync()
+        return {n: x.weight.detach().clone() for n, x in sparse_layers(self.model).items()}
+
+    def patterns(self):
+        return {name: layer.pattern for name, layer in sparse_layers(self.model).items()}
+
+
+def test_places_finds_indices_in_sorted_ones_and_says_what_is_missing():
+    among = torch.tensor([2, 5, 9], dtype=torch.int32)
+    found = places(torch.tensor([0, 2, 5, 7, 9, 11], dtype=torch.int32), among)
+    assert found.tolist() == [-1, 0, 1, -1, 2, -1]
+    assert places(torch.tensor([3]), among[:0]).tolist() == [-1]
+    assert places(among[:0], among).tolist() == []
+
+
+@pytest.mark.parametrize("block_shape", BLOCKS)
+@pytest.mark.parametrize("strategy", ["merge", "rigl"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_the_adapter_of_a_moved_mask_gives_the_trained_weights_on_the_original_base(
+    strategy, scope, block_shape, tmp_path
+):
+    training = Training(strategy, scope=scope, block_shape=block_shape)
+    moved = 0
+    for turn in range(3):
+        training.steps()
+        moved += training.move(turn / 3, seed=turn).moved
+    training.steps()
+    assert moved > 0  # or this test would show nothing
+    expected = training.weights()
+    training.mask.save(training.model, tmp_path / "adapter", config=training.config)
+    fresh = copy.deepcopy(training.base)
+    load_adapter(fresh, tmp_path / "adapter")
+    for name, layer in sparse_layers(fresh).items():
+        assert torch.equal(layer.weight, expected[name]), name
+    x = pair_batches(1, seed=3)[0][0]
+    assert torch.equal(fresh(x), training.model(x))
+
+
+def test_the_adapter_loads_into_the_trained_model_itself(tmp_path):
+    training = Training("merge")
+    training.steps()
+    training.mask.save(training.model, tmp_path / "best")
+    best = training.weights()
+    training.move()
+    training.steps()
+    training.move(seed=5)
+    assert training.mask.entries > 0
+    training.mask.release(training.model)
+    load_adapter(training.model, tmp_path / "best")
+    for name, weight in training.weights().items():
+        assert torch.equal(weight, best[name]), name
+
+
+def test_merge_leaves_the_function_alone_and_what_was_learned_where_it_was():
+    training = Training("merge")
+    training.steps()
+    before, old = training.weights(), training.patterns()
+    values = {
+        n: layer.values.detach().clone() for n, layer in sparse_layers(training.model).items()
+    }
+    move = training.move()
+    assert move.report is not None
+    assert move.report.nnz == sum(p.nnz for p in old.values())
+    assert move.moved > 0
+    for name, weight in training.weights().items():
+        assert torch.equal(weight, before[name]), name
+    for name, layer in sparse_layers(training.model).items():
+        origin = move.origins[name]
+        again = origin >= 0
+        assert torch.equal(layer.values[again], values[name][origin[again]])
+        assert not layer.values[~again].any()
+    assert training.flat not in training.optimizer.state  # moments forgotten
+    assert training.optimizer.param_groups[0]["params"] == [training.flat]
+
+
+def test_merge_follows_a_dense_simulation_of_the_paper():
+    """W = W0 + the sum of all deltas; at each choice a new value starts at 0, moments at 0."""
+    training = Training("merge", dtype=torch.float64)
+    dense = copy.deepcopy(training.base)
+    for parameter in dense.parameters():
+        parameter.requires_grad_(False)
+    layers = {name: dense.get_submodule(name) for name in MLP_LAYERS}
+
+    def simulate(masks, count=3):
+        deltas = {n: torch.zeros_like(x.weight, requires_grad=True) for n, x in layers.items()}
+        starts = {n: x.weight.detach().clone() for n, x in layers.items()}
+        optimizer = torch.optim.Adam(deltas.values(), lr=0.05)
+        for batch in pair_batches(count, dtype=torch.float64, seed=7):
+            parameters = {f"{n}.weight": starts[n] + masks[n] * d for n, d in deltas.items()}
+            loss = pair_loss(lambda x, p=parameters: torch.func.functional_call(dense, p, x), batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        for n, layer in layers.items():
+            layer.weight.data = starts[n] + masks[n] * deltas[n].detach()
+
+    for turn in range(3):
+        simulate({n: p.mask().double() for n, p in training.patterns().items()})
+        training.steps()
+        for name, weight in training.weights().items():
+            # Sums in another order; three turns of three steps.
+            torch.testing.assert_close(weight, layers[name].weight, rtol=1e-9, atol=1e-11)
+        training.move(seed=turn)
+
+
+@pytest.mark.parametrize("block_shape", BLOCKS)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest(scope, block_shape):
+    training = Training("rigl", scope=scope, block_shape=block_shape)
+    training.steps()
+    deltas = {n: Delta.of(x) for n, x in sparse_layers(training.model).items()}
+    sizes = {
+        n: d.values.abs().reshape(d.pattern.indices.numel(), -1).sum(1) for n, d in deltas.items()
+    }
+    groups = [[n] for n in deltas] if scope == "layer" else [list(deltas)]
+    move = training.move(progress=0.5)
+    share = 0.3 / 2 * (1 + math.cos(math.pi / 2))
+    base = dict(training.base.named_modules())
+    reference = copy.deepcopy(training.base)  # W0 and what stayed
+    for group in groups:
+        dropped = grown = 0
+        kept_sizes, dropped_sizes = [], []
+        for name in group:
+            before = set(deltas[name].pattern.indices.tolist())
+            after = set(training.patterns()[name].indices.tolist())
+            for index, size in zip(
+                deltas[name].pattern.indices.tolist(), sizes[name].tolist(), strict=True
+            ):
+                (kept_sizes if index in after else dropped_sizes).append(size)
+            dropped, grown = dropped + len(before - after), grown + len(after - before)
+        units = sum(deltas[name].pattern.indices.numel() for name in group)
+        # An entry that is dropped may grow again at once, at its base value.
+        assert dropped == grown <= round(share * units)
+        assert (
+            not dropped_sizes
+            or max(dropped_sizes) <= sorted(kept_sizes + dropped_sizes)[round(share * units) - 1]
+        )
+    assert move.moved > 0
+    for name, layer in sparse_layers(training.model).items():
+        weight, start = training.weights()[name], base[name].weight
+        outside = ~layer.pattern.mask()
+        assert torch.equal(weight[outside], start[outside])
+        new = move.origins[name] < 0
+        assert not layer.values[new].any()
+        reference.get_submodule(name).weight.data = weight
+    # The gradient that growth was judged by: at W0 plus what stayed, where the grown are 0.
+    for parameter in reference.parameters():
+        parameter.requires_grad_(True)
+    for batch in pair_batches(3, seed=1):
+        pair_loss(reference, batch).backward()
+    for group in groups:
+        grown, others = [], []
+        for name in group:
+            gradient = reference.get_submodule(name).weight.grad.abs()
+            (n, k), (bh, bw) = gradient.shape, block_shape
+            scores = gradient.reshape(n // bh, bh, k // bw, bw).sum((1, 3)).view(-1)
+            pattern, new = training.patterns()[name], move.origins[name] < 0
+            grown += scores[pattern.indices.long()[new]].tolist()
+            untrained = torch.ones_like(scores, dtype=torch.bool)
+            untrained[pattern.indices.long()] = False
+            others += scores[untrained].tolist()
+        if grown and others:
+            assert min(grown) >= max(others) * (1 - 1e-5)
+
+
+def test_rigl_keeps_the_moments_of_those_that_stay():
+    training = Training("rigl")
+    training.steps()
+    state = {k: v.clone() for k, v in training.optimizer.state[training.flat].items()}
+    move = training.move()
+    now = training.optimizer.state[training.flat]
+    assert now["step"] == state["step"]
+    before = after = 0
+    for name, layer in sparse_layers(training.model).items():
+        origin, size = move.origins[name], layer.values.numel()
+        for key in ("exp_avg", "exp_avg_sq"):
+            own = now[key][after : after + size]
+            assert torch.equal(own[origin >= 0], state[key][before:][origin[origin >= 0]])
+            assert not own[origin < 0].any()
+        before, after = before + move.old_units[name], after + size
+    training.steps(1)  # and the optimizer goes on with them
+
+
+@pytest.mark.parametrize("strategy", ["merge", "rigl"])
+def test_an_error_while_choosing_leaves_the_model_computing_what_it_did(strategy):
+    training = Training(strategy)
+    training.steps()
+    training.move()
+    training.steps()
+    before, patterns = training.weights(), training.patterns()
+    left = training.mask.entries
+
+    def failing(model, batch):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.mask.update(training.model, training.batches, failing, progress=0.5)
+    assert training.patterns() == patterns
+    assert training.mask.entries == left
+    for name, weight in training.weights().items():
+        assert torch.equal(weight, before[name]), name
+    training.mask.update(training.model, training.batches, pair_loss, progress=0.5)
+
+
+def test_what_was_left_behind_comes_back_from_its_state():
+    training = Training("merge")
+    training.steps()
+    training.move()
+    training.steps()
+    assert training.mask.entries > 0
+    expected, state = training.weights(), training.mask.state_dict()
+    values = {n: x.values.detach().clone() for n, x in sparse_layers(training.model).items()}
+    model = copy.deepcopy(training.base)
+    from speft_kernels.model import apply_patterns
+
+    apply_patterns(model, training.patterns(), training.config)
+    mask = MovingMask(model, training.config, "merge")
+    mask.load_state_dict(model, state)
+    for name, layer in sparse_layers(model).items():
+        with torch.no_grad():
+            layer.values.copy_(values[name])
+        layer.sync()
+        assert torch.equal(layer.weight, expected[name])
+
+
+def test_bad_settings_are_refused():
+    training = Training("merge")
+    with pytest.raises(ConfigError, match="unknown strategy 'grow'"):
+        MovingMask(training.model, training.config, "grow")
+    with pytest.raises(ConfigError, match=r"share must lie in \(0, 1\)"):
+        MovingMask(training.model, training.config, "rigl", share=1.0)
+    with pytest.raises(ConfigError, match='mode="resident"'):
+        MovingMask(training.model, mlp_config(mode="additive"), "merge")
+    with pytest.raises(ConfigError, match="no sparse layers"):
+        MovingMask(Mlp(), training.config, "merge")
+
+
+def test_the_adapter_holds_every_entry_with_a_delta_once(tmp_path):
+    training = Training("merge")
+    training.steps()
+    training.move()
+    training.steps()
+    training.mask.save(training.model, tmp_path / "adapter")
+    stored = read_adapter(tmp_path / "adapter")
+    trained = sum(p.nnz for p in training.patterns().values())
+    assert sum(x.pattern.nnz for x in stored.layers.values()) == trained + training.mask.entries
