@@ -91,8 +91,8 @@ class Study:
 
     @property
     def cells(self) -> list[tuple[str, str]]:
-        """(task, method label): what a rate is searched for."""
-        return list(itertools.product(self.tasks, self.methods))
+        """(task, method label), by methods: what a rate is searched for."""
+        return [(task, name) for name in self.methods for task in self.tasks]
 
     def run(self, task: str, name: str, lr: float, seed: int) -> Run:
         settings = {**self.tasks[task], **self.methods[name], "lr": lr, "seed": seed}

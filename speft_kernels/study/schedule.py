@@ -12,16 +12,16 @@ from .rows import Row
 def due(study: Study, finished: Mapping[str, Row]) -> list[Run]:
     """The runs that can begin now, in the order in which they should.
 
-    All searches come first, every cell's first seed before any cell's second one, so that a study
-    that is stopped early has something to say of every method; then the repeats at each best rate.
+    Method by method as the study lists them: the search of each task, and the repeats as soon as
+    the search has ended. So a study that is stopped early is complete for its first methods.
 
     Args:
         finished: the rows there are, by id.
     """
-    searches = {cell: study.search(*cell) for cell in study.cells}
-    runs = [run for search in searches.values() for run in search]
-    order = [run for seed in study.seeds for run in runs if run.seed == seed]
-    for (task, name), search in searches.items():
+    order = []
+    for task, name in study.cells:
+        search = study.search(task, name)
+        order += search
         if all(run.id in finished for run in search):
             order += study.repeats(task, name, best_rate(finished[run.id] for run in search))
     return [run for run in order if run.id not in finished]
