@@ -20,7 +20,7 @@ from .accumulate import Consume, LossFn, PassStatistics, first_non_finite, wide
 from .borrow import scoring_leaves
 from .linearise import linear_activations
 
-_PIECE = 2**22  # parameters whose sign bits are packed at a time
+_PIECE = 2**20  # parameters whose sign bits are packed at a time: some 10 MB of temporaries
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
