@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from scoring import (
+    CLOSE,
     assert_close,
     best,
     flow,
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from speft_kernels.errors import ConfigError
 from speft_kernels.model import SpeftConfig, score_and_select
+from speft_kernels.salience.linearise import linear_activations
 
 
 def test_synflow_of_a_chain_is_the_product_of_absolute_matrices() -> None:
@@ -124,3 +126,30 @@ def test_synflow_of_a_model_of_images_needs_a_forward() -> None:
         score_and_select(Images(), config)
     forward = lambda model, batch: model(torch.ones(1, 3, 4, 4))  # noqa: E731
     assert score_and_select(Images(), config, None, forward)[0]["head"].nnz
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "float"])
+def test_linear_attention_weighs_by_the_scores(scale: float | None, mask: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, 5, 4, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)
+    )
+    allowed = torch.ones(5, 5, dtype=torch.bool).tril()
+    bias = torch.zeros(5, 5, dtype=torch.float64)
+    given: dict[str, Any] = {
+        "none": {},
+        "causal": {"is_causal": True},
+        "bool": {"attn_mask": allowed},
+        "float": {"attn_mask": (bias + 0.5).masked_fill(~allowed, -torch.inf)},
+    }[mask]
+    with linear_activations(nn.Identity()):
+        found = nn.functional.scaled_dot_product_attention(
+            q, k, v, scale=scale, enable_gqa=True, **given
+        )
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(2, 1))
+    scores = scores * (0.5 if scale is None else scale) + (0.5 if mask == "float" else 0)
+    if mask != "none":
+        scores = scores * allowed
+    expected = torch.einsum("bhqk,bhkd->bhqd", scores, v.repeat_interleave(2, 1))
+    torch.testing.assert_close(found, expected, **CLOSE)
