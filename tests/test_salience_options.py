@@ -139,6 +139,11 @@ def test_random_counts_are_exact_and_the_order_of_layers_is_nothing(
     assert any(not torch.equal(chosen[name], other[name]) for name in places)
 
 
+def test_random_layers_of_one_size_draw_on_their_own() -> None:
+    chosen = draw({"a": 1000, "b": 1000}, 0.1, "layer", 0)
+    assert not torch.equal(chosen["a"], chosen["b"])
+
+
 @pytest.mark.parametrize("density", [0.1, 0.5])
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_random_is_uniform(density: float, scope: str) -> None:
