@@ -19,12 +19,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the output folder")
     group.add_argument("--resume", action="store_true", help="continue the stopped run in --output")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check and resolve everything but what has to be downloaded, and train nothing",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     settings = given_settings(args)
     if args.resume and args.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
+    if args.dry_run:
+        from ..finetune.resolve import resolved
+
+        print(resolved(RunConfig.from_dict(settings)))
+        return 0
     try:
         if args.resume:
             train(_stored_settings(settings), resume=True)

@@ -21,18 +21,25 @@ from ..errors import DataError, nearest
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json")
 # Columns of a task's text, in the order they are looked for.
 TEXT_COLUMNS = {
-    "classification": (("sentence1", "sentence2"), ("sentence",), ("text",)),
-    "causal-lm": (("prompt", "response"), ("question", "answer"), ("text",)),
+    "classification": (
+        *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2")),
+        *(("question", "sentence"), ("sentence",), ("text",)),
+    ),
+    "causal-lm": (
+        *(("prompt", "response"), ("question", "answer"), ("instruction", "input", "output")),
+        *(("instruction", "output"), ("text",)),
+    ),
 }
 NEEDED = {
     "classification": "'sentence' (or 'sentence1' and 'sentence2') and 'label'",
-    "causal-lm": "'prompt' and 'response' (or 'question' and 'answer'), or 'text'",
+    "causal-lm": "'prompt' and 'response' (or 'question' and 'answer', or 'instruction', 'input' "
+    "and 'output'), or 'text'",
 }
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: one or two texts, for classification the label, and where the row stands."""
+    """One row: its texts, for classification the label, and where the row stands."""
 
     texts: tuple[str, ...]
     label: str | None

@@ -75,6 +75,17 @@ class Folder:
         return self.checkpoint / "best.safetensors"
 
 
+def steps_per_epoch(config: RunConfig, rows: int) -> int:
+    """Optimizer steps of one pass over `rows` training examples."""
+    return math.ceil(math.ceil(rows / config.batch_size) / config.grad_accumulation)
+
+
+def steps_of(config: RunConfig, rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps = steps_per_epoch(config, rows) * config.epochs
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
 class Loop:
     """Trains a model with one optimizer over `train`, evaluating on `held_out`.
 
@@ -107,11 +118,8 @@ class Loop:
         self.save_best, self.move_mask = save_best, move_mask
         self.display, self.stop = display, stop
         self.progress = Progress()
-        batches = math.ceil(len(train) / config.batch_size)
-        self.steps_per_epoch = math.ceil(batches / config.grad_accumulation)
-        self.total_steps = self.steps_per_epoch * config.epochs
-        if config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.max_steps)
+        self.steps_per_epoch = steps_per_epoch(config, len(train))
+        self.total_steps = steps_of(config, len(train))
         groups, self._values = _flat(groups, prepared.model)
         fused = accelerator.device.type in ("cpu", "cuda")
         self._parameters = [parameter for group in groups for parameter in group["params"]]

@@ -112,7 +112,9 @@ class CausalLM:
 
     def _encode(self, row: Example) -> Encoded | None:
         *prompt, response = row.texts
-        before = self.tokenizer(prompt[0] + "\n").input_ids if prompt else []
+        # An instruction may come with an input to it, or with an empty one.
+        text = "".join(part + "\n" for part in prompt if part)
+        before = self.tokenizer(text).input_ids if prompt else []
         if before and before[-1] == self.tokenizer.eos_token_id:
             before = before[:-1]
         after = self.tokenizer(response, add_special_tokens=not prompt).input_ids
