@@ -218,6 +218,15 @@ def test_a_run_that_fails_is_named_and_the_others_are_run(study, fake):
     assert len(run_study(study, jobs=2, say=silent)) == 12
 
 
+def test_a_rate_that_diverges_is_out_of_the_choice_and_the_others_go_on(study, fake):
+    fake.outcome = staticmethod(lambda config: "the loss became inf" if config.lr == 3e-2 else None)
+    with pytest.raises(StudyError, match="3 runs failed"):
+        run_study(study, jobs=1, say=silent)
+    rows = read_rows(Places(study.output).rows)
+    assert {(row.lr, row.seed) for row in rows} == {(1e-2, seed) for seed in (0, 1, 2)}
+    assert len(fake.began) == 3 * (1 + 1 + 2)
+
+
 def test_a_study_runs_in_one_process_at_a_time(study, fake):
     caught = []
 

@@ -54,6 +54,7 @@ def _score(config: RunConfig) -> str:
         accelerator = start_accelerator(config)
         set_seed(config.seed)
         inputs = read_inputs(config, Display())
+        config = inputs.config  # with its budget in numbers
         model = inputs.model.to(accelerator.device)
         batches, loss_fn = (
             inputs.scoring_batches(stop),
@@ -65,4 +66,6 @@ def _score(config: RunConfig) -> str:
     with new_folder(output) as draft:
         save_adapter(model, draft / "adapter", config=config.speft(), extra=inputs.about())
         write_json(draft / "salience.json", prepared.report.to_dict())
-    return f"{summary(model)}\nscored in {prepared.report.seconds:.1f} s; written to {output}"
+    notes = "".join(f"{note}\n" for note in prepared.report.notes)
+    seconds = prepared.report.seconds
+    return f"{summary(model)}\n{notes}scored in {seconds:.1f} s; written to {output}"

@@ -54,7 +54,12 @@ def run(args: argparse.Namespace) -> int:
                 again += f" --{flag} {shlex.quote(str(getattr(args, flag)))}"
         print(f"speft: stopped by {interruption}; to go on:\n  {again}", file=sys.stderr)
         return 128 + interruption.signum
-    print(f"{len(rows)} runs are in {study.output / 'runs.csv'}")
+    from ..report import write_report
+    from ..report.aggregate import markdown, summarise
+
+    print(f"\n{len(rows)} runs are in {study.output / 'runs.csv'}")
+    if rows:
+        print(f"\n{markdown(summarise(rows))}\nreport: {write_report(study.output)}")
     return 0
 
 

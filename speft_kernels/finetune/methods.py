@@ -24,6 +24,7 @@ from ..model import apply_patterns, score_and_select, sparse_layers
 from ..pattern import SparsePattern
 from ..salience.accumulate import LossFn
 from ..salience.borrow import borrowed
+from ..salience.metrics import metric_named
 from ..salience.report import SalienceReport
 from ..salience.warmup import warm_up
 from ..targets import Targets, find_dense_modules, find_targets, is_below
@@ -76,10 +77,11 @@ class Prepared:
         return figures
 
     def describe(self) -> str:
+        notes = "".join(f"{note}\n" for note in self.report.notes) if self.report else ""
         scored = f"scored in {self.report.seconds:.1f} s; " if self.report else ""
         return (
-            f"{scored}training {self.adapted:,} parameters ({self.density:.3%} of the adapted "
-            f"weights) + {self.head:,} in the head"
+            f"{notes}{scored}training {self.adapted:,} parameters ({self.density:.3%} of the "
+            f"adapted weights) + {self.head:,} in the head"
         )
 
 
@@ -97,6 +99,8 @@ def mean_loss(task: Task, accelerator: Accelerator) -> LossFn:
 def find(model: nn.Module, config: RunConfig) -> Targets:
     """The layers to adapt and the head. Raises ConfigError for names the model does not have."""
     if config.method in ADAPTERS:
+        if config.method == "speft":
+            metric_named(config.salience)  # a callable that is not there should be missed now
         return find_targets(model, config.speft())
     return Targets({}, find_dense_modules(model, () if config.task == "causal-lm" else None))
 

@@ -122,7 +122,7 @@ def _run_due(
     threads = max(1, torch.get_num_threads() // jobs)
     try:
         while True:
-            for run in due(study, finished):
+            for run in due(study, finished, failures):
                 if len(workers) == jobs or len(started) == max_runs:
                     break
                 if run.id not in started:
@@ -140,7 +140,7 @@ def _run_due(
                 if reason is None:
                     finished[id] = _row(running[id], places.runs / id)
                     _add_row(places, finished[id])
-                    say(_line(finished[id], len(due(study, finished)) - len(workers)))
+                    say(_line(finished[id], len(due(study, finished, failures)) - len(workers)))
                 else:
                     failures[id] = reason
                     say(f"{id}: failed: {reason}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from .config import Run, Study
 from .rows import Row
 
 
-def due(study: Study, finished: Mapping[str, Row]) -> list[Run]:
+def due(study: Study, finished: Mapping[str, Row], failed: Collection[str] = ()) -> list[Run]:
     """The runs that can begin now, in the order in which they should.
 
     Method by method as the study lists them: the search of each task, and the repeats as soon as
@@ -17,14 +17,20 @@ def due(study: Study, finished: Mapping[str, Row]) -> list[Run]:
 
     Args:
         finished: the rows there are, by id.
+        failed: ids of runs that are not to be tried again now. A rate with one of them is out of
+            the choice, as when it makes the loss diverge.
     """
     order = []
     for task, name in study.cells:
         search = study.search(task, name)
         order += search
-        if all(run.id in finished for run in search):
-            order += study.repeats(task, name, best_rate(finished[run.id] for run in search))
-    return [run for run in order if run.id not in finished]
+        if any(run.id not in finished and run.id not in failed for run in search):
+            continue
+        diverged = {run.lr for run in search if run.id in failed}
+        rows = [finished[run.id] for run in search if run.lr not in diverged]
+        if rows:
+            order += study.repeats(task, name, best_rate(rows))
+    return [run for run in order if run.id not in finished and run.id not in failed]
 
 
 def best_rate(rows: Iterable[Row]) -> float:
