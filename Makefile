@@ -8,6 +8,8 @@ CSRC = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 
 # oneDNN picks AMX kernels where the CPU reports AMX, and some hypervisors report it but trap the instructions.
 test bench: export ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16
+# The CUDA kernels run in the tests on a CPU; for GPUs they compile where one is, or on request.
+test: export SPEFT_BUILD_CUDA_HOST ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test gpu-offline lint format bench clean

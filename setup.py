@@ -7,7 +7,9 @@ Environment:
     CXX, CXXFLAGS, LDFLAGS   compiler (default: g++, c++, clang++) and flags added to our own
     MAX_JOBS                 how many files compile at a time (default: ninja decides)
     SPEFT_BUILD_CUDA         1: csrc/cuda must be built; 0: never; unset: where nvcc is found
-    SPEFT_CUDA_ARCHS         CUDA targets, for example "80;90a" or "90+PTX"
+    SPEFT_CUDA_ARCHS         CUDA targets, for example "80;90a" or "90+PTX" (default: the GPUs that
+                             are here, else 80, 90a and 100a)
+    SPEFT_BUILD_CUDA_HOST    1: the CUDA kernels' sources are also compiled for the CPU, for tests
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--compiler-options", "-fPIC,-fvisibility=hidden"]
 DEFAULT_CUDA_ARCHS = "80+PTX;90a;100a"
+HOST_MODULE = "_cuda_host"
 
 
 def find_cxx() -> list[str]:
@@ -91,9 +94,26 @@ def openmp_flags(cxx: Sequence[str]) -> list[str]:
     return ["-Wno-unknown-pragmas"]
 
 
+def present_archs() -> list[str]:
+    """The targets of the GPUs in this machine, as nvidia-smi names them; none without it."""
+    try:
+        listing = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            text=True,
+            capture_output=True,
+            check=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    numbers = {line.strip().replace(".", "") for line in listing.stdout.splitlines()}
+    # From 90 on the matrix units are reached through targets of one architecture alone.
+    return sorted(n + "a" * (int(n) >= 90) for n in numbers if n.isdecimal())
+
+
 def cuda_arch_flags(nvcc: str) -> list[str]:
     """The -gencode flags for $SPEFT_CUDA_ARCHS, else for the default targets this nvcc knows."""
-    requested = os.environ.get("SPEFT_CUDA_ARCHS", "")
+    requested = os.environ.get("SPEFT_CUDA_ARCHS", "") or ";".join(present_archs())
     archs = [arch.strip() for arch in (requested or DEFAULT_CUDA_ARCHS).split(";")]
     if not requested:
         listing = subprocess.run([nvcc, "--list-gpu-code"], text=True, capture_output=True)
@@ -124,7 +144,8 @@ def include_flags() -> list[str]:
 def ninja_file(targets: dict[str, list[Path]], includes: Sequence[str]) -> str:
     """The text of a build.ninja that links each target (a file name) from its sources.
 
-    Every object records the headers it read, so a changed header rebuilds exactly its readers.
+    Every object records the headers it read, so a changed header rebuilds exactly its readers. The
+    target of the module HOST_MODULE gets its CUDA files from the C++ compiler.
     """
     cxx = find_cxx()
     openmp = openmp_flags(cxx)
@@ -138,18 +159,27 @@ def ninja_file(targets: dict[str, list[Path]], includes: Sequence[str]) -> str:
         *compile_rule("cpp", [*cxx, *cxxflags]),
         *link_rule("cpp", [*cxx, *shared], ldflags),
     ]
-    if any(source.suffix == ".cu" for sources in targets.values() for source in sources):
+    modules = {target.split(".")[0]: sources for target, sources in targets.items()}
+    if HOST_MODULE in modules:
+        lines += compile_rule("host", [*cxx, *cxxflags, "-DSPEFT_ON_HOST", "-x", "c++"])
+    if any(
+        source.suffix == ".cu" and module != HOST_MODULE
+        for module, sources in modules.items()
+        for source in sources
+    ):
         nvcc = find_nvcc() or "nvcc"
-        lines += compile_rule("cu", [nvcc, *NVCC_FLAGS, *cuda_arch_flags(nvcc)])
+        lines += compile_rule("cu", [nvcc, *NVCC_FLAGS, *includes, *cuda_arch_flags(nvcc)])
         lines += link_rule("cu", [nvcc, "-shared", "-cudart", "static"], [])
     for target, sources in targets.items():
-        objects = []
+        module = target.split(".")[0]
+        objects, languages = [], set()
         for source in sources:
-            module = target.split(".")[0]
+            language = "host" if module == HOST_MODULE else source.suffix[1:]
+            languages.add(language)
             objects.append(ninja_path(f"{module}/{source.parent.name}/{source.name}.o"))
-            lines.append(f"build {objects[-1]}: {source.suffix[1:]} {ninja_path(str(source))}")
-        language = "cu" if any(source.suffix == ".cu" for source in sources) else "cpp"
-        lines.append(f"build {ninja_path(target)}: link_{language} {' '.join(objects)}")
+            lines.append(f"build {objects[-1]}: {language} {ninja_path(str(source))}")
+        linker = "cu" if "cu" in languages else "cpp"
+        lines.append(f"build {ninja_path(target)}: link_{linker} {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
@@ -212,7 +242,7 @@ def find_sources(folder: str, pattern: str) -> list[str]:
 
 
 def find_extensions() -> list[Extension]:
-    """`_C`, and `_cuda` where csrc/cuda holds kernels and nvcc is there to compile them."""
+    """`_C`, `_cuda` where nvcc is there to compile it, and `_cuda_host` where it is asked for."""
     found = [Extension("speft_kernels._C", ["csrc/module.cpp", *find_sources("csrc/cpu", "*.cpp")])]
     wanted = os.environ.get("SPEFT_BUILD_CUDA", "")
     if wanted not in ("", "0", "1"):
@@ -223,9 +253,12 @@ def find_extensions() -> list[Extension]:
             "SPEFT_BUILD_CUDA=1, but there is no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda. "
             "Install the CUDA toolkit, set CUDA_HOME, or unset SPEFT_BUILD_CUDA."
         )
-    kernels = find_sources("csrc/cuda", "*.cu")
-    if kernels and nvcc and wanted != "0":
-        found.append(Extension("speft_kernels._cuda", ["csrc/cuda_module.cpp", *kernels]))
+    kernels = ["csrc/cuda_module.cpp", *find_sources("csrc/cuda", "*.cu")]
+    if nvcc and wanted != "0":
+        found.append(Extension("speft_kernels._cuda", kernels))
+    if os.environ.get("SPEFT_BUILD_CUDA_HOST") == "1":
+        sources = [*kernels, *find_sources("csrc/cuda/host", "*.cpp")]
+        found.append(Extension(f"speft_kernels.{HOST_MODULE}", sources))
     return found
 
 

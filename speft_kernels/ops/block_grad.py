@@ -8,10 +8,12 @@ where asked.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .. import _native, _triton
+from .. import _cuda_native, _native, _triton
 from ..pattern import SparsePattern
 from ..plan import SparsityPlan, plan_of
 from . import _checks, registry
@@ -133,6 +135,35 @@ def _in_triton(
 ) -> None:
     dy, x = _native.rows_contiguous(dy), _native.rows_contiguous(x)
     _triton.kernels("block_grad").block_grad(dy, x, rows, cols, out, accumulate)
+
+
+# Tokens that the kernel brings to shared memory at a time (csrc/cuda/block_grad.cu).
+_STRETCH = 64
+
+
+def _in_cuda(
+    backend: str,
+    dy: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    out: Tensor,
+    accumulate: bool,
+) -> None:
+    dy, x = _native.rows_contiguous(dy), _native.rows_contiguous(x)
+    parts = _cuda_native.splits(rows.numel(), dy.shape[0], _STRETCH, dy.device)
+    scratch = out.new_empty(parts, *out.shape) if parts > 1 else None
+    _cuda_native.kernels(backend).block_grad(
+        *(dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0)),
+        *(dy.shape[0], rows.data_ptr(), cols.data_ptr(), rows.numel()),
+        *(out.shape[1], out.shape[2], out.data_ptr(), accumulate),
+        *(0 if scratch is None else scratch.data_ptr(), parts),
+        *(_native.dtype_code(dy), *_cuda_native.place(dy)),
+    )
+
+
+for _backend in _cuda_native.MODULES:
+    registry.implement("block_grad", _backend, _cuda_native.DTYPES)(partial(_in_cuda, _backend))
 
 
 @operation("speft::block_grad_", mutates=["out"])

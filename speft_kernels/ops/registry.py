@@ -11,11 +11,12 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from .. import _native, _triton
+from .. import _cuda_native, _native, _triton
 from ..errors import BackendError, nearest
 
 OPS = ("sparse_delta_matmul", "sampled_grad", "block_grad", "topk_salience", "write_delta")
@@ -53,6 +54,18 @@ BACKENDS = {
             ANY_DEVICE if _triton.interpreting() else "cuda",
             "Triton kernels, not yet run on a GPU: opt-in",
             _triton.missing,
+        ),
+        Backend(
+            "cuda",
+            "cuda",
+            "compiled CUDA kernels, not yet run on a GPU: opt-in",
+            partial(_cuda_native.missing, "cuda"),
+        ),
+        Backend(
+            "cuda-host",
+            "cpu",
+            "the CUDA kernels' sources on a CPU, for tests",
+            partial(_cuda_native.missing, "cuda-host"),
         ),
     )
 }

@@ -11,11 +11,12 @@ and rounded once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .. import _native, _triton
+from .. import _cuda_native, _native, _triton
 from ..pattern import SparsePattern
 from . import _checks, registry
 from ._library import operation
@@ -154,6 +155,29 @@ def _in_triton(
 ) -> None:
     base, values = [b.contiguous() for b in base], [v.contiguous() for v in values]
     _triton.kernels("write_delta").write_delta(weights, indices, base, values)
+
+
+def _in_cuda(
+    backend: str,
+    weights: list[Tensor],
+    indices: list[Tensor],
+    base: list[Tensor],
+    values: list[Tensor],
+) -> None:
+    base, values = [b.contiguous() for b in base], [v.contiguous() for v in values]
+    _cuda_native.kernels(backend).write_delta(
+        [w.data_ptr() for w in weights],
+        [i.data_ptr() for i in indices],
+        [i.dtype == torch.int64 for i in indices],
+        [i.numel() for i in indices],
+        [b.data_ptr() for b in base],
+        [v.data_ptr() for v in values],
+        *(_native.dtype_code(weights[0]), *_cuda_native.place(weights[0])),
+    )
+
+
+for _backend in _cuda_native.MODULES:
+    registry.implement("write_delta", _backend)(partial(_in_cuda, _backend))
 
 
 @operation("speft::write_delta", mutates=["weights"])

@@ -1,0 +1,222 @@
+// block_grad: dV[b] = dy[:, rows_b]^T @ x[:, cols_b], for 16-bit inputs, on the tensor cores.
+//
+// A thread block makes a tile of one block's gradient from one part of the tokens. Stretches of
+// kStretch tokens come to shared memory in kStages stages, as dy and x have them: a token a row.
+// Each of four warps takes 16 tokens of a stretch and keeps the whole tile, so that small tiles,
+// too, keep four warps busy; their sums are added in order at the end, as are those of the parts of
+// the tokens.
+//
+// Count (M tokens, blocks of h x w, E entries): reads 2 M (h + w) bytes a block, of which what
+// shares rows or columns comes from L2, for 2 M h w operations: h w / (h + w) operations a byte, 8
+// for 16 x 16 and 16 for 32 x 32, so the cache bounds it and not the tensor cores. One ldmatrix
+// feeds two products of A's side and one of B's.
+#include <algorithm>
+
+#include "device.h"
+#include "kernels.h"
+
+namespace speft {
+namespace cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kDepth = 16;  // tokens of one product
+constexpr int kStretch = kWarps * kDepth;
+constexpr int kStages = 3;
+constexpr int kVector = 8;  // elements of 16 bytes
+// 16 bytes beside each row put the eight rows that ldmatrix reads at once into different banks.
+constexpr int kPad = kVector;
+
+template <int kRows, int kCols>
+constexpr size_t kStageElements = size_t(kStretch) * (kRows + kPad + kCols + kPad);
+
+template <int kRows, int kCols>
+constexpr size_t kSharedBytes =
+    std::max(kStages * kStageElements<kRows, kCols> * 2, size_t(kRows) * kCols * 4);
+
+// Where one operand's columns of a tile lie: `count` of the kWidth are real.
+struct Columns {
+    const uint16_t* first;  // of token 0
+    int64_t stride;
+    int count;
+    bool vectors;  // every 16 bytes are aligned, and whole
+};
+
+// Brings tokens [start, start + kStretch) of a tile's columns; zeros beyond the real ones.
+template <int kWidth>
+SPEFT_DEVICE void bring(uint16_t* to, const Columns& from, int64_t start, int64_t end) {
+    constexpr int kRowVectors = kWidth / kVector;
+    if (from.vectors) {
+        for (int i = int(threadIdx.x); i < kStretch * kRowVectors; i += kThreads) {
+            const int token = i / kRowVectors, column = i % kRowVectors * kVector;
+            const bool valid = start + token < end && column < from.count;
+            // Where nothing is to be read, an address that may be.
+            const int64_t at = valid ? (start + token) * from.stride + column : 0;
+            cp_async16(to + token * (kWidth + kPad) + column, from.first + at, valid);
+        }
+    } else {
+        for (int i = int(threadIdx.x); i < kStretch * kWidth; i += kThreads) {
+            const int token = i / kWidth, column = i % kWidth;
+            const bool valid = start + token < end && column < from.count;
+            to[token * (kWidth + kPad) + column] =
+                valid ? from.first[(start + token) * from.stride + column] : uint16_t(0);
+        }
+    }
+}
+
+template <class T, int kRows, int kCols>
+SPEFT_KERNEL(kThreads)
+multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
+    constexpr int kRowTiles = kRows / 16, kColTiles = kCols / 8;
+    const int64_t tiles_down = (problem.height + kRows - 1) / kRows;
+    const int64_t tiles_across = (problem.width + kCols - 1) / kCols;
+    const int64_t block = blockIdx.x / (tiles_down * tiles_across);
+    const int64_t tile = blockIdx.x % (tiles_down * tiles_across);
+    const int64_t row = tile / tiles_across * kRows, col = tile % tiles_across * kCols;
+    const int rows = int(problem.height - row < kRows ? problem.height - row : kRows);
+    const int cols = int(problem.width - col < kCols ? problem.width - col : kCols);
+
+    const int64_t stretches = (problem.tokens + kStretch - 1) / kStretch;
+    const int64_t part = (stretches + problem.splits - 1) / problem.splits * kStretch;
+    const int64_t begin = blockIdx.y * part;
+    const int64_t end = begin + part < problem.tokens ? begin + part : problem.tokens;
+    const int turns = begin < end ? int((end - begin + kStretch - 1) / kStretch) : 0;
+
+    const Columns of_dy = {
+        static_cast<const uint16_t*>(problem.dy) + problem.block_rows[block] * problem.height + row,
+        problem.dy_stride, rows, dy_vectors};
+    const Columns of_x = {
+        static_cast<const uint16_t*>(problem.x) + problem.block_cols[block] * problem.width + col,
+        problem.x_stride, cols, x_vectors};
+
+    auto* const stages = shared_memory<uint16_t>();
+    const auto stage = [&](int turn) {
+        return stages + turn % kStages * int(kStageElements<kRows, kCols>);
+    };
+    const auto fetch = [&](int turn) {
+        if (turn < turns) {
+            const int64_t start = begin + int64_t(turn) * kStretch;
+            bring<kRows>(stage(turn), of_dy, start, end);
+            bring<kCols>(stage(turn) + kStretch * (kRows + kPad), of_x, start, end);
+        }
+        cp_async_commit();  // also an empty group: the waits below count groups
+    };
+
+    float sums[kRowTiles][kColTiles][4] = {};
+    SPEFT_UNROLL
+    for (int turn = 0; turn < kStages - 1; ++turn)
+        fetch(turn);
+    for (int turn = 0; turn < turns; ++turn) {
+        cp_async_wait<kStages - 2>();
+        sync_block();  // everyone's copies have arrived, and the stage that is fetched next is free
+        fetch(turn + kStages - 1);
+        // Lane l brings row l % 8 of the 8 x 8 matrix l / 8; matrices follow each other down k
+        // first for x, and across first for dy, as the fragments of the product want them.
+        const int depth = warp_id() * kDepth, lane = lane_id();
+        const uint16_t* const dy =
+            stage(turn) + (depth + lane / 16 * 8 + lane % 8) * (kRows + kPad) + lane / 8 % 2 * 8;
+        const uint16_t* const x = stage(turn) + kStretch * (kRows + kPad) +
+                                  (depth + lane / 8 % 2 * 8 + lane % 8) * (kCols + kPad) +
+                                  lane / 16 * 8;
+        uint32_t left[kRowTiles][4];
+        SPEFT_UNROLL
+        for (int i = 0; i < kRowTiles; ++i)
+            ldmatrix_x4_trans(left[i], dy + i * 16);
+        SPEFT_UNROLL
+        for (int j = 0; j < kColTiles; j += 2) {
+            uint32_t right[4];
+            ldmatrix_x4_trans(right, x + j * 8);
+            SPEFT_UNROLL
+            for (int i = 0; i < kRowTiles; ++i) {
+                const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
+                mma_m16n8k16<T>(sums[i][j], left[i], first);
+                mma_m16n8k16<T>(sums[i][j + 1], left[i], second);
+            }
+        }
+    }
+
+    cp_async_wait<0>();
+    auto* const total = shared_memory<float>();
+    for (int warp = 0; warp < kWarps; ++warp) {
+        sync_block();  // the stages are read, or the warp before has added its part
+        if (warp_id() != warp) continue;
+        SPEFT_UNROLL
+        for (int i = 0; i < kRowTiles; ++i)
+            SPEFT_UNROLL
+        for (int j = 0; j < kColTiles; ++j)
+            SPEFT_UNROLL
+        for (int v = 0; v < 4; ++v) {
+            const int r = i * 16 + lane_id() / 4 + v / 2 * 8;
+            float& place = total[r * kCols + j * 8 + lane_id() % 4 * 2 + v % 2];
+            place = warp == 0 ? sums[i][j][v] : place + sums[i][j][v];
+        }
+    }
+    sync_block();
+    const int64_t size = problem.height * problem.width;
+    float* const out = problem.splits == 1
+                           ? problem.out
+                           : problem.scratch + int64_t(blockIdx.y) * problem.num_blocks * size;
+    const bool accumulate = problem.accumulate && problem.splits == 1;
+    for (int i = int(threadIdx.x); i < rows * cols; i += kThreads) {
+        const int r = i / cols, c = i % cols;
+        float& place = out[block * size + (row + r) * problem.width + col + c];
+        place = (accumulate ? place : 0.0f) + total[r * kCols + c];
+    }
+}
+
+SPEFT_KERNEL(kThreads) add_parts(BlockGrad problem) {
+    const int64_t count = problem.num_blocks * problem.height * problem.width;
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= count) return;
+    float sum = problem.accumulate ? problem.out[i] : 0.0f;
+    for (int64_t split = 0; split < problem.splits; ++split)
+        sum += problem.scratch[split * count + i];
+    problem.out[i] = sum;
+}
+
+// Whether 16 bytes at a time may be read: of every token and every block, whole.
+bool in_vectors(const void* first, int64_t stride, int64_t size) {
+    return reinterpret_cast<uintptr_t>(first) % 16 == 0 && stride % kVector == 0 &&
+           size % kVector == 0;
+}
+
+template <class T, int kRows, int kCols>
+int multiply_tiles(const BlockGrad& problem, Place place) {
+    const int64_t tiles = ((problem.height + kRows - 1) / kRows) *
+                          ((problem.width + kCols - 1) / kCols) * problem.num_blocks;
+    if (tiles > INT32_MAX || problem.splits > 65535) return kUnsupported;
+    return launch(multiply<T, kRows, kCols>, dim3(unsigned(tiles), unsigned(problem.splits)),
+                  kThreads, kSharedBytes<kRows, kCols>, place.stream, problem,
+                  in_vectors(problem.dy, problem.dy_stride, problem.height),
+                  in_vectors(problem.x, problem.x_stride, problem.width));
+}
+
+template <class T>
+int multiply_blocks(const BlockGrad& problem, Place place) {
+    const bool thin = problem.height <= 16, narrow = problem.width <= 16;
+    if (thin && narrow) return multiply_tiles<T, 16, 16>(problem, place);
+    if (thin) return multiply_tiles<T, 16, 64>(problem, place);
+    if (narrow) return multiply_tiles<T, 64, 16>(problem, place);
+    if (problem.height <= 32 && problem.width <= 32)
+        return multiply_tiles<T, 32, 32>(problem, place);
+    return multiply_tiles<T, 64, 64>(problem, place);
+}
+
+}  // namespace
+
+int block_grad(const BlockGrad& problem, DType dtype, Place place) {
+    const DeviceGuard guard(place.device);
+    if (guard.error() != 0) return guard.error();
+    if (problem.num_blocks == 0) return 0;
+    int error = kUnsupported;
+    if (dtype == DType::kBFloat16) error = multiply_blocks<BFloat16>(problem, place);
+    if (dtype == DType::kFloat16) error = multiply_blocks<Float16>(problem, place);
+    if (error != 0 || problem.splits == 1) return error;
+    const int64_t count = problem.num_blocks * problem.height * problem.width;
+    return launch(add_parts, dim3(unsigned((count + kThreads - 1) / kThreads)), kThreads, 0,
+                  place.stream, problem);
+}
+
+}  // namespace cuda
+}  // namespace speft

@@ -1,0 +1,75 @@
+// The one door through which the kernels reach the hardware.
+//
+// gpu.h gives it the GPU's meaning, host/device.h that of fibers on a CPU: the same .cu files
+// compile with nvcc for a GPU and with g++ for the tests. Both define, beside CUDA's own threadIdx,
+// blockIdx, blockDim and gridDim:
+//
+//   SPEFT_KERNEL(threads)       what stands before a kernel, instead of `__global__ void`
+//   SPEFT_DEVICE                before a function that kernels call
+//   SPEFT_UNROLL                before a loop of a few known turns
+//   launch(...)                 on a stream: returns 0, or a code for error_text()
+//   device_error_text(code)
+//   DeviceGuard(device)         makes a device current, and the former one again at its end
+//   shared_memory<T>()          the block's dynamic shared memory, aligned to 16 bytes
+//   sync_block(), sync_warp()   barriers of all threads of a block, of a warp
+//   exchange_xor, exchange_up, exchange_from, ballot      warp shuffles and votes, of all 32 lanes
+//   atomic_add(pointer, value)  on shared and global memory; returns the former value
+//   cp_async16(shared, global, valid), cp_async_commit(), cp_async_wait<N>()
+//                               16 bytes to shared memory (zeros where not valid) in groups; waits
+//                               until all but the latest N groups of this thread have arrived
+//   ldmatrix_x4, ldmatrix_x4_trans, mma_m16n8k16<T>       fragments and products of a warp
+//   widen(x), narrow<T>(x)      to and from the accumulator's type; rounds to nearest, ties to even
+#pragma once
+
+#include "../dtypes.h"
+#include "kernels.h"
+
+#ifdef SPEFT_ON_HOST
+    #include "host/device.h"
+#else
+    #include "gpu.h"
+#endif
+
+namespace speft {
+namespace cuda {
+
+constexpr int kWarp = 32;
+
+struct alignas(16) Bytes16 {
+    uint32_t words[4];
+};
+
+template <class T>
+SPEFT_DEVICE T warp_sum(T value) {
+    SPEFT_UNROLL
+    for (int step = kWarp / 2; step > 0; step /= 2)
+        value += exchange_xor(value, step);
+    return value;
+}
+
+SPEFT_DEVICE int lane_id() {
+    return int(threadIdx.x) % kWarp;
+}
+
+SPEFT_DEVICE int warp_id() {
+    return int(threadIdx.x) / kWarp;
+}
+
+// Calls f with a null pointer of the element type, and returns what it returns.
+template <class F>
+int by_type(DType dtype, F&& f) {
+    switch (dtype) {
+        case DType::kFloat32:
+            return f(static_cast<float*>(nullptr));
+        case DType::kFloat64:
+            return f(static_cast<double*>(nullptr));
+        case DType::kBFloat16:
+            return f(static_cast<BFloat16*>(nullptr));
+        case DType::kFloat16:
+            return f(static_cast<Float16*>(nullptr));
+    }
+    return kUnsupported;
+}
+
+}  // namespace cuda
+}  // namespace speft

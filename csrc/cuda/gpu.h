@@ -1,0 +1,195 @@
+// device.h on a GPU: each name is an instruction or two. For sm_80 and later.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../dtypes.h"
+
+#define SPEFT_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define SPEFT_DEVICE __device__ __forceinline__
+#define SPEFT_UNROLL _Pragma("unroll")
+
+namespace speft {
+namespace cuda {
+
+inline const char* device_error_text(int code) {
+    return cudaGetErrorString(cudaError_t(code));
+}
+
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int device) {
+        error_ = cudaGetDevice(&former_);
+        if (error_ == cudaSuccess && former_ != device) error_ = cudaSetDevice(device);
+    }
+    ~DeviceGuard() { cudaSetDevice(former_); }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+    int error() const { return error_; }
+
+  private:
+    int former_ = 0;
+    cudaError_t error_ = cudaSuccess;
+};
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void* stream,
+           Arguments... arguments) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
+    if (shared_bytes > 48 * 1024) {  // what a block has without asking
+        const cudaError_t error = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+        if (error != cudaSuccess) return error;
+    }
+    kernel<<<grid, threads, shared_bytes, cudaStream_t(stream)>>>(Parameters(arguments)...);
+    return cudaGetLastError();
+}
+
+template <class T>
+SPEFT_DEVICE T* shared_memory() {
+    extern __shared__ __align__(16) unsigned char speft_shared[];
+    return reinterpret_cast<T*>(speft_shared);
+}
+
+SPEFT_DEVICE void sync_block() {
+    __syncthreads();
+}
+
+SPEFT_DEVICE void sync_warp() {
+    __syncwarp();
+}
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <class T>
+SPEFT_DEVICE T exchange_xor(T value, int mask) {
+    return __shfl_xor_sync(kAllLanes, value, mask);
+}
+
+// The value of the lane `distance` below; a lane that has none keeps its own.
+template <class T>
+SPEFT_DEVICE T exchange_up(T value, int distance) {
+    return __shfl_up_sync(kAllLanes, value, distance);
+}
+
+template <class T>
+SPEFT_DEVICE T exchange_from(T value, int lane) {
+    return __shfl_sync(kAllLanes, value, lane);
+}
+
+SPEFT_DEVICE uint32_t ballot(bool vote) {
+    return __ballot_sync(kAllLanes, vote);
+}
+
+SPEFT_DEVICE int count_bits(uint32_t bits) {
+    return __popc(bits);
+}
+
+SPEFT_DEVICE uint32_t atomic_add(uint32_t* at, uint32_t value) {
+    return atomicAdd(at, value);
+}
+
+SPEFT_DEVICE uint64_t atomic_add(uint64_t* at, uint64_t value) {
+    return atomicAdd(reinterpret_cast<unsigned long long*>(at),
+                     static_cast<unsigned long long>(value));
+}
+
+SPEFT_DEVICE uint32_t atomic_min(uint32_t* at, uint32_t value) {
+    return atomicMin(at, value);
+}
+
+SPEFT_DEVICE uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+SPEFT_DEVICE void cp_async16(void* shared, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+SPEFT_DEVICE void cp_async_commit() {
+    asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+template <int kPending>
+SPEFT_DEVICE void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+SPEFT_DEVICE void ldmatrix_x4(uint32_t (&fragment)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+SPEFT_DEVICE void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+template <class T>
+SPEFT_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+template <>
+SPEFT_DEVICE void mma_m16n8k16<BFloat16>(float (&d)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <>
+SPEFT_DEVICE void mma_m16n8k16<Float16>(float (&d)[4], const uint32_t (&a)[4],
+                                        const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+SPEFT_DEVICE float widen(float x) {
+    return x;
+}
+SPEFT_DEVICE double widen(double x) {
+    return x;
+}
+SPEFT_DEVICE float widen(BFloat16 x) {
+    return __uint_as_float(uint32_t(x.bits) << 16);
+}
+SPEFT_DEVICE float widen(Float16 x) {
+    return __half2float(__ushort_as_half(x.bits));
+}
+
+template <class T>
+SPEFT_DEVICE T narrow(Accumulator<T> x);
+template <>
+SPEFT_DEVICE float narrow<float>(float x) {
+    return x;
+}
+template <>
+SPEFT_DEVICE double narrow<double>(double x) {
+    return x;
+}
+template <>
+SPEFT_DEVICE BFloat16 narrow<BFloat16>(float x) {
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+template <>
+SPEFT_DEVICE Float16 narrow<Float16>(float x) {
+    return {__half_as_ushort(__float2half_rn(x))};
+}
+
+}  // namespace cuda
+}  // namespace speft

@@ -1,0 +1,211 @@
+// device.h on a CPU, for the tests: threads are fibers (fibers.h), a warp's operations wait for all
+// of its lanes, an asynchronous copy arrives as late as the wait for it allows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../../cpu/dtype.h"
+#include "fibers.h"
+
+#define SPEFT_KERNEL(threads) void
+#define SPEFT_DEVICE inline
+#define SPEFT_UNROLL
+
+namespace speft {
+namespace cuda {
+
+using speft::widen;
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+extern thread_local Index3 threadIdx, blockIdx, blockDim, gridDim;
+
+inline const char* device_error_text(int) {
+    return host::last_error().c_str();
+}
+
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int) {}
+    int error() const { return 0; }
+};
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void*,
+           Arguments... arguments) {
+    const bool ended = host::run_grid({grid.x, grid.y, grid.z}, threads, shared_bytes,
+                                      [&] { kernel(Parameters(arguments)...); });
+    return ended ? 0 : 1;
+}
+
+template <class T>
+T* shared_memory() {
+    return reinterpret_cast<T*>(host::shared_memory());
+}
+
+// A default argument is evaluated where the call stands, so these know the kernel's line.
+inline void sync_block(int line = __builtin_LINE()) {
+    host::barrier(line);
+}
+
+inline void sync_warp(int line = __builtin_LINE()) {
+    const char nothing = 0;
+    host::exchange(&nothing, 1, line);
+}
+
+namespace host {
+
+template <class T>
+T of_lane(const unsigned char* all, int lane) {
+    T value;
+    std::memcpy(&value, all + size_t(lane) * kSlot, sizeof(T));
+    return value;
+}
+
+template <class T>
+const unsigned char* gather(const T& mine, int line) {
+    static_assert(sizeof(T) <= kSlot && std::is_trivially_copyable<T>::value, "fits a slot");
+    return exchange(&mine, sizeof(T), line);
+}
+
+}  // namespace host
+
+template <class T>
+T exchange_xor(T value, int mask, int line = __builtin_LINE()) {
+    return host::of_lane<T>(host::gather(value, line), host::lane() ^ mask);
+}
+
+template <class T>
+T exchange_up(T value, int distance, int line = __builtin_LINE()) {
+    const unsigned char* all = host::gather(value, line);
+    return host::lane() < distance ? value : host::of_lane<T>(all, host::lane() - distance);
+}
+
+template <class T>
+T exchange_from(T value, int lane, int line = __builtin_LINE()) {
+    return host::of_lane<T>(host::gather(value, line), lane);
+}
+
+inline uint32_t ballot(bool vote, int line = __builtin_LINE()) {
+    const unsigned char* all = host::gather(vote, line);
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; ++i)
+        bits |= uint32_t(host::of_lane<bool>(all, i)) << i;
+    return bits;
+}
+
+inline int count_bits(uint32_t bits) {
+    return __builtin_popcount(bits);
+}
+
+template <class T>
+T atomic_add(T* at, T value) {
+    const T former = *at;
+    *at += value;
+    return former;
+}
+
+inline uint32_t atomic_min(uint32_t* at, uint32_t value) {
+    const uint32_t former = *at;
+    if (value < former) *at = value;
+    return former;
+}
+
+inline void cp_async16(void* shared, const void* global, bool valid) {
+    host::copy_later(shared, global, valid);
+}
+
+inline void cp_async_commit() {
+    host::commit();
+}
+
+template <int kPending>
+void cp_async_wait() {
+    host::wait(kPending);
+}
+
+namespace host {
+
+struct Row {
+    uint16_t elements[8];
+};
+
+// A lane brings the address of one row of one 8 x 8 matrix: lanes 8 i to 8 i + 7 those of matrix i.
+template <bool kTrans>
+void load_matrices(uint32_t (&fragment)[4], const void* row, int line) {
+    Row mine;
+    std::memcpy(&mine, row, sizeof(mine));
+    const unsigned char* all = gather(mine, line);
+    const int first = lane() / 4, pair = lane() % 4 * 2;
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        uint16_t found[2];
+        for (int i = 0; i < 2; ++i) {
+            const int r = kTrans ? pair + i : first, c = kTrans ? first : pair + i;
+            found[i] = of_lane<Row>(all, 8 * matrix + r).elements[c];
+        }
+        fragment[matrix] = uint32_t(found[0]) | uint32_t(found[1]) << 16;
+    }
+}
+
+struct Operands {
+    uint32_t a[4], b[2];
+};
+
+template <class T>
+float element(uint32_t pair, int which) {
+    T value;
+    value.bits = uint16_t(pair >> (16 * which));
+    return widen(value);
+}
+
+}  // namespace host
+
+inline void ldmatrix_x4(uint32_t (&fragment)[4], const void* row, int line = __builtin_LINE()) {
+    host::load_matrices<false>(fragment, row, line);
+}
+
+inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* row,
+                              int line = __builtin_LINE()) {
+    host::load_matrices<true>(fragment, row, line);
+}
+
+// D [16, 8] += A [16, 16] B [16, 8]. The fragments as PTX lays them out: with g = lane / 4 and
+// t = lane % 4, a holds A[g + 8 (i % 2), 2 t + 8 (i / 2) + {0, 1}], b holds B[2 t + 8 i + {0, 1},
+// g], and d holds D[g + 8 (i / 2), 2 t + i % 2].
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  int line = __builtin_LINE()) {
+    host::Operands mine;
+    std::memcpy(mine.a, a, sizeof(mine.a));
+    std::memcpy(mine.b, b, sizeof(mine.b));
+    const unsigned char* all = host::gather(mine, line);
+    const int group = host::lane() / 4, pair = host::lane() % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row = group + 8 * (i / 2), col = 2 * pair + i % 2;
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) {
+            const int holder = k % 8 / 2;
+            const auto left = host::of_lane<host::Operands>(all, row % 8 * 4 + holder);
+            const auto right = host::of_lane<host::Operands>(all, col * 4 + holder);
+            sum += host::element<T>(left.a[row / 8 + 2 * (k / 8)], k % 2) *
+                   host::element<T>(right.b[k / 8], k % 2);
+        }
+        d[i] += sum;
+    }
+}
+
+template <class T>
+T narrow(Accumulator<T> x) {
+    T result;
+    speft::narrow(x, &result);
+    return result;
+}
+
+}  // namespace cuda
+}  // namespace speft

@@ -1,0 +1,49 @@
+// A block of GPU threads on one CPU thread: each is a fiber, which runs until it has to wait for
+// others. Who runs next is drawn at random, so that what a kernel leaves to chance does go wrong:
+// a thread that reads without a barrier what another one writes meets, in some order, the old
+// value.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+namespace speft {
+namespace cuda {
+
+struct Index3 {
+    unsigned x = 0, y = 0, z = 0;
+};
+
+namespace host {
+
+// Runs `thread` once for each of `threads` threads of each block of `grid`, one block after the
+// other in a random order. Returns false, with the reason in last_error(), if a block cannot end:
+// its threads wait at different barriers, or for lanes that have left.
+bool run_grid(Index3 grid, int threads, size_t shared_bytes, const std::function<void()>& thread);
+
+// Of all later grids; the same seed gives the same orders.
+void set_seed(uint64_t seed);
+
+const std::string& last_error();
+
+// For threads of a running block ---------------------------------------------------------------
+
+unsigned char* shared_memory();
+void barrier(int line);
+
+// Waits until every lane of the warp has come with `size` bytes of its own, and returns those of
+// all of them, one lane after the other, `kSlot` bytes apart. They stay until the next call.
+constexpr size_t kSlot = 64;
+const unsigned char* exchange(const void* mine, size_t size, int line);
+int lane();
+
+// A copy of 16 bytes that is made as late as `wait` allows.
+void copy_later(void* to, const void* from, bool valid);
+void commit();
+void wait(int pending);
+
+}  // namespace host
+}  // namespace cuda
+}  // namespace speft

@@ -1,0 +1,55 @@
+// The CUDA kernels' launchers. They trust their arguments: checking is done one floor up, in
+// speft_kernels/ops. Each launches on `stream` of `device`, waits for nothing, allocates nothing,
+// and returns 0, kUnsupported, or the device's code, of which error_text() knows the meaning.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtypes.h"
+
+namespace speft {
+namespace cuda {
+
+struct Place {
+    int device;
+    void* stream;
+};
+
+// No kernel serves these sizes or this dtype.
+constexpr int kUnsupported = -1;
+
+const char* error_text(int code);
+
+// weight[idx] = base + values, or base where values is null, for each of `count` weights. Indices
+// are int32, or int64.
+struct DeltaWrite {
+    void* weight;
+    const void* indices;
+    const void* base;
+    const void* values;
+    int64_t nnz;
+    bool wide_indices;
+};
+int write_delta(const DeltaWrite* deltas, int64_t count, DType dtype, Place place);
+
+// out[b] (+)= dy[:, rows_b]^T @ x[:, cols_b], the tokens in `splits` parts whose sums stand in
+// scratch [splits, num_blocks, height, width] until they are added in order; null for one part.
+struct BlockGrad {
+    const void* dy;
+    int64_t dy_stride;
+    const void* x;
+    int64_t x_stride;
+    int64_t tokens;
+    const int32_t* block_rows;  // [num_blocks], in units of blocks
+    const int32_t* block_cols;
+    int64_t num_blocks;
+    int64_t height, width;
+    float* out;
+    bool accumulate;
+    float* scratch;
+    int64_t splits;
+};
+int block_grad(const BlockGrad& problem, DType dtype, Place place);
+
+}  // namespace cuda
+}  // namespace speft

@@ -1,0 +1,98 @@
+// The pybind11 face of the CUDA kernels: one line a kernel. Pointers and the stream arrive as
+// integers, the GIL is released, and a launcher's error becomes an exception that names the
+// operation and the shapes. Built twice: for the GPU, and against host/device.h for the tests.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/kernels.h"
+#ifdef SPEFT_ON_HOST
+    #include "cuda/host/fibers.h"
+    #define SPEFT_MODULE _cuda_host
+#else
+    #define SPEFT_MODULE _cuda
+#endif
+
+namespace py = pybind11;
+namespace cuda = speft::cuda;
+using speft::DType;
+using Ptr = uintptr_t;
+
+namespace {
+
+template <class T>
+T* at(Ptr address) {
+    return reinterpret_cast<T*>(address);
+}
+
+struct Named {
+    const char* name;
+    int64_t value;
+};
+
+// Throws what a launcher's code means, with the operation and its sizes.
+void check(int code, const char* operation, std::initializer_list<Named> sizes) {
+    if (code == 0) return;
+    std::string text = std::string(operation) + " (";
+    for (const Named& size : sizes)
+        text += (size.name == sizes.begin()->name ? "" : ", ") + std::string(size.name) + " " +
+                std::to_string(size.value);
+    throw std::runtime_error(text + ") failed: " + cuda::error_text(code));
+}
+
+cuda::Place place(int device, Ptr stream) {
+    return {device, at<void>(stream)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(SPEFT_MODULE, m) {
+    const auto released = py::call_guard<py::gil_scoped_release>();
+    m.doc() = "Compiled CUDA kernels of speft_kernels; call them through speft_kernels.ops.";
+#ifdef SPEFT_ON_HOST
+    m.def("set_seed", &cuda::host::set_seed);
+#endif
+    m.def("write_delta", [](const std::vector<Ptr>& weights, const std::vector<Ptr>& indices,
+                            const std::vector<bool>& wide_indices, const std::vector<int64_t>& nnz,
+                            const std::vector<Ptr>& base, const std::vector<Ptr>& values, int dtype,
+                            int device, Ptr stream) {
+        std::vector<cuda::DeltaWrite> deltas;
+        int64_t entries = 0;
+        for (size_t i = 0; i < weights.size(); entries += nnz[i++])
+            deltas.push_back({at<void>(weights[i]), at<void>(indices[i]), at<void>(base[i]),
+                              values.empty() ? nullptr : at<void>(values[i]), nnz[i],
+                              wide_indices[i]});
+        py::gil_scoped_release released;
+        check(cuda::write_delta(deltas.data(), int64_t(deltas.size()), DType(dtype),
+                                place(device, stream)),
+              "write_delta", {{"weights", int64_t(deltas.size())}, {"entries", entries}});
+    });
+    m.def(
+        "block_grad",
+        [](Ptr dy, int64_t dy_stride, Ptr x, int64_t x_stride, int64_t tokens, Ptr block_rows,
+           Ptr block_cols, int64_t num_blocks, int64_t height, int64_t width, Ptr out,
+           bool accumulate, Ptr scratch, int64_t splits, int dtype, int device, Ptr stream) {
+            const cuda::BlockGrad problem = {at<void>(dy),
+                                             dy_stride,
+                                             at<void>(x),
+                                             x_stride,
+                                             tokens,
+                                             at<int32_t>(block_rows),
+                                             at<int32_t>(block_cols),
+                                             num_blocks,
+                                             height,
+                                             width,
+                                             at<float>(out),
+                                             accumulate,
+                                             at<float>(scratch),
+                                             splits};
+            check(
+                cuda::block_grad(problem, DType(dtype), place(device, stream)), "block_grad",
+                {{"tokens", tokens}, {"blocks", num_blocks}, {"height", height}, {"width", width}});
+        },
+        released);
+}

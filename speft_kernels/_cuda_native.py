@@ -1,0 +1,77 @@
+"""The compiled CUDA kernels, loaded on first use; and the same sources compiled for the CPU.
+
+Backend "cuda" is `_cuda`, on GPUs. Backend "cuda-host" is `_cuda_host`: the kernels' own files
+against a header that gives threads, barriers and matrix instructions a meaning on a CPU
+(csrc/cuda/host). It is slow and there for tests: `SPEFT_BUILD_CUDA_HOST=1` builds it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+MODULES = {"cuda": "speft_kernels._cuda", "cuda-host": "speft_kernels._cuda_host"}
+REMEDIES = {
+    "cuda": "build them where nvcc is found (CUDA_HOME, PATH or /usr/local/cuda): "
+    "`pip install -e .` or `make build`",
+    "cuda-host": "build them with SPEFT_BUILD_CUDA_HOST=1 `make build`; they are for tests",
+}
+
+# What the tensor cores multiply.
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@cache
+def _load(backend: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module(MODULES[backend]), None
+    except ImportError as error:
+        return None, f"the compiled kernels cannot be loaded ({error}); {REMEDIES[backend]}"
+
+
+def missing(backend: str) -> str | None:
+    """Return why the kernels of `backend` cannot run here, or None when they can."""
+    reason = _load(backend)[1]
+    if reason is None and backend == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return reason
+
+
+def kernels(backend: str) -> ModuleType:
+    """Return the extension module. Call it only where `missing()` is None: the registry has checked
+    that.
+    """
+    module, reason = _load(backend)
+    if module is None:
+        raise ImportError(reason)
+    return module
+
+
+def place(tensor: Tensor) -> tuple[int, int]:
+    """Return the index of the tensor's device and torch's current stream there, as integers."""
+    if tensor.device.type != "cuda":
+        return 0, 0
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def splits(blocks: int, tokens: int, stretch: int, device: torch.device) -> int:
+    """Return in how many parts the tokens are summed so that the device is busy.
+
+    Args:
+        blocks: thread blocks of one part.
+        stretch: tokens that a block takes at a time; a part has eight of them at least, so that
+            what a part costs by itself stays small.
+    """
+    wanted = 4 * _multiprocessors(device)
+    return max(1, min(-(-wanted // max(1, blocks)), tokens // (8 * stretch)))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # few blocks, and still several parts in the tests
+    return torch.cuda.get_device_properties(device).multi_processor_count
