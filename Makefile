@@ -38,8 +38,9 @@ demo: build  ## fine-tune a real model sparsely on this computer
 test: build  ## run the test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-gpu-offline: $(STAMP)  ## compile the Triton kernels for GPUs that are not here, and judge the machine code
+gpu-offline: $(STAMP)  ## compile the GPU kernels for GPUs that are not here, and judge the machine code
 	$(BIN)/python scripts/gpu_offline.py $(ARGS)
+	$(BIN)/python scripts/cuda_offline.py
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check

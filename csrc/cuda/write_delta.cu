@@ -31,12 +31,20 @@ SPEFT_DEVICE void write_tile(const DeltaWrite& delta, int64_t start) {
     const Index* indices = static_cast<const Index*>(delta.indices);
     const T* base = static_cast<const T*>(delta.base);
     const auto* values = static_cast<const Accumulator<T>*>(delta.values);
+    // Everything is read before anything is written: the compiler cannot know that no weight is
+    // also a base, and would wait for each write's operands in turn.
+    Index where[kEach];
+    T wanted[kEach];
     SPEFT_UNROLL
     for (int i = 0; i < kEach; ++i) {
         const int64_t e = start + i * kThreads + threadIdx.x;
         if (e >= delta.nnz) continue;
-        weight[indices[e]] = values == nullptr ? base[e] : narrow<T>(widen(base[e]) + values[e]);
+        where[i] = indices[e];
+        wanted[i] = values == nullptr ? base[e] : narrow<T>(widen(base[e]) + values[e]);
     }
+    SPEFT_UNROLL
+    for (int i = 0; i < kEach; ++i)
+        if (start + i * kThreads + threadIdx.x < delta.nnz) weight[where[i]] = wanted[i];
 }
 
 template <class T>
