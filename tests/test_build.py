@@ -169,3 +169,38 @@ def test_default_cuda_targets_are_ones_that_nvcc_knows(
     command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, *build["cuda_arch_flags"](nvcc)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_host_module_gets_the_cuda_files_from_the_cpp_compiler(
+    build: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPEFT_BUILD_CUDA", "0")
+    monkeypatch.setenv("SPEFT_BUILD_CUDA_HOST", "1")
+    names = [extension.name for extension in build["find_extensions"]()]
+    assert names == ["speft_kernels._C", "speft_kernels._cuda_host"]
+    files = {
+        "_cuda_host.so": [ROOT / "csrc/cuda/block_grad.cu"],
+        "_C.so": [ROOT / "csrc/module.cpp"],
+    }
+    text = build["ninja_file"](files, [])
+    assert re.search(r"build _cuda_host/cuda/block_grad.cu.o: host ", text)
+    assert re.search(r"build _C/csrc/module.cpp.o: cpp ", text)
+    assert "nvcc" not in text
+
+
+def test_the_gpus_that_are_present_are_the_targets(
+    build: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listing(*arguments: Any, **settings: Any) -> Any:
+        return subprocess.CompletedProcess(arguments, 0, "9.0\n8.0\n9.0\n", "")
+
+    module = build["present_archs"].__globals__["subprocess"]
+    monkeypatch.setattr(module, "run", listing)
+    monkeypatch.delenv("SPEFT_CUDA_ARCHS", raising=False)
+    assert build["present_archs"]() == ["80", "90a"]
+    assert build["cuda_arch_flags"]("nvcc") == [
+        *("-gencode", "arch=compute_80,code=sm_80"),
+        *("-gencode", "arch=compute_90a,code=sm_90a"),
+    ]
+    monkeypatch.setenv("SPEFT_CUDA_ARCHS", "100a")  # what is asked for comes first
+    assert build["cuda_arch_flags"]("nvcc") == ["-gencode", "arch=compute_100a,code=sm_100a"]

@@ -151,12 +151,12 @@ class Workbench:
 
     def backends(self, *operations: str, dtype: torch.dtype = torch.bfloat16) -> list[str]:
         """The backends that serve all of these operations on the device, but for the reference and
-        the CPU's.
+        those of a CPU.
         """
         return [
             name
             for name in registry.BACKENDS
-            if name not in ("reference", "cpu")
+            if name not in ("reference", "cpu", "cuda-host")
             and all(_serves(operation, self.device.torch, dtype, name) for operation in operations)
         ]
 
