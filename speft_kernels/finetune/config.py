@@ -287,20 +287,25 @@ def check_keys(settings: Mapping[str, Any], what: str) -> None:
             raise ConfigError(f"{what} {key!r} is unknown.{nearest(str(key), FIELDS)}")
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Settings of a YAML file, with `-` and `_` alike in the keys.
-
-    Raises ConfigError for a missing file, broken YAML, and unknown keys.
-    """
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ConfigError for a missing file and for broken YAML."""
     import yaml
 
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; --config takes a YAML file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from error
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Settings of a YAML file, with `-` and `_` alike in the keys.
+
+    Raises ConfigError for a missing file, broken YAML, and unknown keys.
+    """
+    loaded = read_yaml(path)
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: must hold keys and values such as 'train: data.tsv'")
     settings = {str(key).replace("-", "_"): value for key, value in loaded.items()}

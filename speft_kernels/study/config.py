@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, nearest
-from ..finetune.config import DEFAULT_LR, FIELDS, RunConfig
+from ..finetune.config import DEFAULT_LR, FIELDS, RunConfig, read_yaml
 
 _KEYS = {
     "name": "the study's name",
@@ -128,15 +128,7 @@ def read_study(path: Path, *, output: str | None = None, data: str | None = None
         ConfigError: the file cannot be read, a key is unknown, a value is refused, or the grid has
             nothing in it. Every run's settings are checked.
     """
-    import yaml
-
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; --config takes a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from error
+    loaded = read_yaml(path)
     try:
         study = _study(loaded, output, data)
         for task, name in study.cells:
