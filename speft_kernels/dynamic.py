@@ -299,7 +299,7 @@ class MovingMask:
     def _growth(self, gradient: Tensor, stays: SparsePattern) -> Tensor:
         """`[N / bh, K / bw]`: the sum of |g| of each block; -1 where one trains already."""
         (rows, cols), (bh, bw) = gradient.shape, stays.block_shape
-        scores = gradient.abs().float()
+        scores = gradient.abs().to(torch.promote_types(gradient.dtype, torch.float32))
         if stays.is_block:
             scores = scores.reshape(rows // bh, bh, cols // bw, bw).sum(dim=(1, 3))
         scores.view(-1)[stays.indices.to(scores.device).long()] = -1
@@ -361,7 +361,7 @@ def places(wanted: Tensor, among: Tensor) -> Tensor:
 def _survivors(trained: Mapping[str, Delta], share: float, scope: str) -> dict[str, Tensor]:
     """For each layer, which of its entries or blocks stay: all but those of the smallest delta."""
     sizes = {
-        name: delta.values.abs().reshape(_units(delta.pattern), -1).sum(1)
+        name: delta.values.abs().reshape(-1, math.prod(delta.pattern.block_shape)).sum(1)
         for name, delta in trained.items()
     }
     groups = [[name] for name in sizes] if scope == "layer" else [list(sizes)]

@@ -251,6 +251,26 @@ def test_an_error_while_choosing_leaves_the_model_computing_what_it_did(strategy
     training.mask.update(training.model, training.batches, pair_loss, progress=0.5)
 
 
+@pytest.mark.parametrize("block_shape", BLOCKS)
+@pytest.mark.parametrize("strategy", ["merge", "rigl"])
+def test_layers_without_an_entry_take_part(strategy, block_shape, tmp_path):
+    """One entry, or block, in the whole model: the other layer trains nothing, until it does."""
+    units = sum(layer.weight.numel() for layer in (mlp().first, mlp().second))
+    density = 1.4 * block_shape[0] * block_shape[1] / units
+    training = Training(strategy, scope="global", block_shape=block_shape, density=density)
+    assert sorted(p.indices.numel() for p in training.patterns().values()) == [0, 1]
+    for seed in range(4):
+        training.steps()
+        training.move(seed=seed)
+        assert sum(p.indices.numel() for p in training.patterns().values()) == 1
+    expected = training.weights()
+    training.mask.save(training.model, tmp_path / "adapter")
+    fresh = copy.deepcopy(training.base)
+    load_adapter(fresh, tmp_path / "adapter")
+    for name, layer in sparse_layers(fresh).items():
+        assert torch.equal(layer.weight, expected[name]), name
+
+
 def test_what_was_left_behind_comes_back_from_its_state():
     training = Training("merge")
     training.steps()
