@@ -43,6 +43,19 @@ def build_with_fault(
     return _link(folder, [folder / f"{source.stem}.o", *others], flags)
 
 
+def sanitizers() -> list[Path]:
+    """The compiler's sanitizer libraries, those that are installed."""
+    if shutil.which("g++") is None:
+        return []
+    found = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    return [Path(path) for path in found if Path(path).is_file()]
+
+
 def _compile(source: Path, folder: Path, flags: tuple[str, ...]) -> subprocess.Popen:
     to = folder / f"{source.stem}.o"
     return subprocess.Popen(["g++", *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", str(to)])
@@ -65,14 +78,8 @@ def run_with(module: Path, script: str, *, sanitized: bool = False) -> subproces
     )
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     if sanitized:
-        found = [
-            subprocess.run(
-                ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for name in ("libasan.so", "libubsan.so")
-        ]
         environment |= {
-            "LD_PRELOAD": ":".join(found),
+            "LD_PRELOAD": ":".join(map(str, sanitizers())),
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
             "UBSAN_OPTIONS": "halt_on_error=1",
         }

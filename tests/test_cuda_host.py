@@ -7,7 +7,7 @@ a GPU would only show at times does show.
 
 import pytest
 import torch
-from cuda_host import build, build_with_fault, run_with
+from cuda_host import build, build_with_fault, run_with, sanitizers
 
 from speft_kernels import SparsePattern, _cuda_native, ops
 
@@ -107,6 +107,7 @@ def test_a_planted_fault_shows(sound, tmp_path, fault):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(len(sanitizers()) < 2, reason="g++ has no libasan or no libubsan here")
 def test_sanitizers_find_nothing_but_what_is_planted(tmp_path):
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
     done = run_with(build(tmp_path / "sound", flags), SCRIPT, sanitized=True)
