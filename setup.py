@@ -215,7 +215,8 @@ def run_ninja(text: str, folder: Path) -> None:
     (folder / "build.ninja").write_text(text)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     if subprocess.run([find_ninja(), *jobs], cwd=folder).returncode != 0:
-        raise CompileError("the kernels did not compile: see the compiler's message above")
+        hint = "; SPEFT_BUILD_CUDA=0 leaves the CUDA kernels out" if "rule cu\n" in text else ""
+        raise CompileError(f"the kernels did not compile: see the compiler's message above{hint}")
 
 
 class NinjaBuildExt(build_ext):

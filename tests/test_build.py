@@ -128,9 +128,13 @@ def test_compile_error_shows_the_compilers_message(
 ) -> None:
     (tmp_path / "broken.cpp").write_text("int f() { return undeclared_name; }\n")
     text = build["ninja_file"]({"lib.so": [tmp_path / "broken.cpp"]}, [])
-    with pytest.raises(build["CompileError"], match="did not compile"):
+    with pytest.raises(build["CompileError"], match="did not compile.*above$"):
         build["run_ninja"](text, tmp_path / "objects")
     assert "undeclared_name" in capfd.readouterr().out
+    (tmp_path / "broken.cu").write_text("int f() { return undeclared_name; }\n")
+    text = build["ninja_file"]({"lib.so": [tmp_path / "broken.cu"]}, [])
+    with pytest.raises(build["CompileError"], match="SPEFT_BUILD_CUDA=0 leaves the CUDA kernels"):
+        build["run_ninja"](text, tmp_path / "cuda")
 
 
 def test_missing_compiler_names_the_remedy(
