@@ -1,104 +1,33 @@
 import io
 import json
 import math
-import os
 import re
 import signal
 
 import pytest
 import torch
 from rich.console import Console
+from runs import DYNAMIC, METHODS, PEFT, Silent, lines, make_place, run, tensors, terminate
 from tiny_text import save_bert, sentences, write_tsv
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from speft_kernels.adapter import load_adapter
 from speft_kernels.errors import ConfigError, SalienceError, SpeftError
-from speft_kernels.finetune import RunConfig, load_classifier, load_tokenizer
+from speft_kernels.finetune import load_classifier, load_tokenizer
 from speft_kernels.finetune import loop as loop_module
 from speft_kernels.finetune.batches import epoch_order
 from speft_kernels.finetune.data import read_examples
 from speft_kernels.finetune.loop import TrainingError
 from speft_kernels.finetune.models import MeanPoolClassifier
 from speft_kernels.finetune.progress import Display
-from speft_kernels.finetune.run import finetune
 from speft_kernels.finetune.signals import Interrupted
 from speft_kernels.finetune.tasks import Classification
 from speft_kernels.model import sparse_layers
 
-PEFT = ("lora", "pissa", "shira", "supertuning")
-DYNAMIC = ("merge", "rigl")  # method "speft" with a mask that moves
-METHODS = ("speft", *DYNAMIC, *PEFT, "full", "head")
-LR = {"full": 2e-3, "head": 5e-2}
-
-
-class Silent(Display):
-    """Shows nothing; at step `at`, does `act`."""
-
-    def __init__(self, at=None, act=None):
-        super().__init__(Console(file=open(os.devnull, "w"), force_terminal=False))  # noqa: SIM115
-        self.at, self.act = at, act
-
-    def step(self, step, loss, tokens_per_second):
-        if step == self.at:
-            self.act()
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model, 96 rows to train on and 40 others."""
-    folder = tmp_path_factory.mktemp("place")
-    train, held_out = sentences(96, seed=1), sentences(40, seed=2)
-    write_tsv(folder / "train.tsv", train)
-    write_tsv(folder / "eval.tsv", held_out)
-    save_bert(folder / "model", [text for text, _ in train])
-    return folder
-
-
-def settings(place, output, method="speft", **others):
-    lr = LR.get(method, 2e-2)
-    if method in DYNAMIC:
-        others = {"dynamic": method, "dynamic_every": 4, **others}
-        method = "speft"
-    return {
-        "model": str(place / "model"),
-        "train": str(place / "train.tsv"),
-        "eval": str(place / "eval.tsv"),
-        "output": str(output),
-        "method": method,
-        "pooling": "mean",
-        "density": 0.05,
-        "lora_rank": 2,
-        "scoring_examples": 32,
-        "scoring_batches": 2,
-        "lr": lr,
-        "epochs": 3,
-        "batch_size": 8,
-        **others,
-    }
-
-
-def run(place, output, method="speft", *, display=None, resume=False, overwrite=False, **others):
-    config = RunConfig.from_dict(settings(place, output, method, **others))
-    return finetune(config, display=display or Silent(), resume=resume, overwrite=overwrite)
-
-
-def lines(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def tensors(output):
-    """Every tensor in the adapter folder."""
-    from safetensors.torch import load_file
-
-    return {
-        k: v
-        for path in (output / "adapter").glob("*.safetensors")
-        for k, v in load_file(path).items()
-    }
+    return make_place(tmp_path_factory.mktemp("place"))
 
 
 def accuracy_of(model, place):
@@ -195,101 +124,6 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(place, tmp_path, met
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
     assert result.get("mask", {}).get("steps") == ([4, 8] if method in DYNAMIC else None)
-
-
-def test_a_moving_mask_is_chosen_again_on_other_examples_and_only_while_it_may(place, tmp_path):
-    more = {"epochs": 2, "dynamic_every": 5, "dynamic_until": 0.5}  # 24 steps
-    result = run(place, tmp_path / "run", "merge", **more)
-    mask = result["mask"]
-    assert (mask["strategy"], mask["steps"]) == ("merge", [5, 10])
-    assert mask["seconds"] > 0
-    assert all(moved > 0 for moved in mask["moved"])
-    # The best model may be of any mask; its adapter holds what its masks touched until then.
-    stored = sum(t.numel() for n, t in tensors(tmp_path / "run").items() if n.endswith(".values"))
-    assert stored == mask["entries_in_adapter"]
-    assert stored <= result["trainable_parameters_without_head"] + sum(mask["moved"])
-    with pytest.raises(ConfigError, match="dynamic = 'merge' moves the mask of method 'speft'"):
-        run(place, tmp_path / "lora", "lora", dynamic="merge")
-    with pytest.raises(ConfigError, match="mode 'resident'"):
-        run(place, tmp_path / "additive", mode="additive", dynamic="rigl")
-
-
-@pytest.mark.parametrize("stop_at", [3, 4, 5])
-def test_a_signal_while_the_mask_moves_loses_nothing(place, tmp_path, stop_at, monkeypatch):
-    from speft_kernels.finetune.inputs import ScoringBatches
-
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    expected = run(place, straight, "merge", epochs=1)
-    passes, batches = [], ScoringBatches.__iter__
-
-    def signalled(self):
-        passes.append(self)
-        for number, batch in enumerate(batches(self)):
-            if len(passes) == 2 and number == 1:  # within the first choice after the start
-                terminate()
-            yield batch
-
-    with monkeypatch.context() as patch:
-        if stop_at == 4:
-            patch.setattr(ScoringBatches, "__iter__", signalled)
-        display = Silent(stop_at if stop_at != 4 else None, terminate)
-        with pytest.raises(Interrupted):
-            run(place, stopped, "merge", display=display, epochs=1)
-    result = run(place, stopped, "merge", resume=True, epochs=1)
-    assert result["eval"] == expected["eval"]
-    assert result["mask"]["moved"] == expected["mask"]["moved"]
-    for name, tensor in tensors(stopped).items():
-        assert torch.equal(tensor, tensors(straight)[name]), name
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's call
-def test_a_pissa_adapter_loads_on_the_original_model_without_peft_changing_it_first(
-    place, tmp_path
-):
-    """PiSSA trains on a residual of the base: its adapter must not need that residual."""
-    from peft import PeftModel
-
-    run(place, tmp_path / "run", "pissa", epochs=1)
-    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
-    assert config["init_lora_weights"] is True
-    assert config["r"] == 4  # twice that of the run
-    model = load_classifier(str(place / "model"), ("bad", "good"), pooling="mean")
-    name = "backbone.encoder.layer.0.attention.self.query"
-    before = model.get_submodule(name).weight.clone()
-    loaded = PeftModel.from_pretrained(model, tmp_path / "run" / "adapter")
-    assert torch.equal(loaded.base_model.model.get_submodule(name).base_layer.weight, before)
-
-
-def test_a_budget_is_met_by_every_adapter(place, tmp_path):
-    lora = 2 * (4 * 64 + 2 * 80)
-    counts = {
-        method: run(place, tmp_path / method, method, max_steps=1, lora_budget=1)[
-            "trainable_parameters_without_head"
-        ]
-        for method in ("speft", *PEFT)
-    }
-    # SPEFT and Super-Tuning round in each of the 12 layers.
-    assert counts == {m: pytest.approx(lora, abs=0 if m in PEFT[:3] else 12) for m in counts}
-    for method in ("full", "head"):
-        with pytest.raises(ConfigError, match=f"method '{method}' has no budget"):
-            run(place, tmp_path / method, method, lora_budget=1)
-
-
-def test_validation_is_split_off_the_training_data(place, tmp_path):
-    result = run(
-        place, tmp_path / "run", eval=None, test=str(place / "eval.tsv"), validation=0.25, epochs=1
-    )
-    assert result["steps"] == 9  # 72 of 96 rows
-    again = run(
-        place, tmp_path / "again", eval=None, validation=0.25, max_steps=1, seed=5, method="head"
-    )
-    assert again["majority"] == result["majority"]  # the same rows, whatever the seed and method
-    with pytest.raises(ConfigError, match="exclude each other"):
-        run(place, tmp_path / "both", validation=0.25)
-    with pytest.raises(SpeftError, match="leaves one side empty"):
-        run(place, tmp_path / "none", eval=None, validation=0.001)
-    with pytest.raises(ConfigError, match="--eval is missing"):
-        run(place, tmp_path / "missing", eval=None)
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(place, tmp_path):
