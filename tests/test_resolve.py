@@ -1,5 +1,6 @@
 """The examples' settings, and what a dry run says of them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from speft_kernels.cli import main
 from speft_kernels.finetune.config import RunConfig, load_yaml
+from speft_kernels.study import read_rows
 from speft_kernels.study.config import read_study
 from speft_kernels.targets import find_targets
 
@@ -93,6 +95,22 @@ def test_the_study_that_is_documented_can_be_read():
     assert len(study.seeds) == 3
     assert all(len(rates) >= 4 for rates in study.rates.values())
     assert list(study.tasks) == ["sst2", "cola", "mrpc"]
+
+
+def test_the_rows_that_are_documented_are_of_that_study_and_name_no_machines_folders():
+    study = read_study(ROOT / "docs" / "study.yaml")
+    known = {
+        study.run(task, name, lr, seed).id
+        for task, name in study.cells
+        for lr in study.rates[name]
+        for seed in study.seeds
+    }
+    rows = read_rows(ROOT / "docs" / "study.csv")
+    assert rows
+    assert {row.id for row in rows} <= known
+    for row in rows:
+        settings = json.loads(row.settings)
+        assert not [value for value in settings.values() if str(value).startswith("/")], row.id
 
 
 def test_a_dry_run_counts_what_is_here_and_trains_nothing(tmp_path, capsys):
