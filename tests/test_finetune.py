@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from rich.console import Console
-from runs import DYNAMIC, METHODS, PEFT, Silent, lines, make_place, run, tensors, terminate
+from tiny_runs import DYNAMIC, METHODS, PEFT, Silent, lines, make_place, run, tensors, terminate
 from tiny_text import save_bert, sentences, write_tsv
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 

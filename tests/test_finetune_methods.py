@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import PEFT, Silent, make_place, run, tensors, terminate
+from tiny_runs import PEFT, Silent, make_place, run, tensors, terminate
 
 from speft_kernels.errors import ConfigError, SpeftError
 from speft_kernels.finetune import load_classifier
