@@ -269,6 +269,18 @@ def test_a_row_has_every_column_and_reads_back(study, fake, tmp_path):
     assert set(COLUMNS) >= {"seed", "lr", "commit", "versions", "processor", "settings"}
 
 
+@pytest.mark.parametrize("missing", ["lr", "test", "commit"])
+def test_a_result_without_what_a_row_needs_is_refused_by_name(study, missing):
+    run = study.search("films", "head")[0]
+    folder = Places(study.output).runs / run.id
+    write_result(run.config(folder, study.data))
+    result = json.loads((folder / "result.json").read_text())
+    del result[missing]
+    (folder / "result.json").write_text(json.dumps(result))
+    with pytest.raises(DataError, match=f"run {run.id}: its result.json lacks .*{missing}"):
+        collect(study)
+
+
 def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(study, monkeypatch):
     from speft_kernels.finetune import run as run_module
     from speft_kernels.study.worker import execute

@@ -77,9 +77,8 @@ class Row:
         Raises:
             DataError: the result is not that of a run measured on reported data.
         """
-        sparse = settings["method"] == "speft"
-        rate = result["lr"]
         try:
+            sparse = settings["method"] == "speft"
             return cls(
                 id=id,
                 task=task,
@@ -91,7 +90,7 @@ class Row:
                 density=result["density"],
                 trainable_parameters_without_head=result["trainable_parameters_without_head"],
                 head_parameters=result["head_parameters"],
-                lr=rate,
+                lr=result["lr"],
                 head_lr=result["head_lr"],
                 seed=settings["seed"],
                 epochs=settings["epochs"],
