@@ -1,5 +1,6 @@
 """A study: what its grid is, in which order it runs, and that nothing is lost or repeated."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -142,6 +143,7 @@ def test_lists_span_the_grid_and_ids_name_runs_on_any_machine(study, study_file,
         ("lr: [1e-2, 3e-2]", "lr: [1e-2, -1]", "lr = -1.0 must be greater than 0"),
         ("seeds: [0, 1, 2]", "seeds: [0.5]", "seeds = .0.5. must be a list of numbers"),
         ("seeds: [0, 1, 2]", "search_seeds: 2", "search_seeds = 2 must lie between 1 and 1"),
+        ("seeds: [0, 1, 2]", "search: up", "search = 'up' is not one of all, climb"),
         ("epochs: 1", "epoch: 1", "setting 'epoch' is unknown. Did you mean 'epochs'"),
         ("epochs: 1", "seed: 1", "'seed' is set by the study itself"),
         ("validation: 0.25", "clip: 1", "validation .or eval. is missing"),
@@ -181,6 +183,39 @@ def test_the_best_rate_is_that_of_the_mean_validation_and_a_lower_loss_is_better
     again = dataclasses.replace(high, validation=0.3)
     assert best_rate([low, low, high, again]) == 1e-3
     assert best_rate([high, dataclasses.replace(low, validation=0.6)]) == 1e-3  # ties: smaller
+
+
+@pytest.mark.parametrize(
+    ("validation", "searched"),
+    [
+        ({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.2, 5: 0.9}, {2, 3, 4}),  # the middle one is a peak
+        ({1: 0.1, 2: 0.3, 3: 0.2, 4: 0.1, 5: 0.0}, {1, 2, 3, 4}),
+        ({1: 0.4, 2: 0.3, 3: 0.2, 4: 0.1, 5: 0.0}, {1, 2, 3, 4}),  # up to the end of the list
+        ({1: 0.0, 2: 0.1, 3: 0.2, 4: 0.3, 5: 0.2}, {2, 3, 4, 5}),
+        ({1: 0.2, 2: None, 3: None, 4: None, 5: None}, {1, 2, 3, 4}),  # down where all diverge
+        ({1: 0.1, 2: 0.2, 3: None, 4: None, 5: None}, {1, 2, 3, 4}),
+        (dict.fromkeys((1, 2, 3, 4, 5)), {1, 2, 3, 4}),
+    ],
+)
+def test_a_search_that_climbs_leaves_out_what_lies_beyond_a_worse_rate(
+    study_file, place, fake, monkeypatch, validation, searched
+):
+    text = STUDY.replace("lr: [1e-2, 3e-2]", "lr: [3, 1, 5, 2, 4]\nsearch: climb")
+    text = text.replace("  sparse: {{salience: [snip, random]}}\n", "")
+    study = read_study(study_file(text), data=str(place))
+    write = write_result
+    monkeypatch.setitem(
+        globals(), "write_result", lambda config: write(config, validation[config.lr])
+    )
+    fake.outcome = staticmethod(
+        lambda config: "diverged" if validation[config.lr] is None else None
+    )
+    with contextlib.suppress(StudyError):
+        run_study(study, jobs=2, say=silent)
+    assert {config.lr for config in fake.began if config.seed == 0} == searched
+    finite = {lr: validation[lr] for lr in searched if validation[lr] is not None}
+    best = [max(finite, key=finite.get)] * 2 if finite else []
+    assert [config.lr for config in fake.began if config.seed > 0] == best
 
 
 def test_a_study_goes_on_where_it_was_and_repeats_nothing(study, fake):

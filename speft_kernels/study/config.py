@@ -24,7 +24,9 @@ _KEYS = {
     "lr": "learning rates to search",
     "seeds": "seeds of the runs at the best rate",
     "search_seeds": "how many of the seeds every rate runs with",
+    "search": "'all' rates, or 'climb' from the middle one",
 }
+SEARCHES = ("all", "climb")
 # What a study sets itself, for each run.
 _OWN = ("output", "seed", "lr")
 # Kept in rows and ids as the study's file has them: they say the same on another machine.
@@ -78,6 +80,7 @@ class Study:
     Attributes:
         methods: label -> settings; an entry with lists in the file is several here.
         rates: label -> the learning rates that are searched.
+        climb: search from the middle rate on, and only as far as validation improves.
     """
 
     name: str
@@ -88,6 +91,7 @@ class Study:
     rates: Mapping[str, tuple[float, ...]]
     seeds: tuple[int, ...]
     search_seeds: int
+    climb: bool
 
     @property
     def cells(self) -> list[tuple[str, str]]:
@@ -98,10 +102,11 @@ class Study:
         settings = {**self.tasks[task], **self.methods[name], "lr": lr, "seed": seed}
         return Run(task, name, lr, seed, settings)
 
-    def search(self, task: str, name: str) -> list[Run]:
-        """The runs of one cell that its rate is chosen by."""
+    def search(self, task: str, name: str, rates: Iterable[float] | None = None) -> list[Run]:
+        """The runs of one cell at these rates, by default at all that may be searched."""
+        rates = self.rates[name] if rates is None else tuple(rates)
         seeds = self.seeds[: self.search_seeds]
-        return [self.run(task, name, lr, seed) for seed in seeds for lr in self.rates[name]]
+        return [self.run(task, name, lr, seed) for seed in seeds for lr in rates]
 
     def repeats(self, task: str, name: str, lr: float) -> list[Run]:
         """The runs of one cell at the chosen rate that its search did not make."""
@@ -115,6 +120,7 @@ class Study:
             "lr": {name: list(rates) for name, rates in self.rates.items()},
             "seeds": list(self.seeds),
             "search_seeds": self.search_seeds,
+            "search": "climb" if self.climb else "all",
         }
 
 
@@ -169,6 +175,9 @@ def _study(loaded: Any, output: str | None, data: str | None) -> Study:
     search = loaded.get("search_seeds", 1)
     if isinstance(search, bool) or not isinstance(search, int) or not 0 < search <= len(seeds):
         raise ConfigError(f"search_seeds = {search!r} must lie between 1 and {len(seeds)} (seeds)")
+    how = loaded.get("search", SEARCHES[0])
+    if how not in SEARCHES:
+        raise ConfigError(f"search = {how!r} is not one of {', '.join(SEARCHES)}")
     where = output or loaded.get("output")
     if not isinstance(where, str) or not where:
         raise ConfigError("output, the study's folder, is missing")
@@ -181,6 +190,7 @@ def _study(loaded: Any, output: str | None, data: str | None) -> Study:
         rates=rates,
         seeds=seeds,
         search_seeds=search,
+        climb=how == "climb",
     )
 
 

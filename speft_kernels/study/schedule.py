@@ -14,6 +14,8 @@ def due(study: Study, finished: Mapping[str, Row], failed: Collection[str] = ())
 
     Method by method as the study lists them: the search of each task, and the repeats as soon as
     the search has ended. So a study that is stopped early is complete for its first methods.
+    A search that climbs asks for the middle rate and its neighbours, and then, as long as the best
+    rate has a neighbour that was not tried, for that one.
 
     Args:
         finished: the rows there are, by id.
@@ -22,15 +24,47 @@ def due(study: Study, finished: Mapping[str, Row], failed: Collection[str] = ())
     """
     order = []
     for task, name in study.cells:
-        search = study.search(task, name)
+        rates = _climbed(study, task, name, finished, failed)
+        search = study.search(task, name, rates)
         order += search
         if any(run.id not in finished and run.id not in failed for run in search):
             continue
-        diverged = {run.lr for run in search if run.id in failed}
-        rows = [finished[run.id] for run in search if run.lr not in diverged]
+        rows = _comparable(search, finished, failed)
         if rows:
             order += study.repeats(task, name, best_rate(rows))
     return [run for run in order if run.id not in finished and run.id not in failed]
+
+
+def _climbed(
+    study: Study, task: str, name: str, finished: Mapping[str, Row], failed: Collection[str]
+) -> list[float]:
+    """The rates that one cell's search asks for, given what has finished."""
+    ordered = sorted(study.rates[name])
+    if not study.climb:
+        return list(study.rates[name])
+    middle = (len(ordered) - 1) // 2
+    asked = {middle - 1, middle, middle + 1} & set(range(len(ordered)))
+    while True:
+        search = study.search(task, name, [ordered[i] for i in sorted(asked)])
+        if any(run.id not in finished and run.id not in failed for run in search):
+            break
+        rows = _comparable(search, finished, failed)
+        # Where all diverged, only a lower rate may do.
+        best = ordered.index(best_rate(rows)) if rows else min(asked)
+        further = {best - 1, best + 1} & set(range(len(ordered))) - asked
+        if not further:
+            break
+        asked |= further
+    return [ordered[i] for i in sorted(asked)]
+
+
+def _comparable(
+    search: Iterable[Run], finished: Mapping[str, Row], failed: Collection[str]
+) -> list[Row]:
+    """The rows of a search that has ended, without the rates at which a run diverged."""
+    search = list(search)
+    diverged = {run.lr for run in search if run.id in failed}
+    return [finished[run.id] for run in search if run.lr not in diverged]
 
 
 def best_rate(rows: Iterable[Row]) -> float:
