@@ -72,6 +72,32 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
               "write_delta", {{"weights", int64_t(deltas.size())}, {"entries", entries}});
     });
     m.def(
+        "sparse_delta_matmul",
+        [](Ptr x, int64_t x_stride, int64_t tokens, Ptr weight, int64_t weight_stride, int64_t rows,
+           int64_t cols, int base, Ptr scales, bool wide_scales, int64_t group, Ptr bias,
+           Ptr starts, Ptr places, Ptr values, Ptr y, bool twin, int dtype, int device,
+           Ptr stream) {
+            const cuda::DeltaProduct product = {at<void>(x),
+                                                x_stride,
+                                                tokens,
+                                                at<void>(weight),
+                                                weight_stride,
+                                                rows,
+                                                cols,
+                                                at<void>(scales),
+                                                wide_scales,
+                                                group,
+                                                at<void>(bias),
+                                                at<int32_t>(starts),
+                                                at<uint16_t>(places),
+                                                at<float>(values),
+                                                at<void>(y)};
+            check(cuda::sparse_delta_matmul(product, cuda::Base(base), twin, DType(dtype),
+                                            place(device, stream)),
+                  "sparse_delta_matmul", {{"tokens", tokens}, {"rows", rows}, {"columns", cols}});
+        },
+        released);
+    m.def(
         "block_grad",
         [](Ptr dy, int64_t dy_stride, Ptr x, int64_t x_stride, int64_t tokens, Ptr block_rows,
            Ptr block_cols, int64_t num_blocks, int64_t height, int64_t width, Ptr out,

@@ -32,11 +32,14 @@ _LOADS = {"LDG": "LDG", "LDGSTS": "LDGSTS"}
 # A kernel's code in a disassembly: its label, and everything up to the next section.
 _SECTION = r"^\.text\.(\S+):\s*$(.*?)(?=^\s*\.section|\Z)"
 
-# What the machine code of a kernel must contain, by its name in the source. A kernel that is not
+# What the machine code of a kernel must contain, by a pattern of its name. A kernel that is not
 # named here needs nothing but registers.
 WANTED = {
     # 16 bytes at a time to shared memory, fragments by the matrix load, and the tensor cores.
-    "multiply": (r"LDGSTS\.[\w.]*128", r"LDSM\.[\w.]*MT88\.4", r"HMMA\.16816"),
+    r"multiply(_many)?<": (r"LDGSTS\.[\w.]*128", r"LDSM\.[\w.]*88\.4", r"HMMA\.16816"),
+    # Straight to registers: 16 bytes of 16-bit numbers and of words, 8 of bytes.
+    r"multiply_few<\w+, \(Base\)[13]": (r"LDG\.[\w.]*128", r"HMMA\.16816"),
+    r"multiply_few<\w+, \(Base\)2": (r"LDG\.[\w.]*64", r"HMMA\.16816"),
 }
 
 
@@ -51,16 +54,13 @@ class Kernel:
     stack: int
     sass: str
 
-    @property
-    def plain_name(self) -> str:
-        return self.name.split("<")[0].rpartition("::")[2]
-
     def problems(self) -> Iterator[str]:
         found = instructions(self.sass)
         local = sum(n for name, n in found.items() if name.split(".")[0] in ("LDL", "STL"))
         if self.stack or local:
             yield f"uses local memory: {self.stack} bytes of stack, {local} accesses"
-        for pattern in WANTED.get(self.plain_name, ()):
+        wanted = (p for name, some in WANTED.items() if re.match(name, self.name) for p in some)
+        for pattern in wanted:
             if not any(re.match(pattern, name) for name in found):
                 yield f"has no instruction like {pattern}"
 
@@ -89,12 +89,12 @@ def main() -> int:
             continue
         for kernel in result:
             count += 1
-            seen.add(kernel.plain_name)
+            seen |= {name for name in WANTED if re.match(name, kernel.name)}
             print(row(kernel))
             title = f"{kernel.name} ({kernel.file}) on sm_{kernel.arch}"
             problems += [f"{title}: {problem}" for problem in kernel.problems()]
     if not problems:
-        problems = [f"{name}: no file has a kernel of that name" for name in WANTED.keys() - seen]
+        problems = [f"{name}: no file has a kernel like that" for name in WANTED.keys() - seen]
     seconds = time.monotonic() - began
     print(f"\n{count} CUDA kernels in {seconds:.0f} s, {len(problems)} problems")
     for problem in problems:

@@ -19,6 +19,7 @@ from .errors import PatternError
 from .parts import TILE, HotLines, Parts, build_parts, choose_hot_lines
 from .pattern import SparsePattern, lazy_tensor
 from .strips import STRIP_ROWS, Strips, build_strips
+from .tiles import QUARTERS, Tiles
 
 # What a backend reads of a plan: the GPU kernels strips, the others parts.
 Form = type[Parts] | type[Strips]
@@ -147,6 +148,16 @@ class SparsityPlan:
         row.
         """
         return self.csr.transpose(self.pattern.shape[1])
+
+    @lazy_tensor
+    def tiles(self) -> Tiles:
+        """Entries by tile of the weight, for products that add them to its tiles."""
+        return Tiles.build(self.csr, self.pattern.shape[1])
+
+    @lazy_tensor
+    def tiles_of_quarters(self) -> Tiles:
+        """The same for a weight whose columns are stored in quarters."""
+        return Tiles.build(self.csr, self.pattern.shape[1], QUARTERS)
 
     @lazy_tensor
     def hot_lines(self) -> HotLines:

@@ -15,17 +15,14 @@ pytestmark = pytest.mark.skipif(
     _cuda_native.missing("cuda-host") is not None, reason="cuda-host is not built"
 )
 
-# What a process with a module of its own runs: operations on tensors that end where they end, each
-# in several orders of the threads, against torch.
+# What a process with a module of its own runs: the operations that are named, or all, on tensors
+# that end where they end, each in several orders of the threads, against torch.
 SCRIPT = """
 import torch
-from speft_kernels import SparsePattern, ops
+from speft_kernels import QuantizedWeight, SparsePattern, ops
 import speft_kernels._cuda_host as module
 
-def check(seed):
-    module.set_seed(seed)
-    torch.manual_seed(0)
-    wrong = []
+def block_grad():
     for block, shape in (((16, 16), (48, 64)), ((1, 64), (5, 128)), ((40, 24), (80, 48))):
         count = (shape[0] // block[0]) * (shape[1] // block[1])
         pattern = SparsePattern.from_blocks(shape, block, torch.arange(0, count, 2))
@@ -35,7 +32,9 @@ def check(seed):
             ours = ops.block_grad(dy, x, pattern, backend="cuda-host")
             theirs = ops.block_grad(dy, x, pattern, backend="reference")
             if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3):
-                wrong.append(("block_grad", block, tokens))
+                yield block, tokens
+
+def write_delta():
     for dtype in (torch.float32, torch.bfloat16):
         mask = torch.rand(70, 90) < 0.3
         pattern = SparsePattern.from_mask(mask)
@@ -44,13 +43,44 @@ def check(seed):
         values = torch.randn(pattern.nnz)
         ops.write_delta(weight, pattern, base, values, backend="cuda-host")
         if not torch.equal(weight[mask], (base.float() + values).to(dtype)):
-            wrong.append(("write_delta", dtype))
-    return wrong
+            yield dtype
 
-found = [check(seed) for seed in range(4)]
+def sparse_delta_matmul():
+    for tokens, cols, bits in ((130, 136, None), (40, 128, 8), (40, 128, 4), (40, 128, 0),
+                               (19, 136, None), (19, 128, 8), (19, 128, 4), (19, 128, 0)):
+        pattern = SparsePattern.from_mask(torch.rand(72, cols) < 0.08)
+        weight = torch.randn(72, cols).bfloat16()
+        if bits:
+            weight = QuantizedWeight.quantize(weight, bits, 32)
+        values = torch.randn(pattern.nnz)
+        x, dy = torch.randn(tokens, cols).bfloat16(), torch.randn(tokens, 72).bfloat16()
+        for operand, form in ((x, ""), (dy, "_grad_input")):
+            function = getattr(ops, ("delta_matmul" if bits == 0 else "sparse_delta_matmul") + form)
+            rest = (values, pattern) if bits == 0 else (weight, values, pattern)
+            ours = function(operand, *rest, backend="cuda-host").float()
+            theirs = function(operand, *rest, backend="reference").float()
+            if not torch.allclose(ours, theirs, rtol=2e-2, atol=0.3):
+                yield form, tokens, bits
+
+OPERATIONS = [block_grad, write_delta, sparse_delta_matmul]
+ORDERS = 4
+
+def check(seed):
+    module.set_seed(seed)
+    torch.manual_seed(0)
+    return [(f.__name__, wrong) for f in OPERATIONS for wrong in f()]
+
+found = next((wrong for wrong in map(check, range(ORDERS)) if wrong), [])
 print("wrong:", found)
-raise SystemExit(any(found))
+raise SystemExit(bool(found))
 """
+
+
+def script(operation=None, orders=4):
+    """The script with some of its settings changed."""
+    changed = SCRIPT.replace("ORDERS = 4", f"ORDERS = {orders}")
+    everything = "OPERATIONS = [block_grad, write_delta, sparse_delta_matmul]"
+    return changed.replace(everything, f"OPERATIONS = [{operation}]") if operation else changed
 
 
 def test_the_order_of_the_threads_changes_no_bit():
@@ -81,7 +111,8 @@ def test_a_launcher_that_cannot_serve_says_which_operation_and_sizes():
 def sound(tmp_path_factory):
     """The folder of a module without a fault."""
     folder = tmp_path_factory.mktemp("sound")
-    assert run_with(build(folder), SCRIPT).returncode == 0
+    done = run_with(build(folder), script())
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
@@ -94,26 +125,46 @@ FAULTS = (
     # One group of copies too few is waited for.
     ("wait", "block_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
     # A token beyond the end of a part is added, and counts twice.
-    ("off by one", "block_grad.cu", "if (from.vectors) {\n", "++end;\n    if (from.vectors) {\n"),
+    ("off by one", "block_grad.cu", "? begin + part :", "? begin + part + 1 :"),
+    # The barrier between a tile's entries and those who multiply it.
+    (
+        "patched",
+        "sparse_delta_matmul.cu",
+        "        sync_block();  // the next",
+        "        // the next",
+    ),
+    # That between a tile made of eight or four bits and the entries.
+    ("widened", "sparse_delta_matmul.cu", "sync_block();  // the tile is", "// the tile is"),
+    # That between the warps' sums and those who add them.
+    ("sums", "sparse_delta_matmul.cu", "    sync_block();  // the sums", "    // the sums"),
+    (
+        "late",
+        "sparse_delta_matmul.cu",
+        "cp_async_wait<kStages - 3>()",
+        "cp_async_wait<kStages - 2>()",
+    ),
+    # The last of 32 entries is added twice.
+    ("twice", "sparse_delta_matmul.cu", "next.begin + kWarp; at", "next.begin + kWarp - 1; at"),
 )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault[0] for fault in FAULTS])
 def test_a_planted_fault_shows(sound, tmp_path, fault):
-    done = run_with(build_with_fault(tmp_path / "planted", sound, *fault[1:]), SCRIPT)
+    operation = fault[1].removesuffix(".cu")
+    done = run_with(build_with_fault(tmp_path / "planted", sound, *fault[1:]), script(operation))
     assert done.returncode == 1, done.stderr
-    assert "block_grad" in done.stdout
+    assert operation in done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(len(sanitizers()) < 2, reason="g++ has no libasan or no libubsan here")
 def test_sanitizers_find_nothing_but_what_is_planted(tmp_path):
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-    done = run_with(build(tmp_path / "sound", flags), SCRIPT, sanitized=True)
+    done = run_with(build(tmp_path / "sound", flags), script(orders=1), sanitized=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     beyond = ("write_delta.cu", "if (e >= delta.nnz) continue;", "if (e > delta.nnz) continue;")
     planted = build_with_fault(tmp_path / "planted", tmp_path / "sound", *beyond, flags)
-    done = run_with(planted, SCRIPT, sanitized=True)
+    done = run_with(planted, script("write_delta"), sanitized=True)
     assert "heap-buffer-overflow" in done.stderr
     assert "write_delta" in done.stderr  # the kernel, by its name

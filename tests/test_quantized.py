@@ -18,7 +18,7 @@ from kernels import (
 )
 
 from speft_kernels import QuantizedWeight, SparsePattern, ops, quantized
-from speft_kernels.ops.sparse_delta_matmul import Delta
+from speft_kernels.ops.sparse_delta_matmul import Delta, delta_arguments
 from speft_kernels.plan import plan_of
 from speft_kernels.quantized import PIECE_BYTES
 
@@ -216,13 +216,11 @@ def test_gradients_by_differences(backend):
 @pytest.mark.parametrize("backend", backends(OP))
 def test_library_contract(backend):
     pattern = make_pattern("uniform", 6, 8)
-    plan = plan_of(pattern)
-    by_column, order = plan.csc
-    indices = list(plan.csr), [*by_column, order]
     for bits in (8, 4):
         packed = QuantizedWeight.quantize(torch.randn(6, 8), bits)
         x, dy = torch.randn(4, 8, requires_grad=True), torch.randn(4, 6, requires_grad=True)
         values = torch.randn(pattern.nnz, requires_grad=True)
+        _, indices = delta_arguments(values, pattern, x, packed, backend)
         op, parts = torch.ops.speft.sparse_delta_matmul.default, (packed.data, packed.scales)
         torch.library.opcheck(op, (x, *parts, values, None, *indices, False, backend))
         torch.library.opcheck(op, (dy, *parts, values, None, *indices, True, backend))

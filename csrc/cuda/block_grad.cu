@@ -12,6 +12,7 @@
 // feeds two products of A's side and one of B's.
 #include <algorithm>
 
+#include "bring.h"
 #include "device.h"
 #include "kernels.h"
 
@@ -24,9 +25,8 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kDepth = 16;  // tokens of one product
 constexpr int kStretch = kWarps * kDepth;
 constexpr int kStages = 3;
-constexpr int kVector = 8;  // elements of 16 bytes
 // 16 bytes beside each row put the eight rows that ldmatrix reads at once into different banks.
-constexpr int kPad = kVector;
+constexpr int kPad = 8;
 
 template <int kRows, int kCols>
 constexpr size_t kStageElements = size_t(kStretch) * (kRows + kPad + kCols + kPad);
@@ -34,36 +34,6 @@ constexpr size_t kStageElements = size_t(kStretch) * (kRows + kPad + kCols + kPa
 template <int kRows, int kCols>
 constexpr size_t kSharedBytes =
     std::max(kStages * kStageElements<kRows, kCols> * 2, size_t(kRows) * kCols * 4);
-
-// Where one operand's columns of a tile lie: `count` of the kWidth are real.
-struct Columns {
-    const uint16_t* first;  // of token 0
-    int64_t stride;
-    int count;
-    bool vectors;  // every 16 bytes are aligned, and whole
-};
-
-// Brings tokens [start, start + kStretch) of a tile's columns; zeros beyond the real ones.
-template <int kWidth>
-SPEFT_DEVICE void bring(uint16_t* to, const Columns& from, int64_t start, int64_t end) {
-    constexpr int kRowVectors = kWidth / kVector;
-    if (from.vectors) {
-        for (int i = int(threadIdx.x); i < kStretch * kRowVectors; i += kThreads) {
-            const int token = i / kRowVectors, column = i % kRowVectors * kVector;
-            const bool valid = start + token < end && column < from.count;
-            // Where nothing is to be read, an address that may be.
-            const int64_t at = valid ? (start + token) * from.stride + column : 0;
-            cp_async16(to + token * (kWidth + kPad) + column, from.first + at, valid);
-        }
-    } else {
-        for (int i = int(threadIdx.x); i < kStretch * kWidth; i += kThreads) {
-            const int token = i / kWidth, column = i % kWidth;
-            const bool valid = start + token < end && column < from.count;
-            to[token * (kWidth + kPad) + column] =
-                valid ? from.first[(start + token) * from.stride + column] : uint16_t(0);
-        }
-    }
-}
 
 template <class T, int kRows, int kCols>
 SPEFT_KERNEL(kThreads)
@@ -83,10 +53,10 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
     const int64_t end = begin + part < problem.tokens ? begin + part : problem.tokens;
     const int turns = begin < end ? int((end - begin + kStretch - 1) / kStretch) : 0;
 
-    const Columns of_dy = {
+    const Columns<uint16_t> of_dy = {
         static_cast<const uint16_t*>(problem.dy) + problem.block_rows[block] * problem.height + row,
         problem.dy_stride, rows, dy_vectors};
-    const Columns of_x = {
+    const Columns<uint16_t> of_x = {
         static_cast<const uint16_t*>(problem.x) + problem.block_cols[block] * problem.width + col,
         problem.x_stride, cols, x_vectors};
 
@@ -97,8 +67,9 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
     const auto fetch = [&](int turn) {
         if (turn < turns) {
             const int64_t start = begin + int64_t(turn) * kStretch;
-            bring<kRows>(stage(turn), of_dy, start, end);
-            bring<kCols>(stage(turn) + kStretch * (kRows + kPad), of_x, start, end);
+            bring<kStretch, kRows, kRows + kPad, kThreads>(stage(turn), of_dy, start, end);
+            bring<kStretch, kCols, kCols + kPad, kThreads>(stage(turn) + kStretch * (kRows + kPad),
+                                                           of_x, start, end);
         }
         cp_async_commit();  // also an empty group: the waits below count groups
     };
@@ -175,12 +146,6 @@ SPEFT_KERNEL(kThreads) add_parts(BlockGrad problem) {
     problem.out[i] = sum;
 }
 
-// Whether 16 bytes at a time may be read: of every token and every block, whole.
-bool in_vectors(const void* first, int64_t stride, int64_t size) {
-    return reinterpret_cast<uintptr_t>(first) % 16 == 0 && stride % kVector == 0 &&
-           size % kVector == 0;
-}
-
 template <class T, int kRows, int kCols>
 int multiply_tiles(const BlockGrad& problem, Place place) {
     const int64_t tiles = ((problem.height + kRows - 1) / kRows) *
@@ -188,8 +153,8 @@ int multiply_tiles(const BlockGrad& problem, Place place) {
     if (tiles > INT32_MAX || problem.splits > 65535) return kUnsupported;
     return launch(multiply<T, kRows, kCols>, dim3(unsigned(tiles), unsigned(problem.splits)),
                   kThreads, kSharedBytes<kRows, kCols>, place.stream, problem,
-                  in_vectors(problem.dy, problem.dy_stride, problem.height),
-                  in_vectors(problem.x, problem.x_stride, problem.width));
+                  in_vectors<uint16_t>(problem.dy, problem.dy_stride, problem.height),
+                  in_vectors<uint16_t>(problem.x, problem.x_stride, problem.width));
 }
 
 template <class T>

@@ -4,8 +4,11 @@
 // compile with nvcc for a GPU and with g++ for the tests. Both define, beside CUDA's own threadIdx,
 // blockIdx, blockDim and gridDim:
 //
-//   SPEFT_KERNEL(threads)       what stands before a kernel, instead of `__global__ void`
+//   SPEFT_KERNEL(threads, blocks)   before a kernel, instead of `__global__ void`: threads of a
+//   block
+//                               and, where named, blocks that a multiprocessor shall hold
 //   SPEFT_DEVICE                before a function that kernels call
+//   SPEFT_BOTH                  before one that launchers call as well
 //   SPEFT_UNROLL                before a loop of a few known turns
 //   launch(...)                 on a stream: returns 0, or a code for error_text()
 //   device_error_text(code)
@@ -34,6 +37,10 @@ namespace speft {
 namespace cuda {
 
 constexpr int kWarp = 32;
+
+struct alignas(8) Bytes8 {
+    uint32_t words[2];
+};
 
 struct alignas(16) Bytes16 {
     uint32_t words[4];

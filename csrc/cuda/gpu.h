@@ -10,8 +10,9 @@
 
 #include "../dtypes.h"
 
-#define SPEFT_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define SPEFT_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define SPEFT_DEVICE __device__ __forceinline__
+#define SPEFT_BOTH __host__ __device__ __forceinline__
 #define SPEFT_UNROLL _Pragma("unroll")
 
 namespace speft {

@@ -51,5 +51,30 @@ struct BlockGrad {
 };
 int block_grad(const BlockGrad& problem, DType dtype, Place place);
 
+// What a sparse delta is added to: a matrix of x's dtype, int8, int16 words of four bits each
+// (speft_kernels/quantized.py says which columns a word holds), or nothing.
+enum class Base : int { kNone = 0, kPlain = 1, kInt8 = 2, kInt4 = 3 };
+
+// y = x @ (W + D)^T + bias, or y = x @ (W + D) for the twin, without a bias.
+struct DeltaProduct {
+    const void* x;  // [tokens, cols], or [tokens, rows] for the twin
+    int64_t x_stride;
+    int64_t tokens;
+    const void* weight;  // [rows, cols], or words [rows, cols / 4]; null without a base
+    int64_t weight_stride;
+    int64_t rows, cols;
+    const void* scales;  // [rows, cols / group], float32 where wide, else of x's dtype
+    bool wide_scales;
+    int64_t group;
+    const void* bias;  // [rows], or null
+    // D by tiles (speft_kernels/tiles.py).
+    const int32_t* starts;
+    const uint16_t* places;
+    const float* values;
+    void* y;  // contiguous
+};
+int sparse_delta_matmul(const DeltaProduct& product, Base base, bool twin, DType dtype,
+                        Place place);
+
 }  // namespace cuda
 }  // namespace speft

@@ -20,6 +20,7 @@ from ..parts import TILE, Parts, gathered
 from ..pattern import SparsePattern
 from ..plan import BLOCK_TOKENS, SparsityPlan, plan_of
 from ..strips import Strips, gathered_strips
+from ..tiles import Tiles
 from . import _checks, registry
 from ._library import is_plain, operation
 from .keep_columns import unpack
@@ -291,13 +292,15 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     order = torch.argsort(slots)
     sparse = CompactIndices.build(rows[order], cols[order], dy.shape[1])
     by_column, order = sparse.transpose(x.shape[1])
+    multiply = registry.resolve("sparse_delta_matmul", dy.device, dy.dtype, ctx.backend)
+    tiles = Tiles.build(sparse, x.shape[1]).tensors() if multiply.form is Tiles else []
+    indices = list(sparse), [*by_column, order], tiles
     product = torch.ops.speft.delta_matmul
     d_dy = d_x = None
     if ctx.needs_input_grad[0]:
-        d_dy = product(x, grad, list(sparse), [*by_column, order], dy.shape[1], ctx.backend)
+        d_dy = product(x, grad, *indices, dy.shape[1], False, ctx.backend)
     if ctx.needs_input_grad[1]:
-        back = torch.argsort(order)
-        d_x = product(dy, grad[order], list(by_column), [*sparse, back], x.shape[1], ctx.backend)
+        d_x = product(dy, grad, *indices, x.shape[1], True, ctx.backend)
     return d_dy, d_x, [None] * len(parts), None, None, None
 
 

@@ -9,19 +9,20 @@ backends add the sparse part to the vendor's GEMM, and round twice: after the on
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _native, _triton
+from .. import _cuda_native, _native, _triton
 from ..compact import CompactIndices
 from ..pattern import SparsePattern
 from ..plan import plan_of
 from ..quantized import PIECE_BYTES, QuantizedWeight
+from ..tiles import Tiles
 from . import _checks, registry
 from ._library import is_plain, operation
 from .sampled_grad import gradient_of_entries
@@ -145,15 +146,27 @@ def _check_values(flat: Tensor, name: str, values: Tensor, pattern: SparsePatter
     _checks.check_pattern_device(pattern, name, flat)
 
 
-def _sorted_by_row(
-    values: Tensor, pattern: SparsePattern
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+# The entries of D as an operation takes them: by row; by column, with the permutation; and by tile,
+# empty where the backend reads no tiles.
+Indices = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
+
+def delta_arguments(
+    values: Tensor, pattern: SparsePattern, x: Tensor, base: Base, backend: str | None
+) -> tuple[Tensor, Indices]:
+    """Return the values sorted by (row, column), and the indices, as `speft::sparse_delta_matmul` and
+    `speft::delta_matmul` take them for this backend.
+    """
     plan = plan_of(pattern)
     by_column, order = plan.csc
     values = values.reshape(-1)
     if plan.row_order is not None:
         values = values[plan.row_order]
-    return values, list(plan.csr), [*by_column, order]
+    tiles: list[Tensor] = []
+    if registry.resolve("sparse_delta_matmul", x.device, x.dtype, backend).form is Tiles:
+        quarters = isinstance(base, QuantizedWeight) and base.bits == 4
+        tiles = (plan.tiles_of_quarters if quarters else plan.tiles).tensors()
+    return values, (list(plan.csr), [*by_column, order], tiles)
 
 
 def _product(
@@ -165,16 +178,16 @@ def _product(
     twin: bool,
     backend: str | None,
 ) -> Tensor:
-    values, csr, csc = _sorted_by_row(values, pattern)
+    values, indices = delta_arguments(values, pattern, flat, weight, backend)
     if isinstance(weight, QuantizedWeight):
         data, scales = weight.data, weight.scales
     else:
         data, scales = weight, None
     out_features = pattern.shape[1 if twin else 0]
     if _past_the_dispatcher(flat, data, values, bias):
-        return _serve(flat, data, scales, values, bias, csr, csc, out_features, twin, backend)
+        return _serve(flat, data, scales, values, bias, *indices, out_features, twin, backend)
     return torch.ops.speft.sparse_delta_matmul(
-        flat, data, scales, values, bias, csr, csc, twin, backend
+        flat, data, scales, values, bias, *indices, twin, backend
     )
 
 
@@ -182,21 +195,11 @@ def _delta_product(
     flat: Tensor, name: str, values: Tensor, pattern: SparsePattern, twin: bool, backend: str | None
 ) -> Tensor:
     _check_values(flat, name, values, pattern)
-    values, csr, csc = _sorted_by_row(values, pattern)
+    values, indices = delta_arguments(values, pattern, flat, None, backend)
     out_features = pattern.shape[1 if twin else 0]
     if _past_the_dispatcher(flat, values):
-        return _serve(flat, None, None, values, None, csr, csc, out_features, twin, backend)
-    if twin:
-        values, csr, csc = _turned(values, csr, csc)
-    return torch.ops.speft.delta_matmul(flat, values, csr, csc, out_features, backend)
-
-
-def _turned(
-    values: Tensor, csr: list[Tensor], csc: list[Tensor]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """D^T: its values sorted by its rows, and its `csr` and `csc`."""
-    *by_column, order = csc
-    return values[order], by_column, [*csr, torch.argsort(order)]
+        return _serve(flat, None, None, values, None, *indices, out_features, twin, backend)
+    return torch.ops.speft.delta_matmul(flat, values, *indices, out_features, twin, backend)
 
 
 def _past_the_dispatcher(flat: Tensor, *others: Tensor | None) -> bool:
@@ -222,6 +225,7 @@ class Delta(NamedTuple):
     by_row: CompactIndices
     by_column: CompactIndices
     order: Tensor  # int64 [nnz]: values[order] are sorted by (column, row)
+    tiles: Tiles | None = None  # for an implementation whose form they are
 
 
 Base = Tensor | QuantizedWeight | None
@@ -237,7 +241,7 @@ def _beside_torchs_product(
 ) -> Serve:
     """Make an implementation of a function that adds `x @ D^T` to a fresh, row-contiguous y."""
 
-    @functools.wraps(add)
+    @wraps(add)
     def serve(
         x: Tensor, base: Base, delta: Delta, bias: Tensor | None, out_features: int, twin: bool
     ) -> Tensor:
@@ -316,6 +320,46 @@ def _in_triton(
     )
 
 
+_BASES = {torch.int8: 2, torch.int16: 3}  # csrc/cuda/kernels.h
+
+
+def _in_cuda(
+    backend: str,
+    x: Tensor,
+    base: Base,
+    delta: Delta,
+    bias: Tensor | None,
+    out_features: int,
+    twin: bool,
+) -> Tensor:
+    tiles = delta.tiles
+    assert tiles is not None  # the form that is registered
+    x, values = _native.rows_contiguous(x), delta.values[tiles.order]
+    y = x.new_empty(x.shape[0], out_features)
+    weight, scales = (base.data, base.scales) if isinstance(base, QuantizedWeight) else (base, None)
+    weight = None if weight is None else _native.rows_contiguous(weight)
+    shape = (x.shape[1], out_features) if twin else (out_features, x.shape[1])
+    code = 0 if weight is None else 1 if scales is None else _BASES[weight.dtype]
+    _cuda_native.kernels(backend).sparse_delta_matmul(
+        *(x.data_ptr(), x.stride(0), x.shape[0]),
+        *(0, 0) if weight is None else (weight.data_ptr(), weight.stride(0)),
+        *(*shape, code),
+        *(0, False, 1)
+        if scales is None
+        else (scales.data_ptr(), scales.dtype == torch.float32, shape[1] // scales.shape[1]),
+        0 if bias is None else bias.data_ptr(),
+        *(tiles.starts.data_ptr(), tiles.places.data_ptr(), values.data_ptr()),
+        *(y.data_ptr(), twin, _native.dtype_code(x), *_cuda_native.place(x)),
+    )
+    return y
+
+
+for _backend in _cuda_native.MODULES:
+    registry.implement("sparse_delta_matmul", _backend, _cuda_native.DTYPES, form=Tiles)(
+        partial(_in_cuda, _backend)
+    )
+
+
 def _serve(
     x: Tensor,
     weight: Tensor | None,
@@ -324,20 +368,27 @@ def _serve(
     bias: Tensor | None,
     csr: list[Tensor],
     csc: list[Tensor],
+    tiles: list[Tensor],
     out_features: int,
     twin: bool,
     backend: str | None,
 ) -> Tensor:
     base = weight if weight is None or scales is None else QuantizedWeight(weight, scales)
-    delta = Delta(values, CompactIndices(*csr), CompactIndices(*csc[:-1]), csc[-1])
+    by_column = CompactIndices(*csc[:-1])
+    by_tile = Tiles(*tiles) if tiles else None
+    delta = Delta(values, CompactIndices(*csr), by_column, csc[-1], by_tile)
     serve = registry.resolve("sparse_delta_matmul", x.device, x.dtype, backend).function
     return serve(x, base, delta, bias, out_features, twin)
 
 
-def _split(indices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Part the saved index tensors into `csr` and `csc`, which has the permutation beside."""
+def _split(indices: list[Tensor]) -> Indices:
+    """Part the saved index tensors into `csr`, `csc` (with the permutation) and `tiles`."""
     size = len(CompactIndices._fields)
-    return indices[:size], indices[size:]
+    return indices[:size], indices[size : 2 * size + 1], indices[2 * size + 1 :]
+
+
+def _no_gradients(indices: Indices) -> tuple[list[None], ...]:
+    return tuple([None] * len(some) for some in indices)
 
 
 @operation("speft::delta_matmul")
@@ -346,33 +397,38 @@ def _delta_matmul(
     values: Tensor,
     csr: list[Tensor],
     csc: list[Tensor],
+    tiles: list[Tensor],
     out_features: int,
+    twin: bool,
     backend: str | None,
 ) -> Tensor:
-    return _serve(x, None, None, values, None, csr, csc, out_features, False, backend)
+    return _serve(x, None, None, values, None, csr, csc, tiles, out_features, twin, backend)
 
 
 @_delta_matmul.register_fake
-def _(x, values, csr, csc, out_features, backend):  # type: ignore[no-untyped-def]
+def _(x, values, csr, csc, tiles, out_features, twin, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], out_features)
 
 
 def _save_delta(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, values, csr, csc, _, ctx.backend = inputs
+    x, values, *indices, _, ctx.twin, ctx.backend = inputs
     needs, ctx.in_features = ctx.needs_input_grad, x.shape[1]
-    ctx.save_for_backward(x if needs[1] else None, values if needs[0] else None, *csr, *csc)
+    every = [tensor for some in indices for tensor in some]
+    ctx.save_for_backward(x if needs[1] else None, values if needs[0] else None, *every)
 
 
 def _delta_backward(ctx, dy):  # type: ignore[no-untyped-def]
-    x, values, *indices = ctx.saved_tensors
-    csr, csc = _split(indices)
+    x, values, *saved = ctx.saved_tensors
+    indices = _split(saved)
     dx = d_values = None
     if ctx.needs_input_grad[0]:
-        turned = _turned(values, csr, csc)
-        dx = torch.ops.speft.delta_matmul(dy, *turned, ctx.in_features, ctx.backend)
+        dx = torch.ops.speft.delta_matmul(
+            dy, values, *indices, ctx.in_features, not ctx.twin, ctx.backend
+        )
     if ctx.needs_input_grad[1]:
-        d_values = gradient_of_entries(dy, x, csr, ctx.backend)
-    return dx, d_values, [None] * len(csr), [None] * len(csc), None, None
+        rows_side, cols_side = (x, dy) if ctx.twin else (dy, x)
+        d_values = gradient_of_entries(rows_side, cols_side, indices[0], ctx.backend)
+    return dx, d_values, *_no_gradients(indices), None, None, None
 
 
 _delta_matmul.register_autograd(_delta_backward, setup_context=_save_delta)
@@ -387,11 +443,12 @@ def _sparse_delta_matmul(
     bias: Tensor | None,
     csr: list[Tensor],
     csc: list[Tensor],
+    tiles: list[Tensor],
     twin: bool,
     backend: str | None,
 ) -> Tensor:
     out_features = _out_features(weight, scales, twin)
-    return _serve(x, weight, scales, values, bias, csr, csc, out_features, twin, backend)
+    return _serve(x, weight, scales, values, bias, csr, csc, tiles, out_features, twin, backend)
 
 
 def _out_features(weight: Tensor, scales: Tensor | None, twin: bool) -> int:
@@ -400,39 +457,41 @@ def _out_features(weight: Tensor, scales: Tensor | None, twin: bool) -> int:
 
 
 @_sparse_delta_matmul.register_fake
-def _(x, weight, scales, values, bias, csr, csc, twin, backend):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, weight, scales, values, bias, csr, csc, tiles, twin, backend
+):
     return x.new_empty(x.shape[0], _out_features(weight, scales, twin))
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, scales, values, _, csr, csc, ctx.twin, ctx.backend = inputs
+    x, weight, scales, values, _, *indices, ctx.twin, ctx.backend = inputs
     needs = ctx.needs_input_grad
     # A frozen layer below needs neither gradient of x nor weight: keep only what a gradient will
     # read.
     keep_x = needs[1] or needs[3]
     kept = (weight, scales, values) if needs[0] else (None, None, None)
-    ctx.save_for_backward(x if keep_x else None, *kept, *csr, *csc)
+    every = [tensor for some in indices for tensor in some]
+    ctx.save_for_backward(x if keep_x else None, *kept, *every)
 
 
 def _backward(ctx, dy):  # type: ignore[no-untyped-def]
-    x, weight, scales, values, *indices = ctx.saved_tensors
-    csr, csc = _split(indices)
+    x, weight, scales, values, *saved = ctx.saved_tensors
+    indices = _split(saved)
     dx = d_weight = d_values = d_bias = None
     needs = ctx.needs_input_grad
     if needs[0]:
         dx = torch.ops.speft.sparse_delta_matmul(
-            dy, weight, scales, values, None, csr, csc, not ctx.twin, ctx.backend
+            dy, weight, scales, values, None, *indices, not ctx.twin, ctx.backend
         )
     # The forward twin maps [M, N] to [M, K], so the roles of its operands are exchanged.
     rows_side, cols_side = (x, dy) if ctx.twin else (dy, x)
     if needs[1]:
         d_weight = rows_side.t() @ cols_side
     if needs[3]:
-        d_values = gradient_of_entries(rows_side, cols_side, csr, ctx.backend)
+        d_values = gradient_of_entries(rows_side, cols_side, indices[0], ctx.backend)
     if needs[4]:
         d_bias = dy.sum(0)
-    no_indices = [None] * len(csr), [None] * len(csc)
-    return dx, d_weight, None, d_values, d_bias, *no_indices, None, None
+    return dx, d_weight, None, d_values, d_bias, *_no_gradients(indices), None, None
 
 
 _sparse_delta_matmul.register_autograd(_backward, setup_context=_save)

@@ -10,8 +10,9 @@
 #include "../../cpu/dtype.h"
 #include "fibers.h"
 
-#define SPEFT_KERNEL(threads) void
+#define SPEFT_KERNEL(...) void
 #define SPEFT_DEVICE inline
+#define SPEFT_BOTH inline
 #define SPEFT_UNROLL
 
 namespace speft {
