@@ -1,5 +1,5 @@
-"""`Tiles`: the entries of a delta by small square tiles of the weight, as kernels read them that add
-them to a tile of the weight on its way to the tensor cores.
+"""`Tiles`: the entries of a delta by small square tiles of the weight, for kernels that add them to
+a tile of the weight on its way to the tensor cores.
 
 One list serves `x @ (W + D)^T` and its twin: a tile is square, and what is summed over in the one
 are the outputs of the other.

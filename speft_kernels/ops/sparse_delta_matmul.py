@@ -154,8 +154,8 @@ Indices = tuple[list[Tensor], list[Tensor], list[Tensor]]
 def delta_arguments(
     values: Tensor, pattern: SparsePattern, x: Tensor, base: Base, backend: str | None
 ) -> tuple[Tensor, Indices]:
-    """Return the values sorted by (row, column), and the indices, as `speft::sparse_delta_matmul` and
-    `speft::delta_matmul` take them for this backend.
+    """Return the values sorted by (row, column), and the indices, as the operations of this backend
+    take them.
     """
     plan = plan_of(pattern)
     by_column, order = plan.csc
