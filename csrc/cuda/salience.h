@@ -80,14 +80,6 @@ SPEFT_DEVICE Tile<T> tile_of(const Matrix& matrix, int64_t number) {
     return tile;
 }
 
-SPEFT_DEVICE uint32_t bits_of(float x) {
-    return bit_cast<uint32_t>(x);
-}
-template <class T>
-SPEFT_DEVICE uint32_t bits_of(T x) {
-    return x.bits;
-}
-
 template <class T>
 SPEFT_DEVICE T element(const Bytes16& vector, int i) {
     if constexpr (sizeof(T) == 4)
@@ -96,55 +88,43 @@ SPEFT_DEVICE T element(const Bytes16& vector, int i) {
         return {uint16_t(vector.words[i / 2] >> (16 * (i % 2)))};
 }
 
-// A vector of a whole tile; else those of its elements that exist.
-template <bool kWhole, class T>
-SPEFT_DEVICE Bytes16 load(const T* from, int place, int size) {
-    if (kWhole) return read_only(reinterpret_cast<const Bytes16*>(from + place));
-    constexpr int kInWord = 4 / int(sizeof(T));
-    Bytes16 found = {};
-    SPEFT_UNROLL
-    for (int i = 0; i < kVector<T>; ++i)
-        if (place + i < size)
-            found.words[i / kInWord] |= bits_of(read_only(from + place + i)) << (16 * (i % kInWord));
-    return found;
-}
-
 // Where in its tile the `slot`-th entry of this thread lies, for a block of kThreads.
 template <class T, int kThreads>
 SPEFT_DEVICE int place_of(int slot) {
     return (slot / kVector<T> * kThreads + int(threadIdx.x)) * kVector<T> + slot % kVector<T>;
 }
 
-template <bool kWhole, bool kPair, int kThreads, class T, class F>
-SPEFT_DEVICE void visit_as(const Tile<T>& tile, Score score, F&& f) {
-    for (int step = 0; step < kTileThreads / kThreads; ++step) {
+// Calls f(slot, place, key) for the entries of a tile that fall to this thread. The slot counts
+// them, from 0 to 31 at most where kThreads is kTileThreads.
+template <bool kPair, int kThreads, class T, class F>
+SPEFT_DEVICE void visit(const Tile<T>& tile, Score score, F&& f) {
+    constexpr int kSlots = kTile<T> / kThreads, kStep = kAhead * kVector<T>;
+    if (!tile.whole) {
+        for (int first = 0; first < kSlots; first += kVector<T>) {
+            SPEFT_UNROLL
+            for (int slot = first; slot < first + kVector<T>; ++slot) {
+                const int place = place_of<T, kThreads>(slot);
+                if (place < tile.size)
+                    f(slot, place, key_at<T, kPair>(tile.x, tile.y, place, score));
+            }
+        }
+        return;
+    }
+    for (int first = 0; first < kSlots; first += kStep) {
         Bytes16 x[kAhead], y[kAhead];  // all are under way before the first is used
         SPEFT_UNROLL
         for (int v = 0; v < kAhead; ++v) {
-            const int place = place_of<T, kThreads>((step * kAhead + v) * kVector<T>);
-            x[v] = load<kWhole>(tile.x, place, tile.size);
-            if (kPair) y[v] = load<kWhole>(tile.y, place, tile.size);
+            const int place = place_of<T, kThreads>(first + v * kVector<T>);
+            x[v] = read_only(reinterpret_cast<const Bytes16*>(tile.x + place));
+            if (kPair) y[v] = read_only(reinterpret_cast<const Bytes16*>(tile.y + place));
         }
         SPEFT_UNROLL
-        for (int slot = 0; slot < kAhead * kVector<T>; ++slot) {
-            const int place = place_of<T, kThreads>(step * kAhead * kVector<T> + slot);
-            if (!kWhole && place >= tile.size) continue;
-            const int v = slot / kVector<T>, i = slot % kVector<T>;
-            float value = widen(element<T>(x[v], i));
-            if (kPair) value *= widen(element<T>(y[v], i));
-            f(slot, place, key_of(value, score));
+        for (int i = 0; i < kStep; ++i) {
+            float value = widen(element<T>(x[i / kVector<T>], i % kVector<T>));
+            if (kPair) value *= widen(element<T>(y[i / kVector<T>], i % kVector<T>));
+            f(first + i, place_of<T, kThreads>(first + i), key_of(value, score));
         }
     }
-}
-
-// Calls f(slot, place, key) for the entries of a tile that fall to this thread. The slot counts
-// them from 0 to 31 at most where kThreads is kTileThreads.
-template <bool kPair, int kThreads, class T, class F>
-SPEFT_DEVICE void visit(const Tile<T>& tile, Score score, F&& f) {
-    if (tile.whole)
-        visit_as<true, kPair, kThreads>(tile, score, f);
-    else
-        visit_as<false, kPair, kThreads>(tile, score, f);
 }
 
 }  // namespace cuda

@@ -88,22 +88,25 @@ SPEFT_DEVICE bool is_listed(const Segment& segment, const State& state) {
     return uint64_t(segment.k) <= state.found && state.found <= uint64_t(segment.capacity);
 }
 
-SPEFT_DEVICE int shift_of(int level) {
-    return level < 2 ? 21 - level * kDigitBits : 0;
-}
+// Which bits of a key a level looks at.
+struct Digit {
+    int shift;
+    int bins;
+    uint32_t known;  // the bits of the levels before
 
-SPEFT_DEVICE int bins_of(int level) {
-    return level < 2 ? kBins : kBins / 2;
-}
+    SPEFT_DEVICE uint32_t of(uint32_t key) const { return (key >> shift) & uint32_t(bins - 1); }
+};
 
-// Whether the digits before `level` are those of the k-th key.
-SPEFT_DEVICE bool shares_digits(uint32_t key, uint32_t threshold, int level) {
-    return level == 0 || (key ^ threshold) >> (shift_of(level - 1)) == 0;
+SPEFT_DEVICE Digit digit_of(int level) {
+    if (level == 0) return {32 - kDigitBits, kBins, 0};
+    if (level == 1) return {32 - 2 * kDigitBits, kBins, ~0u << (32 - kDigitBits)};
+    return {0, kBins / 2, ~0u << (32 - 2 * kDigitBits)};
 }
 
 // The sum of what the threads before this one bring, and that of all. Every thread must come.
 template <int kBlock, class N>
-SPEFT_DEVICE N sum_before(N mine, N* sums, N* total) {
+SPEFT_DEVICE N sum_before(N mine, void* of_warps, N* total) {
+    N* const sums = static_cast<N*>(of_warps);
     N running = mine;
     SPEFT_UNROLL
     for (int step = 1; step < kWarp; step *= 2) {
@@ -208,17 +211,16 @@ find_bound(Work work) {
         bound = 0;
         uint64_t rank = uint64_t(segment.sample_rank);
         for (int level = 0; level < kLevels; ++level) {
-            const int count = bins_of(level);
-            for (int i = int(threadIdx.x); i < count; i += kThreads)
+            const Digit digit = digit_of(level);
+            for (int i = int(threadIdx.x); i < digit.bins; i += kThreads)
                 shared.bins[i] = 0;
             sync_block();  // the bins are empty
             for (int i = int(threadIdx.x); i < samples; i += kThreads)
-                if (shares_digits(keys[i], bound, level))
-                    atomic_add(&shared.bins[(keys[i] >> shift_of(level)) & uint32_t(count - 1)],
-                               1u);
+                if (((keys[i] ^ bound) & digit.known) == 0)
+                    atomic_add(&shared.bins[digit.of(keys[i])], 1u);
             sync_block();  // and full
-            const Pick picked = pick(shared.bins, count, rank, shared);
-            bound |= picked.digit << shift_of(level);
+            const Pick picked = pick(shared.bins, digit.bins, rank, shared);
+            bound |= picked.digit << digit.shift;
             rank = picked.rank;
         }
     }
@@ -245,15 +247,15 @@ collect(Work work) {
     });
     if (worst > kSpan) atomic_min(&work.told[0], uint64_t(which));
 
-    uint64_t total;
-    const uint64_t before = sum_before<kThreads>(uint64_t(count_bits(hits)), shared.sums, &total);
+    uint32_t total;
+    const uint32_t before = sum_before<kThreads>(uint32_t(count_bits(hits)), shared.sums, &total);
     if (threadIdx.x == 0) {
-        const uint64_t start = total > 0 ? atomic_add(&state.found, total) : 0;
+        const uint64_t start = total > 0 ? atomic_add(&state.found, uint64_t(total)) : 0;
         const bool fits = start + total <= uint64_t(segment.capacity);
         shared.found[0] = uint64_t(segment.list) + start;
         shared.found[1] = fits;
         work.run_start[number] = segment.list + int64_t(start);
-        work.run_length[number] = fits ? uint32_t(total) : 0;
+        work.run_length[number] = fits ? total : 0;
     }
     sync_block();  // the run has its place
     if (!shared.found[1]) return;
@@ -272,23 +274,22 @@ template <class T, bool kPair>
 SPEFT_KERNEL(kThreads)
 count_digit(Work work, int level) {
     Shared& shared = *shared_memory<Shared>();
-    const int64_t parts = work.sizes.parts;
-    const int64_t which = blockIdx.x / parts, part = blockIdx.x % parts;
+    const int parts = int(work.sizes.parts);
+    const int which = int(blockIdx.x) / parts, part = int(blockIdx.x) % parts;
     const Segment& segment = work.segments[which];
     State& state = work.states[which];
     const uint32_t threshold = state.threshold;
-    const int count = bins_of(level);
-    for (int i = int(threadIdx.x); i < count; i += kThreads)
+    const Digit digit = digit_of(level);
+    for (int i = int(threadIdx.x); i < digit.bins; i += kThreads)
         shared.bins[i] = 0;
     sync_block();  // the bins are empty
     const auto add = [&](uint32_t key) {
-        if (shares_digits(key, threshold, level))
-            atomic_add(&shared.bins[(key >> shift_of(level)) & uint32_t(count - 1)], 1u);
+        if (((key ^ threshold) & digit.known) == 0) atomic_add(&shared.bins[digit.of(key)], 1u);
     };
     if (is_listed(segment, state)) {
         const int64_t found = int64_t(state.found);
-        for (int64_t i = (part * kThreads + threadIdx.x) * 4; i < found;
-             i += parts * kThreads * 4) {
+        for (int64_t i = (int64_t(part) * kThreads + threadIdx.x) * 4; i < found;
+             i += int64_t(parts) * kThreads * 4) {
             const Bytes16 four = *reinterpret_cast<const Bytes16*>(work.keys + segment.list + i);
             SPEFT_UNROLL
             for (int j = 0; j < 4; ++j)
@@ -304,8 +305,8 @@ count_digit(Work work, int level) {
         }
     }
     sync_block();  // and full
-    uint64_t* const histogram = work.histograms + (which * kLevels + level) * kBins;
-    for (int i = int(threadIdx.x); i < count; i += kThreads)
+    uint64_t* const histogram = work.histograms + (int64_t(which) * kLevels + level) * kBins;
+    for (int i = int(threadIdx.x); i < digit.bins; i += kThreads)
         if (shared.bins[i] > 0) atomic_add(&histogram[i], uint64_t(shared.bins[i]));
 
     fence();
@@ -314,9 +315,9 @@ count_digit(Work work, int level) {
     sync_block();  // all know whether theirs was the last
     if (shared.found[0] != uint64_t(parts)) return;
     fence();
-    const Pick picked = pick(histogram, count, state.rank, shared);
+    const Pick picked = pick(histogram, digit.bins, state.rank, shared);
     if (threadIdx.x == 0) {
-        state.threshold = threshold | picked.digit << shift_of(level);
+        state.threshold = threshold | picked.digit << digit.shift;
         state.rank = picked.rank;
         state.arrived = 0;
     }
