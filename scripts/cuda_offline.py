@@ -37,6 +37,9 @@ _SECTION = r"^\.text\.(\S+):\s*$(.*?)(?=^\s*\.section|\Z)"
 WANTED = {
     # 16 bytes at a time to shared memory, fragments by the matrix load, and the tensor cores.
     "multiply": (r"LDGSTS\.[\w.]*128", r"LDSM\.[\w.]*MT88\.4", r"HMMA\.16816"),
+    # 16 bytes at a time from global memory; increments that a warp's lanes may share.
+    "collect": (r"LDG\.E\.128",),
+    "count_digit": (r"LDG\.E\.128", r"ATOMS\.POPC\.INC"),
 }
 
 

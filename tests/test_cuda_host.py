@@ -45,6 +45,21 @@ def check(seed):
         ops.write_delta(weight, pattern, base, values, backend="cuda-host")
         if not torch.equal(weight[mask], (base.float() + values).to(dtype)):
             wrong.append(("write_delta", dtype))
+    # Several tiles, one of them whole; equal scores beyond what is set aside; an odd address.
+    apart = [torch.randn(shape).bfloat16() for shape in ((43, 401), (5, 9), (1, 2500))]
+    odd = torch.randn(16402).bfloat16()[1:].view(77, 213)
+    one = torch.ones(60, 100).bfloat16()
+    for weights, grads, k, scope in (
+        (apart, [a.flip(0) for a in apart], 0.01, "layer"),
+        (apart, [a.flip(1) for a in apart], 700, "global"),
+        ([odd, one], [odd, one], 1000, "layer"),
+    ):
+        ours, theirs = (
+            ops.topk_salience(weights, grads, k, metric="snip", scope=scope, backend=backend)
+            for backend in ("cuda-host", "reference")
+        )
+        if not all(map(torch.equal, ours, theirs)):
+            wrong.append(("topk_salience", k, scope))
     return wrong
 
 found = [check(seed) for seed in range(4)]
@@ -57,14 +72,20 @@ def test_the_order_of_the_threads_changes_no_bit():
     module = _cuda_native.kernels("cuda-host")
     pattern = SparsePattern.from_blocks((64, 96), (32, 32), torch.tensor([0, 3, 4]))
     dy, x = torch.randn(700, 64).bfloat16(), torch.randn(700, 96).bfloat16()
+    scores = [torch.randn(90, 200), torch.randn(300, 70).round()]
     results = []
     try:
         for seed in range(5):
             module.set_seed(seed)
-            results.append(ops.block_grad(dy, x, pattern, backend="cuda-host"))
+            blocks = ops.block_grad(dy, x, pattern, backend="cuda-host")
+            chosen = ops.topk_salience(
+                [None] * 2, scores, 0.02, metric="raw", scope="global", backend="cuda-host"
+            )
+            results.append((blocks, *chosen))
     finally:
         module.set_seed(0)
-    assert all(torch.equal(result, results[0]) for result in results)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 def test_a_launcher_that_cannot_serve_says_which_operation_and_sizes():
@@ -87,6 +108,22 @@ def sound(tmp_path_factory):
 
 # (name, file, what stands there, what shall stand there)
 FAULTS = (
+    # A warp's sum is read before it is there; a run's place; bits before they are cleared.
+    ("sums", "topk_salience.cu", "    sync_block();  // the warps'", "    // the warps'"),
+    ("run", "topk_salience.cu", "    sync_block();  // the run has", "    // the run has"),
+    ("bits", "topk_salience.cu", "    sync_block();  // no bit is", "    // no bit is"),
+    # The last block does not wait for the others' part, or for its own.
+    (
+        "part",
+        "topk_salience.cu",
+        "    sync_block();  // the block's part",
+        "    // the block's part",
+    ),
+    ("last", "topk_salience.cu", "!= uint64_t(parts)) return;", "!= 1) return;"),
+    # One entry too many, or too few.
+    ("tail", "topk_salience.cu", "if (i + j < found)", "if (i + j <= found)"),
+    ("tie", "topk_salience.cu", "tie++ >= ties)", "tie++ >= ties - 1)"),
+    ("room", "topk_salience.cu", "state.found <= uint64_t(segment.capacity)", "true"),
     # The barrier after which a stage is whole and another one free.
     ("barrier", "block_grad.cu", "        sync_block();  // everyone's", "        // everyone's"),
     # The barrier between the warps that add their sums one after the other.
@@ -103,7 +140,7 @@ FAULTS = (
 def test_a_planted_fault_shows(sound, tmp_path, fault):
     done = run_with(build_with_fault(tmp_path / "planted", sound, *fault[1:]), SCRIPT)
     assert done.returncode == 1, done.stderr
-    assert "block_grad" in done.stdout
+    assert fault[1].removesuffix(".cu") in done.stdout
 
 
 @pytest.mark.slow
@@ -112,8 +149,12 @@ def test_sanitizers_find_nothing_but_what_is_planted(tmp_path):
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
     done = run_with(build(tmp_path / "sound", flags), SCRIPT, sanitized=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    beyond = ("write_delta.cu", "if (e >= delta.nnz) continue;", "if (e > delta.nnz) continue;")
-    planted = build_with_fault(tmp_path / "planted", tmp_path / "sound", *beyond, flags)
-    done = run_with(planted, SCRIPT, sanitized=True)
-    assert "heap-buffer-overflow" in done.stderr
-    assert "write_delta" in done.stderr  # the kernel, by its name
+    for beyond in (
+        ("write_delta.cu", "if (e >= delta.nnz) continue;", "if (e > delta.nnz) continue;"),
+        ("topk_salience.cu", "tie++ >= ties)", "tie++ > ties)"),
+    ):
+        name = beyond[0].removesuffix(".cu")
+        planted = build_with_fault(tmp_path / name, tmp_path / "sound", *beyond, flags)
+        done = run_with(planted, SCRIPT, sanitized=True)
+        assert "heap-buffer-overflow" in done.stderr
+        assert name in done.stderr  # the kernel's file

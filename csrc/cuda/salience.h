@@ -17,11 +17,11 @@ struct Matrix {
 
 // The last matrix of which `field` is not beyond `at`: the one that has it, as empty ones stand
 // before or after.
-SPEFT_DEVICE int64_t matrix_with(const Matrix* matrices, int64_t count, int64_t Matrix::* field,
-                                 int64_t at) {
-    int64_t low = 0, high = count;
+SPEFT_DEVICE int matrix_with(const Matrix* matrices, int count, int64_t Matrix::* field,
+                             int64_t at) {
+    int low = 0, high = count;
     while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
+        const int middle = (low + high) / 2;
         (matrices[middle].*field <= at ? low : high) = middle;
     }
     return low;

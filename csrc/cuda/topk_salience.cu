@@ -80,7 +80,11 @@ struct Work {
     uint64_t* told;  // [1 + matrices]: the first bad matrix or all ones; indices of each matrix
 };
 
-SPEFT_DEVICE int64_t segment_of(const Work& work, int64_t matrix) {
+SPEFT_DEVICE int matrix_of_tile(const Work& work, int64_t tile) {
+    return matrix_with(work.matrices, int(work.sizes.matrices), &Matrix::first_tile, tile);
+}
+
+SPEFT_DEVICE int segment_of(const Work& work, int matrix) {
     return work.sizes.together ? 0 : matrix;
 }
 
@@ -172,9 +176,9 @@ SPEFT_DEVICE uint32_t sampled_key(const Work& work, int64_t size, int64_t j) {
         const int64_t start = j * size / samples, width = (j + 1) * size / samples - start;
         at = start + int64_t(uint64_t(width) * mixed >> 32);
     }
-    const int64_t number = work.sizes.together
-                               ? matrix_with(work.matrices, work.sizes.matrices, &Matrix::start, at)
-                               : int64_t(blockIdx.x);
+    const int number = work.sizes.together ? matrix_with(work.matrices, int(work.sizes.matrices),
+                                                         &Matrix::start, at)
+                                           : int(blockIdx.x);
     const Matrix& matrix = work.matrices[number];
     return key_at<T, kPair>(static_cast<const T*>(matrix.x), static_cast<const T*>(matrix.y),
                             at - matrix.start, work.score);
@@ -233,8 +237,7 @@ SPEFT_KERNEL(kThreads)
 collect(Work work) {
     Shared& shared = *shared_memory<Shared>();
     const int64_t number = blockIdx.x;
-    const int64_t which =
-        matrix_with(work.matrices, work.sizes.matrices, &Matrix::first_tile, number);
+    const int which = matrix_of_tile(work, number);
     const Segment& segment = work.segments[segment_of(work, which)];
     State& state = work.states[segment_of(work, which)];
     const uint32_t bound = state.bound;
@@ -298,8 +301,7 @@ count_digit(Work work, int level) {
     } else {
         for (int64_t i = part; i < segment.tiles; i += parts) {
             const int64_t number = segment.first_tile + i;
-            const int64_t matrix =
-                matrix_with(work.matrices, work.sizes.matrices, &Matrix::first_tile, number);
+            const int matrix = matrix_of_tile(work, number);
             visit<kPair, kThreads>(tile_of<T, kPair>(work.matrices[matrix], number), work.score,
                                    [&](int, int, uint32_t key) { add(key); });
         }
@@ -342,8 +344,7 @@ template <class T, bool kPair>
 SPEFT_KERNEL(kFew)
 count_kept(Work work) {
     const int64_t number = blockIdx.x, tiles = work.sizes.tiles;
-    const int64_t which =
-        matrix_with(work.matrices, work.sizes.matrices, &Matrix::first_tile, number);
+    const int which = matrix_of_tile(work, number);
     const State& state = work.states[segment_of(work, which)];
     const uint32_t threshold = state.threshold;
     static_assert(kTile<T> < 1 << 16, "two counts of a tile fit one number");
@@ -367,8 +368,7 @@ write_kept(Work work) {
     constexpr int kWords = kTile<T> / 32;
     constexpr int kEach = kWords / kFew;
     const int64_t number = blockIdx.x;
-    const int64_t which =
-        matrix_with(work.matrices, work.sizes.matrices, &Matrix::first_tile, number);
+    const int which = matrix_of_tile(work, number);
     const Matrix& matrix = work.matrices[which];
     const Segment& segment = work.segments[segment_of(work, which)];
     const State& state = work.states[segment_of(work, which)];
@@ -383,6 +383,7 @@ write_kept(Work work) {
     const int64_t keeps = above[number + 1] - above[number] +
                           ((last < ties ? last : ties) - (first < ties ? first : ties));
     if (keeps == 0) return;
+    if (threadIdx.x == 0) atomic_add(&work.told[1 + which], uint64_t(keeps));
 
     // A bit for each entry puts them in order, whoever brings them.
     uint32_t* const larger = shared_memory<uint32_t>();
@@ -414,7 +415,6 @@ write_kept(Work work) {
             work.indices[at++] = start + i * 32 + bit;
         }
     }
-    if (threadIdx.x == 0) atomic_add(&work.told[1 + which], uint64_t(keeps));
 }
 
 // Of the k largest of `size` entries about s = k samples / size are sampled, with a standard
