@@ -52,7 +52,7 @@ def check(seed):
     for weights, grads, k, scope in (
         (apart, [a.flip(0) for a in apart], 0.01, "layer"),
         (apart, [a.flip(1) for a in apart], 700, "global"),
-        ([odd, one], [odd, one], 1000, "layer"),
+        ([odd, one], [odd, one], 300, "layer"),
     ):
         ours, theirs = (
             ops.topk_salience(weights, grads, k, metric="snip", scope=scope, backend=backend)
@@ -108,20 +108,13 @@ def sound(tmp_path_factory):
 
 # (name, file, what stands there, what shall stand there)
 FAULTS = (
-    # A warp's sum is read before it is there; a run's place; bits before they are cleared.
+    # A warp's sum is read before it is there, a run's place before it is known; bits are set before
+    # they are cleared, and read before they are set.
     ("sums", "topk_salience.cu", "    sync_block();  // the warps'", "    // the warps'"),
     ("run", "topk_salience.cu", "    sync_block();  // the run has", "    // the run has"),
-    ("bits", "topk_salience.cu", "    sync_block();  // no bit is", "    // no bit is"),
-    # The last block does not wait for the others' part, or for its own.
-    (
-        "part",
-        "topk_salience.cu",
-        "    sync_block();  // the block's part",
-        "    // the block's part",
-    ),
-    ("last", "topk_salience.cu", "!= uint64_t(parts)) return;", "!= 1) return;"),
-    # One entry too many, or too few.
-    ("tail", "topk_salience.cu", "if (i + j < found)", "if (i + j <= found)"),
+    ("clearing", "topk_salience.cu", "    sync_block();  // no bit is", "    // no bit is"),
+    ("bits", "topk_salience.cu", "    sync_block();  // every bit", "    // every bit"),
+    # A key equal to the k-th too few; more set aside than there is room for.
     ("tie", "topk_salience.cu", "tie++ >= ties)", "tie++ >= ties - 1)"),
     ("room", "topk_salience.cu", "state.found <= uint64_t(segment.capacity)", "true"),
     # The barrier after which a stage is whole and another one free.
@@ -139,8 +132,9 @@ FAULTS = (
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault[0] for fault in FAULTS])
 def test_a_planted_fault_shows(sound, tmp_path, fault):
     done = run_with(build_with_fault(tmp_path / "planted", sound, *fault[1:]), SCRIPT)
-    assert done.returncode == 1, done.stderr
-    assert fault[1].removesuffix(".cu") in done.stdout
+    # 1 where the script finds it; some lead to addresses that the system refuses.
+    assert done.returncode != 0, done.stderr
+    assert done.returncode < 0 or fault[1].removesuffix(".cu") in done.stdout
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ SPEFT_DEVICE void visit(const Tile<T>& tile, Score score, F&& f) {
         return;
     }
     for (int first = 0; first < kSlots; first += kStep) {
-        Bytes16 x[kAhead], y[kAhead];  // all are under way before the first is used
+        Bytes16 x[kAhead], y[kAhead];  // asked for together, before the first is used
         SPEFT_UNROLL
         for (int v = 0; v < kAhead; ++v) {
             const int place = place_of<T, kThreads>(first + v * kVector<T>);

@@ -13,11 +13,12 @@
 //
 // Count (N entries, operands of b bytes together, c N entries set aside): b N bytes read, 6 c N
 // written and 22 c N read again, 8 k of indices. c = (s + 6 sqrt(s) + 8) / S where s = k S / N of S
-// samples are expected to be selected: 1.8 % for k of 0.5 % and S = 2048, 1.1 % for S = 8192. So
+// samples are expected to be selected: 1.9 % for k of 0.5 % and S = 2048, 1.1 % for S = 8192. So
 // |w g| in bf16 takes 1.13, or 1.08, reads of its operands. Over data: three reads more, one for
 // the counts, and one of those tiles that keep something: six at most. Scratch: 6 bytes for each
-// entry that there is room for, N / 4 at most. Operations: about 12 an entry in the one read; 27 is
-// what an H200 has time for at 4 bytes an entry, 13 at 2.
+// entry that there is room for, N / 4 at most, and 49 KB a segment. Instructions of the one read,
+// of 16-bit numbers: 18 an entry for two operands, of which an H200 has time for 27, and 16 for
+// one, of which it has time for 13.
 //
 // Where a tile's run lies depends on which tile came first, and the order within it on nothing but
 // the tile; what comes out depends on neither.
@@ -107,7 +108,8 @@ SPEFT_DEVICE Digit digit_of(int level) {
     return {0, kBins / 2, ~0u << (32 - 2 * kDigitBits)};
 }
 
-// The sum of what the threads before this one bring, and that of all. Every thread must come.
+// The sum of what the threads before this one bring, and that of all. Every thread must come, and
+// pass another barrier before it comes again.
 template <int kBlock, class N>
 SPEFT_DEVICE N sum_before(N mine, void* of_warps, N* total) {
     N* const sums = static_cast<N*>(of_warps);
@@ -126,7 +128,6 @@ SPEFT_DEVICE N sum_before(N mine, void* of_warps, N* total) {
         if (warp < warp_id()) before += sums[warp];
         *total += sums[warp];
     }
-    sync_block();  // they are read: the next call may write
     return before;
 }
 
@@ -142,7 +143,8 @@ struct Pick {
 };
 
 // The digit of the key of `rank`, from the largest, by how many keys have each digit; and its rank
-// among the keys that have it, too.
+// among the keys that have it, too. Every thread must come, and pass another barrier before it
+// comes again.
 template <class Count>
 SPEFT_DEVICE Pick pick(const Count* bins, int count, uint64_t rank, Shared& shared) {
     constexpr int kEach = kBins / kThreads;
@@ -159,9 +161,7 @@ SPEFT_DEVICE Pick pick(const Count* bins, int count, uint64_t rank, Shared& shar
         shared.found[1] = rank - above;
     }
     sync_block();  // one thread has found it
-    const Pick picked = {uint32_t(shared.found[0]), shared.found[1]};
-    sync_block();  // it is read: the next call may write
-    return picked;
+    return {uint32_t(shared.found[0]), shared.found[1]};
 }
 
 // An entry of a segment at a place as good as random within the j-th of `samples` equal parts.
@@ -202,7 +202,7 @@ find_bound(Work work) {
         const int samples =
             int(segment.size < work.sizes.samples ? segment.size : work.sizes.samples);
         for (int first = int(threadIdx.x); first < samples; first += kThreads * kAhead) {
-            uint32_t some[kAhead];  // all are under way before the first is stored
+            uint32_t some[kAhead];  // asked for together, before the first is stored
             SPEFT_UNROLL
             for (int i = 0; i < kAhead; ++i) {
                 const int j = first + i * kThreads;
@@ -397,7 +397,7 @@ write_kept(Work work) {
                                    uint32_t* const bits = key > threshold ? larger : tied;
                                    atomic_add(&bits[place / 32], 1u << (place % 32));
                                });
-    sync_block();  // all are
+    sync_block();  // every bit is
 
     const int word = int(threadIdx.x) * kEach;
     uint32_t counts = 0, total;
