@@ -121,4 +121,34 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
                 {{"tokens", tokens}, {"blocks", num_blocks}, {"height", height}, {"width", width}});
         },
         released);
+    py::class_<cuda::TopkPlan>(m, "TopkPlan")
+        .def_property_readonly("table",
+                               [](const cuda::TopkPlan& plan) {
+                                   return py::bytes(plan.table.data(), plan.table.size());
+                               })
+        .def_readonly("scratch_bytes", &cuda::TopkPlan::scratch_bytes);
+    m.def("plan_topk", [](const std::vector<Ptr>& x, const std::vector<Ptr>& y,
+                          const std::vector<int64_t>& sizes, const std::vector<int64_t>& ks,
+                          bool together, int64_t multiprocessors, int dtype, int device) {
+        cuda::TopkProblem problem = {{}, {}, sizes, ks, together, DType(dtype), multiprocessors};
+        for (const Ptr address : x)
+            problem.x.push_back(at<void>(address));
+        for (const Ptr address : y)
+            problem.y.push_back(at<void>(address));
+        cuda::TopkPlan plan;
+        check(cuda::plan_topk(problem, place(device, 0), &plan), "plan_topk",
+              {{"matrices", plan.sizes.matrices}});
+        return plan;
+    });
+    m.def(
+        "topk_salience",
+        [](const cuda::TopkPlan& plan, Ptr table, Ptr scratch, int metric, Ptr indices, Ptr told,
+           int dtype, int device, Ptr stream) {
+            const cuda::TopkCall call = {at<void>(table), at<void>(scratch), metric,
+                                         at<int64_t>(indices), at<uint64_t>(told)};
+            check(cuda::topk_salience(plan.sizes, call, DType(dtype), place(device, stream)),
+                  "topk_salience",
+                  {{"matrices", plan.sizes.matrices}, {"tiles", plan.sizes.tiles}});
+        },
+        released);
 }

@@ -66,12 +66,13 @@ def splits(blocks: int, tokens: int, stretch: int, device: torch.device) -> int:
         stretch: tokens that a block takes at a time; a part has eight of them at least, so that
             what a part costs by itself stays small.
     """
-    wanted = 4 * _multiprocessors(device)
+    wanted = 4 * multiprocessors(device)
     return max(1, min(-(-wanted // max(1, blocks)), tokens // (8 * stretch)))
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Return how many the device has."""
     if device.type != "cuda":
         return 2  # few blocks, and still several parts in the tests
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -212,14 +212,19 @@ def test_bad_arguments_name_the_fact():
 
 
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton cannot run here")
+# Those that take all matrices of a model in one call.
+BATCHED = [name for name in BACKENDS if name in ("triton", "cuda-host")]
 
 
 def in_triton(weights, grads, k, metric="snip", scope="layer"):
     return ops.topk_salience(weights, grads, k, metric=metric, scope=scope, backend="triton")
 
 
-def assert_as_reference(weights, grads, k, metric="snip", scope="layer", got=None):
-    got = in_triton(weights, grads, k, metric, scope) if got is None else got
+def assert_as_reference(
+    weights, grads, k, metric="snip", scope="layer", got=None, backend="triton"
+):
+    if got is None:
+        got = ops.topk_salience(weights, grads, k, metric=metric, scope=scope, backend=backend)
     expected = ops.topk_salience(weights, grads, k, metric=metric, scope=scope, backend="reference")
     assert [t.tolist() for t in got] == [t.tolist() for t in expected]
 
@@ -268,15 +273,17 @@ def test_a_ragged_batch_in_one_call(launches, dtype, metric, scope):
         assert all(torch.equal(a, b) for a, b in zip(batch, single, strict=False))
 
 
-@needs_triton
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_matrices_that_are_not_aligned(scope):
+@pytest.mark.parametrize("backend", BATCHED)
+def test_matrices_that_are_not_aligned(backend, scope):
     def shifted(n, k):
         return torch.randn(1 + n * k).bfloat16()[1:].view(n, k)
 
     pairs = [(shifted(70, 61), shifted(70, 61)), (torch.randn(8, 640).bfloat16(), shifted(8, 640))]
+    if backend == "cuda-host":  # its tiles are larger: one that is whole, and not aligned
+        pairs.append((torch.randn(130, 130).bfloat16(), shifted(130, 130)))
     weights, grads = zip(*pairs, strict=True)
-    assert_as_reference(weights, grads, 0.03, "force", scope)
+    assert_as_reference(weights, grads, 0.03, "force", scope, backend=backend)
 
 
 CROWDED = {
@@ -357,10 +364,10 @@ def test_the_sample_follows_its_segment():
             assert k <= number <= capacity < stretch.numel() // 2
 
 
-@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("metric", ["raw", "force", "snip"])
-def test_subnormal_numbers_and_products(dtype, metric):
+@pytest.mark.parametrize("backend", BATCHED)
+def test_subnormal_numbers_and_products(backend, dtype, metric):
     """Numbers of 16 bits and products of them that are subnormal, or vanish, in float32."""
     if dtype == torch.float32:
         numbers = torch.randn(4096) * torch.logspace(-45, -15, 4096)
@@ -373,7 +380,8 @@ def test_subnormal_numbers_and_products(dtype, metric):
     smallest = (numbers.float() * other.float()).abs()
     assert (smallest == 0).any()
     for k in (count // 3, count // 2, count - 100):
-        assert_as_reference([numbers], [other if metric != "raw" else numbers], k, metric)
+        scores = [other if metric != "raw" else numbers]
+        assert_as_reference([numbers], scores, k, metric, backend=backend)
 
 
 @needs_triton
@@ -414,7 +422,7 @@ def test_the_first_of_several_bad_matrices_is_named(backend):
         ops.topk_salience(weights, weights, 5, metric="force", backend=backend)
 
 
-@needs_triton
+@pytest.mark.parametrize("backend", BATCHED)
 @settings(max_examples=12, deadline=None)
 @given(
     shapes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), min_size=1, max_size=4),
@@ -425,14 +433,14 @@ def test_the_first_of_several_bad_matrices_is_named(backend):
     density=st.floats(0.001, 0.999),
     seed=st.integers(0, 2**31),
 )
-def test_any_batch_as_the_reference(shapes, levels, dtype, metric, scope, density, seed):
+def test_any_batch_as_the_reference(backend, shapes, levels, dtype, metric, scope, density, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def some(shape):
         return (torch.randint(-levels, levels + 1, shape, generator=generator) / 8).to(dtype)
 
     weights, grads = [some(s) for s in shapes], [some(s) for s in shapes]
-    assert_as_reference(weights, grads, density, metric, scope)
+    assert_as_reference(weights, grads, density, metric, scope, backend=backend)
 
 
 @needs_triton
@@ -444,3 +452,62 @@ def test_both_ways_are_recorded():
         indices, counts, bad = module.topk_salience([], grads, [9, 3], False, "raw")
     assert [r.kernel.__name__ for r in recorded] == QUICK + SELECT
     assert (indices.numel(), len(counts), bad) == (12, 2, -1)
+
+
+needs_cuda_host = pytest.mark.skipif("cuda-host" not in BACKENDS, reason="cuda-host is not built")
+
+
+def assert_in_cuda(weights, grads, k, metric="raw", scope="layer"):
+    assert_as_reference(weights, grads, k, metric, scope, backend="cuda-host")
+
+
+@needs_cuda_host
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(
+    ("dtype", "metric"),
+    [(torch.float32, "force"), (torch.bfloat16, "snip"), (torch.float16, "raw")],
+)
+def test_cuda_takes_a_ragged_batch(dtype, metric, scope):
+    """Several tiles and a part of one, fewer entries than are sampled, none."""
+    shapes = [*RAGGED, (0, 7), (90, 390), (7, 0)]
+    weights = [torch.randn(s).to(dtype) for s in shapes]
+    grads = [torch.randn(s).to(dtype) for s in shapes]
+    assert_in_cuda(weights, grads, 0.01, metric, scope)
+    assert_in_cuda(weights, grads, 0.9, metric, scope)  # more than is set aside
+
+
+@needs_cuda_host
+@pytest.mark.parametrize("kind", CROWDED)
+def test_cuda_counts_the_data_where_equal_scores_leave_no_room(kind):
+    """In one segment, while the others take what was set aside."""
+    few = -10 - torch.rand(30, 100)
+    for k in (1, 999, 2_999):
+        assert_in_cuda([None] * 2, [few, CROWDED[kind]], k)
+    for k in (999, 6_000, 6_003):
+        assert_in_cuda([None] * 2, [few, CROWDED[kind]], k, scope="global")
+
+
+@needs_cuda_host
+def test_cuda_sees_that_its_sample_misleads():
+    """Where every sampled entry is larger than all others, the bound leaves fewer than k."""
+    samples, width = 2048, 4
+    mixed = torch.arange(samples) * 0x9E3779B1 & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> 15) * 0x85EBCA6B & 0xFFFFFFFF
+    mixed = mixed ^ mixed >> 13
+    scores = torch.rand(samples * width)
+    scores[torch.arange(samples) * width + (mixed * width >> 32)] += 1
+    assert_in_cuda([None], [scores.view(8, -1)], 900)
+
+
+@needs_cuda_host
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_cuda_takes_none_and_all(scope):
+    grads = [torch.randn(s) for s in [(0, 5), (30, 41), (7, 0), (3, 3), (70, 130)]]
+    none, sizes = [None] * len(grads), [g.numel() for g in grads]
+    got = ops.topk_salience(none, grads, 0, scope=scope, backend="cuda-host")
+    assert [t.numel() for t in got] == [0] * len(grads)
+    if scope == "global":
+        got = ops.topk_salience(none, grads, sum(sizes), scope=scope, backend="cuda-host")
+        assert [t.tolist() for t in got] == [list(range(size)) for size in sizes]
+    else:
+        assert_in_cuda([None], grads[-1:], sizes[-1])

@@ -16,7 +16,10 @@
 //   shared_memory<T>()          the block's dynamic shared memory, aligned to 16 bytes
 //   sync_block(), sync_warp()   barriers of all threads of a block, of a warp
 //   exchange_xor, exchange_up, exchange_from, ballot      warp shuffles and votes, of all 32 lanes
-//   atomic_add(pointer, value)  on shared and global memory; returns the former value
+//   count_bits(bits), lowest_bit(bits), bit_cast<To>(from)
+//   atomic_add, atomic_min(pointer, value)      on shared and global memory; the former value
+//   read_only(pointer)          what no one writes while the kernel runs: 2, 4 or 16 bytes
+//   fence()                     between what this thread writes before and after it, for the device
 //   cp_async16(shared, global, valid), cp_async_commit(), cp_async_wait<N>()
 //                               16 bytes to shared memory (zeros where not valid) in groups; waits
 //                               until all but the latest N groups of this thread have arrived

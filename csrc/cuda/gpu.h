@@ -91,6 +91,33 @@ SPEFT_DEVICE int count_bits(uint32_t bits) {
     return __popc(bits);
 }
 
+SPEFT_DEVICE int lowest_bit(uint32_t bits) {
+    return __ffs(int(bits)) - 1;
+}
+
+template <class To, class From>
+SPEFT_DEVICE To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+    To to;
+    memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+// Of an address that comes out of a table the compiler cannot tell what memory it is in.
+template <class T>
+SPEFT_DEVICE T read_only(const T* global) {
+    if constexpr (sizeof(T) == 16)
+        return bit_cast<T>(__ldg(reinterpret_cast<const uint4*>(global)));
+    else if constexpr (sizeof(T) == 4)
+        return bit_cast<T>(__ldg(reinterpret_cast<const unsigned*>(global)));
+    else
+        return bit_cast<T>(__ldg(reinterpret_cast<const unsigned short*>(global)));
+}
+
+SPEFT_DEVICE void fence() {
+    __threadfence();
+}
+
 SPEFT_DEVICE uint32_t atomic_add(uint32_t* at, uint32_t value) {
     return atomicAdd(at, value);
 }
@@ -102,6 +129,11 @@ SPEFT_DEVICE uint64_t atomic_add(uint64_t* at, uint64_t value) {
 
 SPEFT_DEVICE uint32_t atomic_min(uint32_t* at, uint32_t value) {
     return atomicMin(at, value);
+}
+
+SPEFT_DEVICE uint64_t atomic_min(uint64_t* at, uint64_t value) {
+    return atomicMin(reinterpret_cast<unsigned long long*>(at),
+                     static_cast<unsigned long long>(value));
 }
 
 SPEFT_DEVICE uint32_t shared_address(const void* pointer) {

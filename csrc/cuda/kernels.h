@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../dtypes.h"
 
@@ -75,6 +76,38 @@ struct DeltaProduct {
 };
 int sparse_delta_matmul(const DeltaProduct& product, Base base, bool twin, DType dtype,
                         Place place);
+
+// The k largest scores of each matrix, or of all together, in two steps: a plan on the host, whose
+// table the caller brings to the device beside a scratch of the plan's size; and the launches.
+struct TopkProblem {
+    std::vector<const void*> x;  // the matrices, contiguous
+    std::vector<const void*> y;  // their factors in the score; empty where it has one operand
+    std::vector<int64_t> sizes;
+    std::vector<int64_t> ks;  // a matrix, or one for all together; each at least 1
+    bool together;
+    DType dtype;
+    int64_t multiprocessors;
+};
+struct TopkSizes {
+    int64_t matrices, segments, tiles, parts, samples, room, sums_bytes;
+    bool together;
+};
+struct TopkPlan {
+    TopkSizes sizes;
+    std::vector<char> table;
+    int64_t scratch_bytes;
+};
+int plan_topk(const TopkProblem& problem, Place place, TopkPlan* plan);
+
+struct TopkCall {
+    const void* table;
+    void* scratch;
+    int metric;
+    int64_t* indices;  // [sum of ks], within their matrix, sorted; matrix after matrix
+    uint64_t* told;    // [1 + matrices]: the first matrix with a NaN or infinite score, all ones
+                       // where there is none; how many indices each matrix has
+};
+int topk_salience(const TopkSizes& sizes, const TopkCall& call, DType dtype, Place place);
 
 }  // namespace cuda
 }  // namespace speft

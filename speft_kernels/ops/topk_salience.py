@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .. import _native, _triton
+from .. import _cuda_native, _native, _triton
 from ..errors import SalienceError, nearest
 from . import _checks, registry
 from ._library import operation
@@ -334,6 +335,40 @@ def _in_triton(pairs: list[Pair], ks: list[int], together: bool, metric: str) ->
     if bad >= 0:
         raise NonFiniteScoreError(bad)
     return indices, torch.tensor(counts)
+
+
+def _in_cuda(
+    backend: str, pairs: list[Pair], ks: list[int], together: bool, metric: str
+) -> Selection:
+    first = _first(pairs[0])
+    device, dtype, place = first.device, _native.dtype_code(first), _cuda_native.place(first)
+    operands = [[t.data_ptr() for t in side if t is not None] for side in zip(*pairs, strict=True)]
+    x, y = operands if operands[0] else reversed(operands)
+    module = _cuda_native.kernels(backend)
+    sizes = [_first(pair).numel() for pair in pairs]
+    parts = _cuda_native.multiprocessors(device)
+    plan = module.plan_topk(x, y, sizes, ks, together, parts, dtype, place[0])
+    table = torch.frombuffer(bytearray(plan.table), dtype=torch.uint8)
+    if device.type == "cuda":
+        # From pinned memory the copy waits for nothing, and nothing waits for it but the stream.
+        table = table.pin_memory().to(device, non_blocking=True)
+    scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
+    indices = torch.empty(sum(ks), dtype=torch.int64, device=device)
+    told = torch.empty(1 + len(pairs), dtype=torch.int64, device=device)
+    module.topk_salience(
+        *(plan, table.data_ptr(), scratch.data_ptr(), _METRICS[metric][0]),
+        *(indices.data_ptr(), told.data_ptr(), dtype, *place),
+    )
+    bad, *counts = told.tolist()  # the one time that the host waits
+    if bad >= 0:
+        raise NonFiniteScoreError(bad)
+    return indices, torch.tensor(counts)
+
+
+for _backend in _cuda_native.MODULES:
+    registry.implement(
+        "topk_salience", _backend, (torch.float32, *_cuda_native.DTYPES), form=_BATCHED
+    )(partial(_in_cuda, _backend))
 
 
 @operation("speft::topk_salience")

@@ -18,6 +18,7 @@
 namespace speft {
 namespace cuda {
 
+using speft::bit_cast;
 using speft::widen;
 
 struct dim3 {
@@ -105,6 +106,18 @@ inline int count_bits(uint32_t bits) {
     return __builtin_popcount(bits);
 }
 
+inline int lowest_bit(uint32_t bits) {
+    return __builtin_ctz(bits);
+}
+
+template <class T>
+T read_only(const T* global) {
+    return *global;
+}
+
+// Blocks run one after the other, so that each sees all that those before it have written.
+inline void fence() {}
+
 template <class T>
 T atomic_add(T* at, T value) {
     const T former = *at;
@@ -112,8 +125,9 @@ T atomic_add(T* at, T value) {
     return former;
 }
 
-inline uint32_t atomic_min(uint32_t* at, uint32_t value) {
-    const uint32_t former = *at;
+template <class T>
+T atomic_min(T* at, T value) {
+    const T former = *at;
     if (value < former) *at = value;
     return former;
 }
