@@ -37,6 +37,15 @@ _SECTION = r"^\.text\.(\S+):\s*$(.*?)(?=^\s*\.section|\Z)"
 WANTED = {
     # 16 bytes at a time to shared memory, fragments by the matrix load, and the tensor cores.
     "multiply": (r"LDGSTS\.[\w.]*128", r"LDSM\.[\w.]*MT88\.4", r"HMMA\.16816"),
+    # The same, and a strip's tokens in one read.
+    "multiply_strips": (
+        r"LDGSTS\.[\w.]*128",
+        r"LDSM\.[\w.]*MT88\.4",
+        r"LDS\.[\w.]*128",
+        r"HMMA\.16816",
+    ),
+    # Columns are turned by the matrix load, and written 16 bytes at a time.
+    "turn_columns": (r"LDSM\.[\w.]*MT88\.4", r"STG\.[\w.]*128"),
 }
 
 

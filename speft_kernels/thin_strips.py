@@ -98,19 +98,20 @@ def build_thin_strips(
     every = torch.arange(tiles + 1, device=device)
     tile_lines = torch.searchsorted(line_tile, every)
 
-    # Strips in groups of the same rows of the same tile; the strips' order within does not matter.
-    key = line_tile[strip_line] * BLOCK_STRIPS + strip % BLOCK_STRIPS
-    counts = torch.bincount(key, minlength=tiles * BLOCK_STRIPS)
-    groups = (counts + GROUP - 1) // GROUP
-    until, before = counts.cumsum(0), groups.cumsum(0) - groups
-    order = torch.argsort(key, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel(), device=device)
-    number = before[key] * GROUP + rank - (until - counts)[key]
+    # Strips in groups of the same rows of the same tile. Two that the kernel reads at once, first and
+    # second, third and fourth and so on, are of an even and an odd line: of both halves of the banks.
+    strip_tile = line_tile[strip_line]
+    within = strip_line - tile_lines[strip_tile]
+    key = strip_tile * BLOCK_STRIPS + strip % BLOCK_STRIPS
+    pair = _rank(key * 2 + within % 2) * 2 + within % 2
+    rank = _rank(key, pair)
+    groups = (torch.bincount(key, minlength=tiles * BLOCK_STRIPS) + GROUP - 1) // GROUP
+    before = groups.cumsum(0) - groups
+    number = before[key] * GROUP + rank
     filled = torch.zeros(int(groups.sum()) * GROUP, dtype=torch.int16, device=device)
-    filled[number] = (strip_line - tile_lines[line_tile[strip_line]]).to(torch.int16)
+    filled[number] = within.to(torch.int16)
     tile_groups = torch.cat([before, groups.sum().reshape(1)])[::BLOCK_STRIPS]
-    group_rows = torch.arange(counts.numel(), device=device) % BLOCK_STRIPS
+    group_rows = torch.arange(groups.numel(), device=device) % BLOCK_STRIPS
 
     tile = line_tile[of_line]
     at = (number[of_strip] - GROUP * tile_groups[tile]) * STRIP_ROWS + rows % STRIP_ROWS
@@ -146,3 +147,12 @@ def _tiles(block: Tensor, strips: Tensor) -> Tensor:
     tiles = (total + most - 1) // most
     size = (total + tiles - 1) // tiles
     return (tiles.cumsum(0) - tiles)[of_block] + (before - start[of_block]) // size[of_block]
+
+
+def _rank(key: Tensor, by: Tensor | None = None) -> Tensor:
+    """The place of each among those of its key: in their order, or sorted by a number below 2^20."""
+    order = torch.argsort(key if by is None else key << 20 | by, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), device=order.device)
+    counts = torch.bincount(key)
+    return rank - (counts.cumsum(0) - counts)[key]

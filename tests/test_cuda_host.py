@@ -36,6 +36,20 @@ def check(seed):
             theirs = ops.block_grad(dy, x, pattern, backend="reference")
             if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3):
                 wrong.append(("block_grad", block, tokens))
+    # Patterns of one tile and of several, by lines and by strips; rows that are whole vectors or not.
+    for (n, k), density in (((40, 33), 0.3), ((301, 40), 0.9), ((264, 700), 0.004)):
+        pattern = SparsePattern.from_mask(torch.rand(n, k) < density)
+        for tokens in (67, 600):
+            dy, x = torch.randn(tokens, n).half(), torch.randn(tokens, k).half()
+            ours = ops.sampled_grad(dy, x, pattern, backend="cuda-host")
+            theirs = ops.sampled_grad(dy, x, pattern, backend="reference")
+            if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3):
+                wrong.append(("sampled_grad", n, tokens))
+    x = torch.randn(77, 150).bfloat16()
+    columns = torch.arange(0, 150, 2, dtype=torch.int32)
+    kept = torch.ops.speft.keep_columns(x, columns, 80, "cuda-host")
+    if not torch.equal(kept[0, :, :77], x[:, ::2].T) or kept[0, :, 77:].any():
+        wrong.append(("keep_columns",))
     for dtype in (torch.float32, torch.bfloat16):
         mask = torch.rand(70, 90) < 0.3
         pattern = SparsePattern.from_mask(mask)
@@ -55,16 +69,18 @@ raise SystemExit(any(found))
 
 def test_the_order_of_the_threads_changes_no_bit():
     module = _cuda_native.kernels("cuda-host")
-    pattern = SparsePattern.from_blocks((64, 96), (32, 32), torch.tensor([0, 3, 4]))
+    blocks = SparsePattern.from_blocks((64, 96), (32, 32), torch.tensor([0, 3, 4]))
+    entries = SparsePattern.from_mask(torch.rand(64, 96) < 0.05)
     dy, x = torch.randn(700, 64).bfloat16(), torch.randn(700, 96).bfloat16()
-    results = []
-    try:
-        for seed in range(5):
-            module.set_seed(seed)
-            results.append(ops.block_grad(dy, x, pattern, backend="cuda-host"))
-    finally:
-        module.set_seed(0)
-    assert all(torch.equal(result, results[0]) for result in results)
+    for operation, pattern in ((ops.block_grad, blocks), (ops.sampled_grad, entries)):
+        results = []
+        try:
+            for seed in range(5):
+                module.set_seed(seed)
+                results.append(operation(dy, x, pattern, backend="cuda-host"))
+        finally:
+            module.set_seed(0)
+        assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_a_launcher_that_cannot_serve_says_which_operation_and_sizes():
@@ -95,15 +111,25 @@ FAULTS = (
     ("wait", "block_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
     # A token beyond the end of a part is added, and counts twice.
     ("off by one", "block_grad.cu", "if (from.vectors) {\n", "++end;\n    if (from.vectors) {\n"),
+    # As above: where a stage is whole, and after the last one, whose place the sums take.
+    ("barrier", "sampled_grad.cu", "        sync_block();  // everyone's", "        // everyone's"),
+    ("end", "sampled_grad.cu", "    sync_block();  // the stages", "    // the stages"),
+    ("wait", "sampled_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
+    # The tokens of dy in another order than those of x.
+    ("order", "sampled_grad.cu", "place_of_token(token) * kPitch", "token * kPitch"),
+    # The last group of each warp is left out, and the first one reads its strips' neighbours.
+    ("group", "sampled_grad.cu", "if (j >= own) break;", "if (j + 1 >= own) break;"),
+    ("off by one", "sampled_grad.cu", "+ lane / 4];", "+ (lane + 4) / 4];"),
+    ("barrier", "keep_columns.cu", "    sync_block();\n", ""),
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=[fault[0] for fault in FAULTS])
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{file}: {name}" for name, file, *_ in FAULTS])
 def test_a_planted_fault_shows(sound, tmp_path, fault):
     done = run_with(build_with_fault(tmp_path / "planted", sound, *fault[1:]), SCRIPT)
     assert done.returncode == 1, done.stderr
-    assert "block_grad" in done.stdout
+    assert fault[1].removesuffix(".cu") in done.stdout
 
 
 @pytest.mark.slow
