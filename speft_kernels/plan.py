@@ -19,8 +19,8 @@ from .errors import PatternError
 from .parts import TILE, HotLines, Parts, build_parts, choose_hot_lines
 from .pattern import SparsePattern, lazy_tensor
 from .strips import STRIP_ROWS, Strips, build_strips
-from .thin_strips import ThinStrips, build_thin_strips
 from .thin_strips import STRIP_ROWS as THIN_ROWS
+from .thin_strips import ThinStrips, build_thin_strips
 
 # What a backend reads of a plan: Triton's kernels strips, CUDA's thin ones, the others parts.
 Form = type[Parts] | type[Strips] | type[ThinStrips]

@@ -98,8 +98,8 @@ def build_thin_strips(
     every = torch.arange(tiles + 1, device=device)
     tile_lines = torch.searchsorted(line_tile, every)
 
-    # Strips in groups of the same rows of the same tile. Two that the kernel reads at once, first and
-    # second, third and fourth and so on, are of an even and an odd line: of both halves of the banks.
+    # Strips in groups of the same rows of the same tile. The kernel reads them two by two: those are
+    # of an even and an odd line where there are such, which lie in different halves of the banks.
     strip_tile = line_tile[strip_line]
     within = strip_line - tile_lines[strip_tile]
     key = strip_tile * BLOCK_STRIPS + strip % BLOCK_STRIPS
@@ -150,7 +150,7 @@ def _tiles(block: Tensor, strips: Tensor) -> Tensor:
 
 
 def _rank(key: Tensor, by: Tensor | None = None) -> Tensor:
-    """The place of each among those of its key: in their order, or sorted by a number below 2^20."""
+    """The place of each among those of its key, as they come or by a number below 2^20."""
     order = torch.argsort(key if by is None else key << 20 | by, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(order.numel(), device=order.device)

@@ -36,7 +36,7 @@ def check(seed):
             theirs = ops.block_grad(dy, x, pattern, backend="reference")
             if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3):
                 wrong.append(("block_grad", block, tokens))
-    # Patterns of one tile and of several, by lines and by strips; rows that are whole vectors or not.
+    # Patterns of one tile and of several, by strips and by lines; rows of whole vectors or not.
     for (n, k), density in (((40, 33), 0.3), ((301, 40), 0.9), ((264, 700), 0.004)):
         pattern = SparsePattern.from_mask(torch.rand(n, k) < density)
         for tokens in (67, 600):
@@ -114,6 +114,7 @@ FAULTS = (
     # As above: where a stage is whole, and after the last one, whose place the sums take.
     ("barrier", "sampled_grad.cu", "        sync_block();  // everyone's", "        // everyone's"),
     ("end", "sampled_grad.cu", "    sync_block();  // the stages", "    // the stages"),
+    ("sums", "sampled_grad.cu", "    sync_block();\n    const int last", "    const int last"),
     ("wait", "sampled_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
     # The tokens of dy in another order than those of x.
     ("order", "sampled_grad.cu", "place_of_token(token) * kPitch", "token * kPitch"),
@@ -129,7 +130,8 @@ FAULTS = (
 def test_a_planted_fault_shows(sound, tmp_path, fault):
     done = run_with(build_with_fault(tmp_path / "planted", sound, *fault[1:]), SCRIPT)
     assert done.returncode == 1, done.stderr
-    assert fault[1].removesuffix(".cu") in done.stdout
+    # As a wrong result, or because lanes of a warp part over what they read.
+    assert fault[1].removesuffix(".cu") in done.stdout + done.stderr
 
 
 @pytest.mark.slow

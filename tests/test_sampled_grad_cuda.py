@@ -1,4 +1,4 @@
-"""sampled_grad and keep_columns by the CUDA kernels' sources on a CPU, in the dtypes that they take.
+"""sampled_grad and keep_columns by the CUDA kernels' sources on a CPU, in their dtypes.
 
 Beside the tests that they share with the other backends (test_sampled_grad.py, by dtype); those of
 float32 do not reach them.
@@ -13,6 +13,7 @@ from plans import mixed_pattern
 
 from speft_kernels import SparsePattern, SparsityPlan, _cuda_native, ops
 from speft_kernels.ops import registry
+from speft_kernels.ops.sampled_grad import gradient_of_entries
 from speft_kernels.thin_strips import ThinStrips
 
 pytestmark = pytest.mark.skipif(
@@ -140,6 +141,13 @@ def test_library_contract(plan):
     torch.library.opcheck(
         torch.ops.speft.sampled_grad_.default, (dy, x, parts, 16, out, True, BACKEND)
     )
+
+
+def test_the_gradient_of_a_product_needs_no_thin_strips(plan):
+    """They are built with the device's counts, which a backward pass must not wait for."""
+    dy, x = operands(40, plan)
+    ours = gradient_of_entries(dy, x, list(plan.csr), BACKEND)
+    assert_exact(ours, dy, x, plan.pattern)
 
 
 @pytest.mark.parametrize("dtype", _cuda_native.DTYPES)

@@ -11,23 +11,20 @@
 // right operands; that puts tokens into a product in another order than they have, which dy takes
 // on as it arrives (place_of_token).
 //
-// Count (M tokens, L lines of x over all tiles, S strips in groups of eight of the same rows, B
-// blocks of rows): from L2 2 M L bytes of x and 512 M of dy a tile; dy once from memory. From
-// shared memory 2 M S bytes of lines, half as much again where two lines that are read at once lie
-// in the same banks, and 128 M for each warp and row of strips that it has; it takes what L2 gives.
-// 64 M S operations.
+// Count (M tokens, L lines of x over all tiles, S strips in whole groups): from L2 2 M L bytes of x
+// and 512 M of dy a tile; dy once from memory. Shared memory takes what L2 gives, and gives 2 M S
+// bytes of lines, a tenth more where two that are read at once lie in the same banks, 0.5 M S of
+// places, and 64 M of dy for each warp and each rows that its groups have. 64 M S operations.
 //
-// Arithmetic, not measured, for an H200 (7 TB/s of L2, 29 TB/s of shared memory, 600 TFLOP/s of
-// mma.sync), M = 8192, N = K = 4096; beside it triton_kernels/sampled_grad.py by its own count:
+// Arithmetic, not measured, for an H200 (7 TB/s of L2, 29.6 TB/s of shared memory, 600 TFLOP/s of
+// mma.sync), M = 8192, N = K = 4096; beside it the strips of triton_kernels/sampled_grad.py by that
+// file's count. Reading dy from memory takes 16 us.
 //
-//                     tiles  L       S (groups)   L2 MB, us   shared us  products us  strips there
-//   realistic 0.1 %   16     3,001   12,624       116, 17     17         11           29 us
-//   realistic 0.5 %   50     12,512  41,296       415, 59     53         36           77 us
-//   uniform 0.1 %     32     14,783  17,376       376, 54     30         15           55 us
-//   uniform 0.5 %     112    47,485  81,120       1248, 178   107        71           218 us
-//
-// Reading dy from memory takes 16 us. What the tiles cost beside, and how well the three overlap,
-// a GPU must show.
+//                     tiles   L        S        L2               shared   products   strips there
+//   realistic 0.1 %   16      3,001    12,624   116 MB, 17 us    19 us    11 us      29 us
+//   realistic 0.5 %   51      12,512   41,296   419 MB, 60 us    64 us    36 us      77 us
+//   uniform 0.1 %     32      14,783   17,376   376 MB, 54 us    37 us    15 us      55 us
+//   uniform 0.5 %     112     47,485   81,096   1248 MB, 178 us  146 us   71 us      218 us
 #include <algorithm>
 
 #include "device.h"

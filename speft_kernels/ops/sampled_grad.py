@@ -124,9 +124,9 @@ def gradient_of_entries(dy: Tensor, x: Tensor, csr: list[Tensor], backend: str |
     """
     serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
     compact = CompactIndices(*csr)
-    if serve.form is ThinStrips:
-        # They are a plan's: making them asks the device how many there are.
-        serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend := "torch")
+    if serve.form is ThinStrips:  # a plan's alone: making them asks the device how many there are
+        backend = "torch"
+        serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
     parts = gathered_strips(compact) if serve.form is Strips else gathered(compact)
     nnz, width = parts.entry_row.shape[0], BLOCK_TOKENS
     return torch.ops.speft.sampled_grad(dy, x, parts.tensors(), nnz, width, backend)
@@ -241,9 +241,9 @@ def _in_triton(
     _triton.kernels("sampled_grad").sampled_grad(dy, x, strips, out, accumulate)
 
 
-# Tokens that the kernel takes at a time (csrc/cuda/sampled_grad.cu), and sums of all splits together
-# at most: 8 MB.
+# Tokens that the kernel takes at a time (csrc/cuda/sampled_grad.cu).
 _STRETCH = 32
+# Sums of all splits together, at most: 8 MB.
 _SCRATCH = 1 << 21
 
 
