@@ -98,8 +98,8 @@ def build_thin_strips(
     every = torch.arange(tiles + 1, device=device)
     tile_lines = torch.searchsorted(line_tile, every)
 
-    # Strips in groups of the same rows of the same tile. The kernel reads them two by two: those are
-    # of an even and an odd line where there are such, which lie in different halves of the banks.
+    # Strips in groups of the same rows of the same tile. The kernel reads them two by two: of an
+    # even and an odd line where there are such, for those lie in different halves of the banks.
     strip_tile = line_tile[strip_line]
     within = strip_line - tile_lines[strip_tile]
     key = strip_tile * BLOCK_STRIPS + strip % BLOCK_STRIPS

@@ -37,9 +37,9 @@ def check(seed):
             if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3):
                 wrong.append(("block_grad", block, tokens))
     # Patterns of one tile and of several, by strips and by lines; rows of whole vectors or not.
-    for (n, k), density in (((40, 33), 0.3), ((301, 40), 0.9), ((264, 700), 0.004)):
+    for (n, k), density in (((40, 33), 0.3), ((301, 40), 0.9), ((264, 500), 0.016)):
         pattern = SparsePattern.from_mask(torch.rand(n, k) < density)
-        for tokens in (67, 600):
+        for tokens in (67, 600) if n == 40 else (67,):
             dy, x = torch.randn(tokens, n).half(), torch.randn(tokens, k).half()
             ours = ops.sampled_grad(dy, x, pattern, backend="cuda-host")
             theirs = ops.sampled_grad(dy, x, pattern, backend="reference")
