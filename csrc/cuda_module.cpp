@@ -151,4 +151,46 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
                   {{"matrices", plan.sizes.matrices}, {"tiles", plan.sizes.tiles}});
         },
         released);
+    m.def(
+        "keep_columns",
+        [](Ptr x, int64_t stride, int64_t tokens, Ptr columns, int64_t width, int64_t block_tokens,
+           int64_t blocks, Ptr kept, int device, Ptr stream) {
+            const cuda::KeepColumns problem = {
+                at<void>(x), stride,       tokens, at<int32_t>(columns),
+                width,       block_tokens, blocks, at<void>(kept)};
+            check(cuda::keep_columns(problem, place(device, stream)), "keep_columns",
+                  {{"tokens", tokens}, {"columns", width}, {"tokens of a block", block_tokens}});
+        },
+        released);
+    m.def(
+        "sampled_grad",
+        [](Ptr dy, int64_t dy_stride, int64_t out_features, Ptr x, int64_t x_stride, int64_t tokens,
+           Ptr tile_block, Ptr tile_lines, Ptr tile_groups, Ptr tile_entries, int64_t tiles,
+           Ptr line, Ptr group_rows, Ptr strip_line, Ptr entry_at, Ptr slot, int64_t nnz, Ptr out,
+           bool accumulate, Ptr scratch, int64_t splits, int dtype, int device, Ptr stream) {
+            const cuda::SampledGrad problem = {at<void>(dy),
+                                               dy_stride,
+                                               out_features,
+                                               at<void>(x),
+                                               x_stride,
+                                               tokens,
+                                               at<int32_t>(tile_block),
+                                               at<int32_t>(tile_lines),
+                                               at<int32_t>(tile_groups),
+                                               at<int32_t>(tile_entries),
+                                               tiles,
+                                               at<int32_t>(line),
+                                               at<uint8_t>(group_rows),
+                                               at<int16_t>(strip_line),
+                                               at<int16_t>(entry_at),
+                                               at<int32_t>(slot),
+                                               nnz,
+                                               at<float>(out),
+                                               accumulate,
+                                               at<float>(scratch),
+                                               splits};
+            check(cuda::sampled_grad(problem, DType(dtype), place(device, stream)), "sampled_grad",
+                  {{"tokens", tokens}, {"out_features", out_features}, {"entries", nnz}});
+        },
+        released);
 }

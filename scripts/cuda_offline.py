@@ -43,6 +43,15 @@ WANTED = {
     # 16 bytes at a time from global memory; increments that a warp's lanes may share.
     r"collect<": (r"LDG\.E\.128",),
     r"count_digit<": (r"LDG\.E\.128", r"ATOMS\.POPC\.INC"),
+    # As the first, and a strip's tokens in one read.
+    r"multiply_strips<": (
+        r"LDGSTS\.[\w.]*128",
+        r"LDSM\.[\w.]*MT88\.4",
+        r"LDS\.[\w.]*128",
+        r"HMMA\.16816",
+    ),
+    # Columns are turned by the matrix load, and written 16 bytes at a time.
+    r"turn_columns": (r"LDSM\.[\w.]*MT88\.4", r"STG\.[\w.]*128"),
 }
 
 

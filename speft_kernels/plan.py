@@ -19,10 +19,12 @@ from .errors import PatternError
 from .parts import TILE, HotLines, Parts, build_parts, choose_hot_lines
 from .pattern import SparsePattern, lazy_tensor
 from .strips import STRIP_ROWS, Strips, build_strips
+from .thin_strips import STRIP_ROWS as THIN_ROWS
+from .thin_strips import ThinStrips, build_thin_strips
 from .tiles import QUARTERS, Tiles
 
-# What a backend reads of a plan: the GPU kernels strips, the others parts.
-Form = type[Parts] | type[Strips]
+# What a backend reads of a plan: Triton's kernels strips, CUDA's thin ones, the others parts.
+Form = type[Parts] | type[Strips] | type[ThinStrips]
 
 # A copy of more columns than this share of all saves too little memory to be worth its traffic: x
 # is kept itself.
@@ -198,8 +200,24 @@ class SparsityPlan:
             rows, cols, self.row_order, self.pattern.shape, self.costs, operand, self.tokens
         )
 
-    def compiled(self, form: Form, packed: bool) -> Parts | Strips:
+    @lazy_tensor
+    def packed_thin_strips(self) -> ThinStrips:
+        """What the CUDA kernels read in place of `packed`."""
+        return self._thin_strips(self.kept_columns)
+
+    @lazy_tensor
+    def whole_thin_strips(self) -> ThinStrips:
+        """What the CUDA kernels read in place of `whole`."""
+        return self._thin_strips(None)
+
+    def _thin_strips(self, operand: Tensor | None) -> ThinStrips:
+        rows, cols = (c.long() for c in self._coordinates)
+        return build_thin_strips(rows, cols, self.row_order, self.pattern.shape[1], operand)
+
+    def compiled(self, form: Form, packed: bool) -> Parts | Strips | ThinStrips:
         """The entries in the form that a backend reads, for packed or whole activations."""
+        if form is ThinStrips:
+            return self.packed_thin_strips if packed else self.whole_thin_strips
         if form is Strips:
             return self.packed_strips if packed else self.whole_strips
         return self.packed if packed else self.whole
@@ -219,13 +237,16 @@ class SparsityPlan:
 
     def shares(self, form: Form = Parts) -> dict[str, float]:
         """Return which share of the entries each part serves: columns, rows, tiles, gather, or, for
-        the form that GPU kernels read, strips, gather; for a block pattern all are in blocks.
+        the form that Triton's kernels read, strips, gather; CUDA's have strips alone; for a block
+        pattern all are in blocks.
         """
         total = max(self.pattern.nnz, 1)
         if self.pattern.is_block:
             return {"blocks": self.pattern.nnz / total}
         parts = self.compiled(form, self.kept_columns is not None)
-        if isinstance(parts, Strips):
+        if isinstance(parts, ThinStrips):
+            counts = {"strips": parts.slot.numel()}
+        elif isinstance(parts, Strips):
             counts = {"strips": parts.entry_at.numel(), "gather": parts.entry_row.numel()}
         else:
             counts = {
@@ -246,9 +267,14 @@ class SparsityPlan:
             return {"blocks": self.pattern.nnz * costs.tile * tokens}
         whole = self.kept_columns is None
         parts = self.compiled(form, not whole)
-        if isinstance(parts, Strips):
+        if isinstance(parts, ThinStrips):
+            computed = parts.strip_line.numel() * THIN_ROWS
+            seconds = {"strips": computed * costs.panel * tokens}
+            gathered, lines = 0, parts.columns.numel()
+        elif isinstance(parts, Strips):
             computed = parts.group_cols.numel() * STRIP_ROWS
             seconds = {"strips": computed * costs.panel * tokens}
+            gathered = parts.entry_row.numel()
             lines = parts.rows.numel() + parts.columns.numel()
         else:
             width = self.pattern.shape[1] if whole else self.kept_width
@@ -263,10 +289,11 @@ class SparsityPlan:
                 "rows": panel(parts.hot_rows, width),
                 "tiles": parts.tile_row.numel() * TILE * TILE * costs.tile * tokens,
             }
+            gathered = parts.entry_row.numel()
             lines = parts.rows.numel() + (parts.cols.numel() if whole else 0)
         return {
             **seconds,
-            "gather": parts.entry_row.numel() * costs.gather * tokens,
+            "gather": gathered * costs.gather * tokens,
             "pack": lines * costs.pack * tokens,
             "keep": 0.0 if whole else self.kept_width * costs.pack * tokens,
         }

@@ -25,6 +25,8 @@ STRIP_PARTS = ("columns", "gather", "mixed")
 
 def parts_of(backend: str | None) -> tuple[str, ...]:
     """The kinds of plans that are different for a backend."""
+    if backend in ("cuda", "cuda-host"):
+        return ()  # thin strips, whatever the costs
     return STRIP_PARTS if backend == "triton" else PARTS
 
 

@@ -36,6 +36,24 @@ def block_grad():
             if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3):
                 yield block, tokens
 
+def sampled_grad():
+    # Patterns of one tile and of several, by strips and by lines; rows of whole vectors or not.
+    for (n, k), density in (((40, 33), 0.3), ((301, 40), 0.9), ((264, 500), 0.016)):
+        pattern = SparsePattern.from_mask(torch.rand(n, k) < density)
+        for tokens in (67, 600) if n == 40 else (67,):
+            dy, x = torch.randn(tokens, n).half(), torch.randn(tokens, k).half()
+            ours = ops.sampled_grad(dy, x, pattern, backend="cuda-host")
+            theirs = ops.sampled_grad(dy, x, pattern, backend="reference")
+            if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3):
+                yield n, tokens
+
+def keep_columns():
+    x = torch.randn(77, 150).bfloat16()
+    columns = torch.arange(0, 150, 2, dtype=torch.int32)
+    kept = torch.ops.speft.keep_columns(x, columns, 80, "cuda-host")
+    if not torch.equal(kept[0, :, :77], x[:, ::2].T) or kept[0, :, 77:].any():
+        yield "turned"
+
 def write_delta():
     for dtype in (torch.float32, torch.bfloat16):
         mask = torch.rand(70, 90) < 0.3
@@ -105,18 +123,22 @@ def script(*operations, orders=4):
 
 def test_the_order_of_the_threads_changes_no_bit():
     module = _cuda_native.kernels("cuda-host")
-    pattern = SparsePattern.from_blocks((64, 96), (32, 32), torch.tensor([0, 3, 4]))
+    blocks = SparsePattern.from_blocks((64, 96), (32, 32), torch.tensor([0, 3, 4]))
+    entries = SparsePattern.from_mask(torch.rand(64, 96) < 0.05)
     dy, x = torch.randn(700, 64).bfloat16(), torch.randn(700, 96).bfloat16()
     scores = [torch.randn(90, 200), torch.randn(300, 70).round()]
     results = []
     try:
         for seed in range(5):
             module.set_seed(seed)
-            blocks = ops.block_grad(dy, x, pattern, backend="cuda-host")
+            sums = [
+                operation(dy, x, pattern, backend="cuda-host")
+                for operation, pattern in ((ops.block_grad, blocks), (ops.sampled_grad, entries))
+            ]
             chosen = ops.topk_salience(
                 [None] * 2, scores, 0.02, metric="raw", scope="global", backend="cuda-host"
             )
-            results.append((blocks, *chosen))
+            results.append((*sums, *chosen))
     finally:
         module.set_seed(0)
     for result in results[1:]:
@@ -180,17 +202,29 @@ FAULTS = (
     ),
     # The last of 32 entries is added twice.
     ("twice", "sparse_delta_matmul.cu", "next.begin + kWarp; at", "next.begin + kWarp - 1; at"),
+    # As above: where a stage is whole, and after the last one, whose place the sums take.
+    ("barrier", "sampled_grad.cu", "        sync_block();  // everyone's", "        // everyone's"),
+    ("end", "sampled_grad.cu", "    sync_block();  // the stages", "    // the stages"),
+    ("sums", "sampled_grad.cu", "    sync_block();\n    const int last", "    const int last"),
+    ("wait", "sampled_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
+    # The tokens of dy in another order than those of x.
+    ("order", "sampled_grad.cu", "place_of_token(token) * kPitch", "token * kPitch"),
+    # The last group of each warp is left out, and the first one reads its strips' neighbours.
+    ("group", "sampled_grad.cu", "if (j >= own) break;", "if (j + 1 >= own) break;"),
+    ("off by one", "sampled_grad.cu", "+ lane / 4];", "+ (lane + 4) / 4];"),
+    ("barrier", "keep_columns.cu", "    sync_block();\n", ""),
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=[fault[0] for fault in FAULTS])
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{file}: {name}" for name, file, *_ in FAULTS])
 def test_a_planted_fault_shows(sound, tmp_path, fault):
     operation = fault[1].removesuffix(".cu")
     done = run_with(build_with_fault(tmp_path / "planted", sound, *fault[1:]), script(operation))
-    # 1 where the script finds it; some lead to addresses that the system refuses.
+    # 1 where the script finds it, or lanes of a warp part over what they read; some lead to
+    # addresses that the system refuses.
     assert done.returncode != 0, done.stderr
-    assert done.returncode < 0 or operation in done.stdout
+    assert done.returncode < 0 or operation in done.stdout + done.stderr
 
 
 SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")

@@ -20,6 +20,7 @@
 //   atomic_add, atomic_min(pointer, value)      on shared and global memory; the former value
 //   read_only(pointer)          what no one writes while the kernel runs: 2, 4 or 16 bytes
 //   fence()                     between what this thread writes before and after it, for the device
+//   load_shared16(words, shared), store16(global, words)  16 bytes at once
 //   cp_async16(shared, global, valid), cp_async_commit(), cp_async_wait<N>()
 //                               16 bytes to shared memory (zeros where not valid) in groups; waits
 //                               until all but the latest N groups of this thread have arrived
@@ -63,6 +64,14 @@ SPEFT_DEVICE int lane_id() {
 
 SPEFT_DEVICE int warp_id() {
     return int(threadIdx.x) / kWarp;
+}
+
+// Where a token of a stretch stands in shared memory, for stretches of 32. A lane that reads 16
+// bytes of a line over the tokens has tokens 8 t to 8 t + 7, with t = lane % 4; matrices that
+// ldmatrix turns, and operands of a product, want of it tokens 2 t and 2 t + 1 of one set of eight
+// rows after the other. In this order each set is eight neighbouring rows.
+SPEFT_DEVICE int place_of_token(int token) {
+    return token / 32 * 32 + token / 2 % 4 * 8 + token / 8 % 4 * 2 + token % 2;
 }
 
 // Calls f with a null pointer of the element type, and returns what it returns.

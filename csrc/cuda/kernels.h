@@ -109,5 +109,51 @@ struct TopkCall {
 };
 int topk_salience(const TopkSizes& sizes, const TopkCall& call, DType dtype, Place place);
 
+// kept[b, c, t] = x[b * block_tokens + t, columns[c]], zero where there is no such token; 16-bit
+// elements, block_tokens a multiple of 8, kept aligned to 16 bytes.
+struct KeepColumns {
+    const void* x;
+    int64_t stride;
+    int64_t tokens;
+    const int32_t* columns;
+    int64_t width;
+    int64_t block_tokens;
+    int64_t blocks;
+    void* kept;
+};
+int keep_columns(const KeepColumns& problem, Place place);
+
+// out[slot[e]] (+)= sum over tokens of dy[m, row(e)] * x[line(e), m], the entries as tiles of thin
+// strips, which speft_kernels/thin_strips.py describes. The tokens are summed in `splits` parts,
+// which stand in scratch [splits, nnz] until they are added in order; null for one part.
+constexpr int kStripRows = 32;
+constexpr int kBlockStrips = 8;
+constexpr int kTileLines = 512;
+constexpr int kTileGroups = 128;
+struct SampledGrad {
+    const void* dy;
+    int64_t dy_stride;
+    int64_t out_features;
+    const void* x;  // lines over the tokens, aligned to 16 bytes, zero up to a multiple of 8 tokens
+    int64_t x_stride;
+    int64_t tokens;
+    const int32_t* tile_block;  // [tiles]
+    const int32_t* tile_lines;  // [tiles + 1], as the next two
+    const int32_t* tile_groups;
+    const int32_t* tile_entries;
+    int64_t tiles;
+    const int32_t* line;
+    const uint8_t* group_rows;
+    const int16_t* strip_line;  // [groups, 8]
+    const int16_t* at;          // [nnz]
+    const int32_t* slot;        // [nnz]
+    int64_t nnz;
+    float* out;
+    bool accumulate;
+    float* scratch;
+    int64_t splits;
+};
+int sampled_grad(const SampledGrad& problem, DType dtype, Place place);
+
 }  // namespace cuda
 }  // namespace speft

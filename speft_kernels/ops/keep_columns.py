@@ -9,11 +9,13 @@ the columns of one block stay in a cache.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _native, _triton
+from .. import _cuda_native, _native, _triton
 from ..plan import SparsityPlan
 from . import _checks, registry
 from ._library import is_plain, operation
@@ -90,6 +92,21 @@ def _cpu(x: Tensor, columns: Tensor, kept: Tensor) -> None:
 def _in_triton(x: Tensor, columns: Tensor, kept: Tensor) -> None:
     x = _native.rows_contiguous(x)
     _triton.kernels("keep_columns").keep_columns(x, columns, kept)
+
+
+def in_cuda(backend: str, x: Tensor, columns: Tensor, kept: Tensor) -> None:
+    """As the registered implementations are called; also by `sampled_grad`, which packs what comes
+    whole.
+    """
+    x = _native.rows_contiguous(x)
+    _cuda_native.kernels(backend).keep_columns(
+        *(x.data_ptr(), x.stride(0), x.shape[0], columns.data_ptr(), columns.numel()),
+        *(kept.shape[2], kept.shape[0], kept.data_ptr(), *_cuda_native.place(x)),
+    )
+
+
+for _backend in _cuda_native.MODULES:
+    registry.implement("keep_columns", _backend, _cuda_native.DTYPES)(partial(in_cuda, _backend))
 
 
 def _allocate(x: Tensor, columns: Tensor, width: int) -> Tensor:

@@ -10,19 +10,22 @@ what a panel or the torch backend makes dense is a bounded piece.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .. import _native, _triton
+from .. import _cuda_native, _native, _triton
 from ..compact import PANEL_ROWS, CompactIndices
 from ..parts import TILE, Parts, gathered
 from ..pattern import SparsePattern
-from ..plan import BLOCK_TOKENS, SparsityPlan, plan_of
+from ..plan import BLOCK_TOKENS, TOKEN_STEP, SparsityPlan, plan_of
 from ..strips import Strips, gathered_strips
+from ..thin_strips import ThinStrips
 from ..tiles import Tiles
 from . import _checks, registry
 from ._library import is_plain, operation
+from .keep_columns import in_cuda as keep_columns_in_cuda
 from .keep_columns import unpack
 from .panels import add_panels
 
@@ -122,6 +125,9 @@ def gradient_of_entries(dy: Tensor, x: Tensor, csr: list[Tensor], backend: str |
     """
     serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
     compact = CompactIndices(*csr)
+    if serve.form is ThinStrips:  # a plan's alone: making them asks the device how many there are
+        backend = "torch"
+        serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
     parts = gathered_strips(compact) if serve.form is Strips else gathered(compact)
     nnz, width = parts.entry_row.shape[0], BLOCK_TOKENS
     return torch.ops.speft.sampled_grad(dy, x, parts.tensors(), nnz, width, backend)
@@ -234,6 +240,57 @@ def _in_triton(
     if x.dim() == 2:
         x = _native.rows_contiguous(x)
     _triton.kernels("sampled_grad").sampled_grad(dy, x, strips, out, accumulate)
+
+
+# Tokens that the kernel takes at a time (csrc/cuda/sampled_grad.cu).
+_STRETCH = 32
+# Sums of all splits together, at most: 8 MB.
+_SCRATCH = 1 << 21
+
+
+def _in_cuda(
+    backend: str,
+    dy: Tensor,
+    x: Tensor,
+    strips: ThinStrips,
+    width: int,
+    out: Tensor,
+    accumulate: bool,
+) -> None:
+    dy, nnz, tiles = _native.rows_contiguous(dy), out.numel(), strips.tile_block.numel()
+    if x.dim() == 2:
+        tokens = -(-x.shape[0] // TOKEN_STEP) * TOKEN_STEP
+        packed = x.new_empty(1, strips.columns.numel(), tokens)
+        keep_columns_in_cuda(backend, x, strips.columns, packed)
+        x = packed
+    lines = _lines(x)
+    parts = _cuda_native.splits(tiles, dy.shape[0], _STRETCH, dy.device)
+    parts = min(parts, max(1, _SCRATCH // max(1, nnz)))
+    scratch = out.new_empty(parts, nnz) if parts > 1 else None
+    _cuda_native.kernels(backend).sampled_grad(
+        *(dy.data_ptr(), dy.stride(0), dy.shape[1], lines.data_ptr(), lines.stride(0)),
+        *(dy.shape[0], strips.tile_block.data_ptr(), strips.tile_lines.data_ptr()),
+        *(strips.tile_groups.data_ptr(), strips.tile_entries.data_ptr(), tiles),
+        *(strips.line.data_ptr(), strips.group_rows.data_ptr(), strips.strip_line.data_ptr()),
+        *(strips.at.data_ptr(), strips.slot.data_ptr(), nnz),
+        *(out.data_ptr(), accumulate, 0 if scratch is None else scratch.data_ptr(), parts),
+        *(_native.dtype_code(dy), *_cuda_native.place(dy)),
+    )
+
+
+def _lines(packed: Tensor) -> Tensor:
+    """`[B, C, T]` as lines over all tokens, read 16 bytes at a time; a plan made for a GPU has them
+    in one block.
+    """
+    lines = packed[0] if packed.shape[0] == 1 else packed.transpose(0, 1).flatten(1)
+    whole = lines.is_contiguous() and lines.data_ptr() % 16 == 0
+    return lines if whole else lines.clone(memory_format=torch.contiguous_format)
+
+
+for _backend in _cuda_native.MODULES:
+    registry.implement("sampled_grad", _backend, _cuda_native.DTYPES, form=ThinStrips)(
+        partial(_in_cuda, _backend)
+    )
 
 
 @operation("speft::sampled_grad_", mutates=["out"])

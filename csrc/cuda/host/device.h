@@ -132,6 +132,14 @@ T atomic_min(T* at, T value) {
     return former;
 }
 
+inline void load_shared16(uint32_t (&words)[4], const void* shared) {
+    std::memcpy(words, shared, 16);
+}
+
+inline void store16(void* global, const uint32_t (&words)[4]) {
+    std::memcpy(global, words, 16);
+}
+
 inline void cp_async16(void* shared, const void* global, bool valid) {
     host::copy_later(shared, global, valid);
 }

@@ -1,0 +1,133 @@
+"""Thin strips: every entry is in exactly one tile, and no tile is more than the kernel takes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels import KINDS, make_pattern
+from plans import mixed_pattern
+
+from speft_kernels import SparsePattern, SparsityPlan
+from speft_kernels.costs import DEFAULTS
+from speft_kernels.testing import realistic_pattern, uniform_pattern
+from speft_kernels.thin_strips import (
+    BLOCK_ROWS,
+    BLOCK_STRIPS,
+    GROUP,
+    STRIP_ROWS,
+    TILE_GROUPS,
+    TILE_LINES,
+    ThinStrips,
+)
+
+
+def assert_each_entry_once(plan):
+    pattern = plan.pattern
+    for packed in (False, True):
+        strips = plan.compiled(ThinStrips, packed and plan.kept_columns is not None)
+        width = plan.kept_width if packed else pattern.shape[1]
+        ((row, position, slot),) = strips.each_entry(pattern.shape[0], width)
+        if packed and plan.kept_columns is not None:
+            position = plan.kept_columns.long()[position]
+        order = torch.argsort(slot)
+        assert torch.equal(slot[order], torch.arange(pattern.nnz))
+        flat = (row * pattern.shape[1] + position)[order]
+        assert torch.equal(flat, pattern.entry_indices.long())
+        assert_tiles_hold_together(strips)
+
+
+def assert_tiles_hold_together(strips):
+    tiles = strips.tile_block.numel()
+    for starts, total in (
+        (strips.tile_lines, strips.line.numel()),
+        (strips.tile_groups, strips.group_rows.numel()),
+        (strips.tile_entries, strips.slot.numel()),
+    ):
+        assert starts.numel() == tiles + 1
+        assert (starts[0], starts[-1]) == (0, total)
+        assert (starts.diff() > 0).all()
+    if not tiles:
+        return
+    assert int(strips.tile_lines.diff().max()) <= TILE_LINES
+    assert int(strips.tile_groups.diff().max()) <= TILE_GROUPS
+    assert min(int(strips.at.min()), int(strips.strip_line.min())) >= 0
+    assert int(strips.group_rows.max()) < BLOCK_STRIPS
+    for tile in range(tiles):
+        groups = slice(*strips.tile_groups[tile : tile + 2].tolist())
+        lines = int(strips.tile_lines[tile + 1] - strips.tile_lines[tile])
+        assert int(strips.strip_line[groups].max()) < lines
+        # Groups of the same rows are neighbours: what a warp has of dy serves the next one.
+        assert (strips.group_rows[groups].int().diff() >= 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_entry_is_in_one_tile(kind):
+    for shape in ((5, 7), (96, 130), (300, 200), (BLOCK_ROWS, 1)):
+        assert_each_entry_once(SparsityPlan.build(make_pattern(kind, *shape)))
+    assert_each_entry_once(SparsityPlan.build(mixed_pattern(96, 130)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_pattern(data):
+    n, k = data.draw(st.integers(1, 600)), data.draw(st.integers(1, 900))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    mask = torch.rand(n, k, generator=generator) < data.draw(st.floats(0, 0.3))
+    if data.draw(st.booleans()):
+        mask[:, data.draw(st.integers(0, k - 1))] = True
+    keep = None
+    if data.draw(st.booleans()):
+        kept = torch.rand(k, generator=generator) < 0.4
+        kept |= mask.any(0)
+        keep = kept.nonzero().flatten().int()
+        keep = keep[torch.randperm(keep.numel(), generator=generator)]
+    assert_each_entry_once(SparsityPlan.build(SparsePattern.from_mask(mask), keep=keep))
+
+
+def test_a_tile_ends_where_its_lines_or_its_strips_do():
+    mask = torch.zeros(BLOCK_ROWS, 2 * TILE_LINES, dtype=torch.bool)
+    mask[0] = True  # a strip a line: the lines end first
+    strips = SparsityPlan.build(SparsePattern.from_mask(mask)).whole_thin_strips
+    assert strips.tile_lines.tolist() == [0, TILE_LINES, 2 * TILE_LINES]
+    mask[::STRIP_ROWS] = True  # all strips of each
+    strips = SparsityPlan.build(SparsePattern.from_mask(mask)).whole_thin_strips
+    assert strips.tile_lines.diff().max() * BLOCK_STRIPS <= TILE_GROUPS * GROUP
+    assert strips.tile_lines.diff().min() > 100  # of the 120 that surely fit
+
+
+@pytest.mark.parametrize("make", [realistic_pattern, uniform_pattern])
+def test_strips_that_are_read_at_once_lie_in_different_banks(make):
+    """Of an even and an odd line; which leaves what one kind has more than the other."""
+    strips = SparsityPlan.build(make((1024, 4096), 0.005)).whole_thin_strips
+    pairs = strips.strip_line.reshape(-1, 2) % 2
+    assert (pairs[:, 0] == pairs[:, 1]).float().mean() < 0.2
+
+
+@pytest.mark.parametrize("density", [0.001, 0.005, 0.05])
+def test_index_memory_is_stated(density):
+    """In docs/design.md: 6 bytes an entry, 4 a line of a tile, 2.1 a strip, of which groups are
+    filled up.
+    """
+    for make in (realistic_pattern, uniform_pattern):
+        strips = SparsityPlan.build(make((1024, 4096), density)).packed_thin_strips
+        found = sum(t.numel() * t.element_size() for t in strips.tensors())
+        tiles, groups = strips.tile_block.numel(), strips.group_rows.numel()
+        packed = 4 * strips.columns.numel()
+        wanted = 6 * strips.slot.numel() + 4 * strips.line.numel() + 17 * groups
+        assert found == wanted + packed + 4 * (tiles + 3 * (tiles + 1))
+
+
+def test_a_plan_hands_them_out_and_sums_them_up():
+    costs = DEFAULTS["cuda"]
+    plan = SparsityPlan.build(realistic_pattern((1024, 1024), 0.005), costs=costs)
+    assert plan.compiled(ThinStrips, True) is plan.packed_thin_strips
+    assert plan.compiled(ThinStrips, False) is plan.whole_thin_strips
+    again = ThinStrips(*plan.packed_thin_strips.tensors())
+    assert all(
+        a is b for a, b in zip(again.tensors(), plan.packed_thin_strips.tensors(), strict=True)
+    )
+    assert plan.shares(ThinStrips) == {"strips": 1.0}
+    seconds = plan.predicted_seconds(1000, ThinStrips)
+    strips = plan.packed_thin_strips.strip_line.numel()
+    assert seconds["strips"] == pytest.approx(strips * STRIP_ROWS * costs.panel * 1000)
+    assert "strips     100.0% of the entries" in plan.summary(1000, ThinStrips)
