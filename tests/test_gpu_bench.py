@@ -16,7 +16,16 @@ import pytest
 import torch
 
 from speft_kernels import ops
-from speft_kernels.bench.gpu import cases, check, install, journal, record, run
+from speft_kernels.bench.gpu import (
+    cases,
+    check,
+    install,
+    journal,
+    record,
+    run,
+    sanitize,
+    small,
+)
 from speft_kernels.bench.gpu.bounds import summation_bound
 from speft_kernels.bench.gpu.device import Device
 from speft_kernels.bench.gpu.journal import Journal
@@ -323,8 +332,70 @@ def test_a_record_of_every_case_is_small_enough_to_commit(tmp_path):
     assert "663,857" in table  # 8192 tokens in 12.34 ms
     assert "failed: `a::b[c]`" in table
     assert "MISSED" in record.summary(found)
+    # Of each case the faster of our backends, here alike.
+    assert "| operation | case | by torch | dense dW | torch | triton | fastest |" in table
     assert record.build(tmp_path, "A100", lambda stage: "abc")["status"] == record.NOT_YET
     assert record.build(tmp_path, "H200", lambda stage: "abd")["cases"] == []
+
+
+# compute-sanitizer
+
+
+def test_the_sanitizers_operations_are_the_small_ones():
+    assert set(sanitize.OPERATIONS) == set(small.OPERATIONS) == {*ops.registry.OPS, "keep_columns"}
+
+
+def test_each_tool_watches_each_operation_once(tmp_path, monkeypatch):
+    outcomes = {"memcheck": ("passed", ""), "racecheck": ("failed", "a hazard")}
+    watched = []
+
+    def watch(tool, operation, device, seconds):
+        watched.append((tool, operation))
+        return outcomes.get(tool, ("out of time", ""))
+
+    monkeypatch.setattr(sanitize, "watch", watch)
+    command = [str(tmp_path), "--key", "H200"]
+    assert sanitize.main(command) == sanitize.OUT_OF_TIME
+    known = len(watched)
+    assert known == 2 * len(sanitize.OPERATIONS) + 1
+    outcomes["synccheck"] = ("unavailable", "Device not supported")
+    assert sanitize.main(command) == 1  # what was found before counts
+    assert len(watched) == known + len(sanitize.OPERATIONS)
+    found = record.build(tmp_path, "H200", lambda stage: journal.fingerprint("sanitize"))
+    count = len(sanitize.OPERATIONS)
+    assert found["sanitizer"]["memcheck"] == {"passed": count}
+    assert found["sanitizer"]["racecheck"]["messages"]["block_grad"] == "a hazard"
+    table = record.table(found)
+    assert f"compute-sanitizer memcheck: {count} passed." in table
+    assert f"compute-sanitizer synccheck: {count} unavailable." in table
+    assert "- block_grad: a hazard" in table
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        ("echo fine", ("passed", "")),
+        ("echo ERROR SUMMARY: 1 error; exit 86", ("failed", "ERROR SUMMARY: 1 error")),
+        ("echo wrong: block_grad; exit 1", ("failed", "wrong: block_grad")),
+        ("echo Device not supported; exit 1", ("unavailable", "Device not supported")),
+        ("sleep 20", ("out of time", "")),
+    ],
+)
+def test_how_a_watched_process_ended(tmp_path, monkeypatch, script, outcome):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\nset -e\necho "$@" > {tmp_path}/called\n{script}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert sanitize.watch("racecheck", "block_grad", "cuda", 2.0) == outcome
+    called = (tmp_path / "called").read_text()
+    assert called.startswith("--tool racecheck --error-exitcode 86 --kernel-name kns=speft")
+    assert called.endswith("-m speft_kernels.bench.gpu.small block_grad\n")
+
+
+def test_without_the_tool_nothing_is_watched_and_the_record_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    outcome, message = sanitize.watch("memcheck", "write_delta", "cuda", 9.0)
+    assert (outcome, message) == ("unavailable", "compute-sanitizer is not on PATH")
 
 
 # The command
@@ -346,7 +417,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(probed, tmp_path, capsys):
 def test_stages_are_listed_and_unknown_ones_refused(probed, capsys):
     assert check.main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["build", "test", "kernels", "step"]
+    assert listed == ["build", "test", "kernels", "step", "sanitize"]
     for words, message in (
         (["kernel"], "unknown stage 'kernel'. Did you mean 'kernels'?"),
         (["out", "stepp"], "unknown stage 'stepp'"),

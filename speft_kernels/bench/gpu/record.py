@@ -16,7 +16,7 @@ from ...files import replaced
 from .journal import NAME, fingerprint, read
 
 JSON, TABLE = "gpu.json", "gpu.md"
-STAGES = ("build", "test", "kernels", "step")
+STAGES = ("build", "test", "kernels", "step", "sanitize")
 NOT_YET = "not yet run on a GPU"
 DRY = "a dry run on a CPU: no figure means anything"
 
@@ -63,6 +63,7 @@ def build(out: Path, device: str, sources: Callable[[str], str] = fingerprint) -
         "stages": {stage: stages[stage] for stage in STAGES if stage in stages},
         **facts,
         "tests": _tests(entries),
+        "sanitizer": _sanitizer(entries),
         "columns": list(COLUMNS),
         "cases": [_case(entry) for entry in _last_of_each(entries)],
     }
@@ -108,6 +109,18 @@ def _tests(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _sanitizer(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each tool how many operations it passed, and what it said of the others."""
+    last = {(e["tool"], e["operation"]): e for e in entries if e["kind"] == "sanitizer"}
+    found: dict[str, Any] = {}
+    for (tool, operation), entry in last.items():
+        of_tool = found.setdefault(tool, {})
+        of_tool[entry["outcome"]] = of_tool.get(entry["outcome"], 0) + 1
+        if entry["outcome"] != "passed":
+            of_tool.setdefault("messages", {})[operation] = entry["message"]
+    return found
+
+
 def goals(record: Mapping[str, Any]) -> list[tuple[str, str, str, float, float]]:
     """Operation, case, "ours / peer", ratio, and the largest wanted, of each goal in the record."""
     return [
@@ -145,7 +158,7 @@ def table(record: Mapping[str, Any]) -> str:
             "backend counts as verified, and no figure for a GPU is a measured one.\n"
         )
         return "\n".join(parts)
-    parts += [_machine(record), _stages(record), _goals(record), _steps(record)]
+    parts += [_machine(record), _stages(record), _goals(record), _steps(record), _ours(record)]
     operations = dict.fromkeys(case["operation"] for case in record["cases"])
     parts += [_operation(record, operation) for operation in operations if operation != "step"]
     parts.append(_not_measured(record))
@@ -178,6 +191,10 @@ def _stages(record: Mapping[str, Any]) -> str:
             errors = [(what, f"{ratio:.3g}") for what, ratio in sorted(worst.items())]
             head = ("operation, backend, dtype", "largest error / (2 x torch's + one rounding)")
             parts += ["", _markdown(head, errors)]
+    for tool, outcomes in record.get("sanitizer", {}).items():
+        counts = (f"{n} {outcome}" for outcome, n in outcomes.items() if outcome != "messages")
+        parts.append(f"compute-sanitizer {tool}: {', '.join(counts)}.\n")
+        parts += [f"- {name}: {why}" for name, why in outcomes.get("messages", {}).items()]
     return "\n".join(parts) + "\n"
 
 
@@ -216,6 +233,33 @@ def _steps(record: Mapping[str, Any]) -> str:
         return ""
     head = ("step", "side", "ms", "tokens/s", "peak GB", "trained", "of light")
     return f"## Training steps\n\n{_markdown(head, rows)}"
+
+
+def _ours(record: Mapping[str, Any]) -> str:
+    """Of each case the time of each of our backends: which of them is to serve it."""
+    found: list[tuple[str, str, dict[str, float]]] = []
+    for case in record["cases"]:
+        times: dict[str, float] = {}
+        for name, values in case.get("sides", {}).items():
+            side = dict(zip(COLUMNS, values, strict=True))
+            backend = name.removeprefix("SPEFT ").split(",")[0]
+            if side["ours"]:
+                times[backend] = min(side["ms"], times.get(backend, side["ms"]))
+        if len(times) > 1:
+            found.append((case["operation"], case["case"], times))
+    names = sorted({name for *_, times in found for name in times})
+    rows = [
+        (
+            *(operation, case),
+            *(f"{times[name]:.4g}" if name in times else "" for name in names),
+            min(times, key=lambda name: times[name]),
+        )
+        for operation, case, times in found
+    ]
+    if not rows:
+        return ""
+    head = _markdown(("operation", "case", *names, "fastest"), rows)
+    return f"## Our backends, ms\n\n{head}"
 
 
 def _operation(record: Mapping[str, Any], operation: str) -> str:

@@ -1,0 +1,92 @@
+"""The CUDA kernels under compute-sanitizer: `python -m speft_kernels.bench.gpu.sanitize`.
+
+Each tool watches each operation on small tensors (small.py), in a process of its own. A tool that
+is not there, or that refuses this machine, is put down as unavailable: that is no fault of ours.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .journal import NAME, Journal, fingerprint
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+OPERATIONS = (
+    *("sparse_delta_matmul", "sampled_grad", "keep_columns"),
+    *("block_grad", "topk_salience", "write_delta"),
+)
+OUT_OF_TIME = 3
+_FOUND = 86  # what the tool is told to end with where it finds something
+_REFUSED = ("Device not supported", "not supported on", "Failed to initialize", "Unable to")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m speft_kernels.bench.gpu.sanitize")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="time for the stage")
+    parser.add_argument("--key", default="cpu", help="name of the device in the journal")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.seconds
+    journal = Journal(options.out / NAME, "sanitize", fingerprint("sanitize"), options.key)
+    known = {(e["tool"], e["operation"]) for e in journal.entries("sanitizer")}
+    failed = any(e["outcome"] == "failed" for e in journal.entries("sanitizer"))
+    for tool in TOOLS:
+        for operation in OPERATIONS:
+            if (tool, operation) in known:
+                continue
+            left = deadline - time.monotonic()
+            if left < 10:
+                return OUT_OF_TIME
+            outcome, message = watch(tool, operation, options.device, left)
+            if outcome == "out of time":
+                return OUT_OF_TIME
+            journal.add(
+                "sanitizer", tool=tool, operation=operation, outcome=outcome, message=message
+            )
+            print(f"{tool:10} {operation:20} {outcome} {message.splitlines()[-1:]}", flush=True)
+            failed |= outcome == "failed"
+    return 1 if failed else 0
+
+
+def command(tool: str, operation: str, device: str) -> list[str] | None:
+    """What runs an operation under a tool; on a CPU without one; None where there is no tool."""
+    small = [sys.executable, "-m", "speft_kernels.bench.gpu.small", operation]
+    if device == "cpu":
+        return [*small, "--device", "cpu", "--backend", "cuda-host"]
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        return None
+    # Of the kernels in the process only ours: torch's are not ours to judge.
+    watched = ["--tool", tool, "--error-exitcode", str(_FOUND), "--kernel-name", "kns=speft"]
+    return [sanitizer, *watched, *small]
+
+
+def watch(tool: str, operation: str, device: str, seconds: float) -> tuple[str, str]:
+    """Return "passed", "failed", "unavailable" or "out of time", and the end of the output."""
+    found = command(tool, operation, device)
+    if found is None:
+        return "unavailable", "compute-sanitizer is not on PATH"
+    try:
+        done = subprocess.run(
+            found, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return "out of time", ""
+    tail = done.stdout.strip()[-800:]
+    if done.returncode == 0:
+        return "passed", ""
+    if done.returncode != _FOUND and any(words in done.stdout for words in _REFUSED):
+        return "unavailable", tail
+    return "failed", tail
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Each CUDA kernel on small tensors, against the reference.
+
+What runs under compute-sanitizer on a GPU, and in many orders of the threads on a CPU (backend
+"cuda-host"). The tensors end where they end, so that what reads beyond them is seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...pattern import SparsePattern
+from ...quantized import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the kernels run."""
+
+    device: str
+    backend: str
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape).to(self.device, dtype)
+
+    def pattern(self, rows: int, columns: int, density: float) -> SparsePattern:
+        return SparsePattern.from_mask(torch.rand(rows, columns) < density).to(self.device)
+
+
+def block_grad(at: Place) -> Iterator[object]:
+    for block, shape in (((16, 16), (48, 64)), ((1, 64), (5, 128)), ((40, 24), (80, 48))):
+        count = (shape[0] // block[0]) * (shape[1] // block[1])
+        pattern = SparsePattern.from_blocks(shape, block, torch.arange(0, count, 2)).to(at.device)
+        for tokens in (67, 300, 1100):
+            dy, x = at.normal(tokens, shape[0]), at.normal(tokens, shape[1])
+            ours, exact = (
+                ops.block_grad(dy, x, pattern, backend=name) for name in (at.backend, "reference")
+            )
+            if not torch.allclose(ours, exact, rtol=1e-4, atol=1e-3):
+                yield block, tokens
+
+
+def sampled_grad(at: Place) -> Iterator[object]:
+    # Patterns of one tile and of several, by strips and by lines; rows of whole vectors or not.
+    for (rows, columns), density in (((40, 33), 0.3), ((301, 40), 0.9), ((264, 500), 0.016)):
+        pattern = at.pattern(rows, columns, density)
+        for tokens in (67, 600) if rows == 40 else (67,):
+            dy = at.normal(tokens, rows, dtype=torch.float16)
+            x = at.normal(tokens, columns, dtype=torch.float16)
+            ours, exact = (
+                ops.sampled_grad(dy, x, pattern, backend=name) for name in (at.backend, "reference")
+            )
+            if not torch.allclose(ours, exact, rtol=1e-4, atol=1e-3):
+                yield rows, tokens
+
+
+def keep_columns(at: Place) -> Iterator[object]:
+    x = at.normal(77, 150)
+    columns = torch.arange(0, 150, 2, dtype=torch.int32, device=at.device)
+    kept = torch.ops.speft.keep_columns(x, columns, 80, at.backend)
+    if not torch.equal(kept[0, :, :77], x[:, ::2].t()) or bool(kept[0, :, 77:].any()):
+        yield "turned"
+
+
+def sparse_delta_matmul(at: Place) -> Iterator[object]:
+    # Many tokens and few; W in 16, 8 and 4 bits, and none.
+    for tokens, columns, bits in (
+        *((130, 136, 16), (40, 128, 8), (40, 128, 4), (40, 128, 0)),
+        *((19, 136, 16), (19, 128, 8), (19, 128, 4), (19, 128, 0)),
+    ):
+        pattern = at.pattern(72, columns, 0.08)
+        values = at.normal(pattern.nnz, dtype=torch.float32)
+        weight = at.normal(72, columns)
+        base = QuantizedWeight.quantize(weight, bits, 32) if bits in (8, 4) else weight
+        x, dy = at.normal(tokens, columns), at.normal(tokens, 72)
+        for operand, twin in ((x, False), (dy, True)):
+            ours, exact = (
+                _product(operand, base if bits else None, values, pattern, twin, name).float()
+                for name in (at.backend, "reference")
+            )
+            # W + D is rounded before the product in the one and after it in the other: two
+            # roundings of 2^-9 of some 128 products of which the largest sums reach 40.
+            if not torch.allclose(ours, exact, rtol=2e-2, atol=0.3):
+                yield tokens, bits, twin
+
+
+def _product(
+    operand: Tensor,
+    base: Tensor | QuantizedWeight | None,
+    values: Tensor,
+    pattern: SparsePattern,
+    twin: bool,
+    backend: str,
+) -> Tensor:
+    if base is None:
+        alone = ops.delta_matmul_grad_input if twin else ops.delta_matmul
+        return alone(operand, values, pattern, backend=backend)
+    product = ops.sparse_delta_matmul_grad_input if twin else ops.sparse_delta_matmul
+    return product(operand, base, values, pattern, backend=backend)
+
+
+def topk_salience(at: Place) -> Iterator[object]:
+    # Several tiles, one of them whole; equal scores beyond what is set aside; an odd address.
+    apart = [at.normal(*shape) for shape in ((43, 401), (5, 9), (1, 2500))]
+    odd = at.normal(16402)[1:].view(77, 213)
+    one = torch.ones(60, 100, device=at.device, dtype=torch.bfloat16)
+    for weights, grads, k, scope in (
+        (apart, [a.flip(0) for a in apart], 0.01, "layer"),
+        (apart, [a.flip(1) for a in apart], 700, "global"),
+        ([odd, one], [odd, one], 300, "layer"),
+    ):
+        ours, exact = (
+            ops.topk_salience(weights, grads, k, metric="snip", scope=scope, backend=name)
+            for name in (at.backend, "reference")
+        )
+        if not all(map(torch.equal, ours, exact)):
+            yield k, scope
+
+
+def write_delta(at: Place) -> Iterator[object]:
+    for dtype in (torch.float32, torch.bfloat16):
+        pattern = at.pattern(70, 90, 0.3)
+        weight, values = at.normal(70, 90, dtype=dtype), at.normal(pattern.nnz, dtype=torch.float32)
+        places = pattern.entry_indices.long()
+        base = weight.view(-1)[places].clone()
+        ops.write_delta(weight, pattern, base, values, backend=at.backend)
+        if not torch.equal(weight.view(-1)[places], (base.float() + values).to(dtype)):
+            yield dtype
+
+
+OPERATIONS: dict[str, Callable[[Place], Iterator[object]]] = {
+    function.__name__: function
+    for function in (
+        *(sparse_delta_matmul, sampled_grad, keep_columns),
+        *(block_grad, topk_salience, write_delta),
+    )
+}
+
+
+def wrong(names: Sequence[str], at: Place) -> list[tuple[str, object]]:
+    """Run some operations; return the cases whose result is not the reference's."""
+    torch.manual_seed(0)
+    return [(name, case) for name in names for case in OPERATIONS[name](at)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m speft_kernels.bench.gpu.small")
+    parser.add_argument("operations", nargs="+", choices=OPERATIONS)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="cuda")
+    options = parser.parse_args()
+    found = wrong(options.operations, Place(options.device, options.backend))
+    for name, case in found:
+        print(f"wrong: {name} {case}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
