@@ -222,6 +222,10 @@ void Block::run(Index3 block) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, &Block::enter, 0);
     }
+    // Half of the blocks run in rounds, each ready fiber once, so that threads stay close together;
+    // in the others one warp runs as far as it gets before another one does.
+    const bool warp_by_warp = random_() % 2 == 1;
+    int ahead = -1;  // that warp
     std::vector<int> ready;
     while (alive() > 0) {
         if (at_barrier_ > 0 && at_barrier_ == alive()) release_barrier();
@@ -237,8 +241,12 @@ void Block::run(Index3 block) {
             fail("threads wait for others that do not come, in lines" + lines);
         }
         if (!error_.empty()) throw std::runtime_error(error_);
-        // In rounds: each ready fiber once, in an order of its own.
         std::shuffle(ready.begin(), ready.end(), random_);
+        if (warp_by_warp) {
+            const auto is_ahead = [&](int fiber) { return fiber / kLanes == ahead; };
+            if (std::none_of(ready.begin(), ready.end(), is_ahead)) ahead = ready[0] / kLanes;
+            ready.erase(std::stable_partition(ready.begin(), ready.end(), is_ahead), ready.end());
+        }
         for (int next : ready)
             if (fibers_[size_t(next)].state == State::kReady) switch_to(next);
     }

@@ -1,7 +1,7 @@
 // A block of GPU threads on one CPU thread: each is a fiber, which runs until it has to wait for
-// others. Who runs next is drawn at random, so that what a kernel leaves to chance does go wrong:
-// a thread that reads without a barrier what another one writes meets, in some order, the old
-// value.
+// others. Who runs next is drawn at random, all of them by turns or one warp as far as it gets, so
+// that what a kernel leaves to chance does go wrong: a thread that reads without a barrier what
+// another one writes meets, in some order, the old value.
 #pragma once
 
 #include <cstddef>
