@@ -97,15 +97,16 @@ def test_the_study_that_is_documented_can_be_read():
     assert list(study.tasks) == ["sst2", "cola", "mrpc"]
 
 
-def test_the_rows_that_are_documented_are_of_that_study_and_name_no_machines_folders():
-    study = read_study(ROOT / "docs" / "study.yaml")
+@pytest.mark.parametrize("name", ["study", "defaults"])
+def test_the_rows_that_are_documented_are_of_that_study_and_name_no_machines_folders(name):
+    study = read_study(ROOT / "docs" / f"{name}.yaml")
     known = {
         study.run(task, name, lr, seed).id
         for task, name in study.cells
         for lr in study.rates[name]
         for seed in study.seeds
     }
-    rows = read_rows(ROOT / "docs" / "study.csv")
+    rows = read_rows(ROOT / "docs" / f"{name}.csv")
     assert rows
     assert {row.id for row in rows} <= known
     for row in rows:
