@@ -192,8 +192,8 @@ def _stages(record: Mapping[str, Any]) -> str:
             head = ("operation, backend, dtype", "largest error / (2 x torch's + one rounding)")
             parts += ["", _markdown(head, errors)]
     for tool, outcomes in record.get("sanitizer", {}).items():
-        counts = (f"{n} {outcome}" for outcome, n in outcomes.items() if outcome != "messages")
-        parts.append(f"compute-sanitizer {tool}: {', '.join(counts)}.\n")
+        said = [f"{n} {outcome}" for outcome, n in outcomes.items() if outcome != "messages"]
+        parts.append(f"compute-sanitizer {tool}: {', '.join(said)}.\n")
         parts += [f"- {name}: {why}" for name, why in outcomes.get("messages", {}).items()]
     return "\n".join(parts) + "\n"
 
