@@ -38,8 +38,8 @@ WANTED = {
     # 16 bytes at a time to shared memory, fragments by the matrix load, and the tensor cores.
     r"multiply(_many)?<": (r"LDGSTS\.[\w.]*128", r"LDSM\.[\w.]*88\.4", r"HMMA\.16816"),
     # Straight to registers: 16 bytes of 16-bit numbers and of words, 8 of bytes.
-    r"multiply_few<\w+, \(Base\)[13]": (r"LDG\.[\w.]*128", r"HMMA\.16816"),
-    r"multiply_few<\w+, \(Base\)2": (r"LDG\.[\w.]*64", r"HMMA\.16816"),
+    r"multiply_few<\w+, Base[13]": (r"LDG\.[\w.]*128", r"HMMA\.16816"),
+    r"multiply_few<\w+, Base2": (r"LDG\.[\w.]*64", r"HMMA\.16816"),
     # 16 bytes at a time from global memory; increments that a warp's lanes may share.
     r"collect<": (r"LDG\.E\.128",),
     r"count_digit<": (r"LDG\.E\.128", r"ATOMS\.POPC\.INC"),
@@ -142,6 +142,7 @@ def demangled(name: str) -> str:
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     text = _output(tool, name).strip() if tool else name
     text = re.sub(r"\(anonymous namespace\)::|speft::cuda::|speft::", "", text)
+    text = re.sub(r"\((\w+)\)(\d)", r"\1\2", text)  # an enumerator among the arguments
     return text.removeprefix("void ").split("(")[0]
 
 

@@ -39,6 +39,7 @@ SPEFT_DEVICE void bring(Element* to, const Columns<Element>& from, int64_t start
             cp_async16(to + row * kPitch + column, from.first + at, valid);
         }
     } else {
+        SPEFT_NO_UNROLL
         for (int i = int(threadIdx.x); i < kRows * kWidth; i += kThreads) {
             const int row = i / kWidth, column = i % kWidth;
             const bool valid = start + row < end && column < from.count;

@@ -14,6 +14,7 @@
 #define SPEFT_DEVICE __device__ __forceinline__
 #define SPEFT_BOTH __host__ __device__ __forceinline__
 #define SPEFT_UNROLL _Pragma("unroll")
+#define SPEFT_NO_UNROLL _Pragma("unroll 1")
 
 namespace speft {
 namespace cuda {

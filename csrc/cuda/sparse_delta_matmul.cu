@@ -196,6 +196,8 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         const Span span = kTwin ? outputs : summed(turn);
         const int64_t above = kTwin ? int64_t(turn) * kSide : row;
         const int part = int(kTwin ? output / in_part : turn % kParts);
+        // The sums leave no registers for several at a time.
+        SPEFT_NO_UNROLL
         for (int i = int(threadIdx.x); i < Tile::kRows * kChunks; i += kThreads) {
             const int r = i / kChunks, c = i % kChunks * kChunk;
             Some<uint16_t> numbers = {};
@@ -455,7 +457,8 @@ SPEFT_KERNEL(kWarps* kWarp)
 multiply_few(DeltaProduct product) {
     constexpr int kParts = Stored<kBase>::kParts;
     constexpr int kWide = kTwin ? 64 : 32, kAcross = kWide / 8;
-    constexpr int kAhead = kBase == Base::kInt4 && !kTwin ? 1 : 2;  // turns in registers
+    // Turns in registers: as many as there is room for beside what words are widened to.
+    constexpr int kAhead = kBase == Base::kInt4 ? 1 : 2;
     using Part = Turn<T, kBase, kTwin>;
 
     const int64_t in_part = parts_of(part_width<kBase>(product), kWide);

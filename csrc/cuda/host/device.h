@@ -14,6 +14,7 @@
 #define SPEFT_DEVICE inline
 #define SPEFT_BOTH inline
 #define SPEFT_UNROLL
+#define SPEFT_NO_UNROLL
 
 namespace speft {
 namespace cuda {
