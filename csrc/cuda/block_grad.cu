@@ -67,9 +67,9 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
     const auto fetch = [&](int turn) {
         if (turn < turns) {
             const int64_t start = begin + int64_t(turn) * kStretch;
-            bring<kStretch, kRows, kRows + kPad, kThreads>(stage(turn), of_dy, start, end);
-            bring<kStretch, kCols, kCols + kPad, kThreads>(stage(turn) + kStretch * (kRows + kPad),
-                                                           of_x, start, end);
+            bring<kStretch, kRows, kRows + kPad, kThreads, 4>(stage(turn), of_dy, start, end);
+            bring<kStretch, kCols, kCols + kPad, kThreads, 4>(
+                stage(turn) + kStretch * (kRows + kPad), of_x, start, end);
         }
         cp_async_commit();  // also an empty group: the waits below count groups
     };

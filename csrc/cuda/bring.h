@@ -26,8 +26,9 @@ bool in_vectors(const void* first, int64_t stride, int64_t size) {
 
 // Brings rows [start, start + kRows) of a tile's columns, kPitch elements apart, with all kThreads
 // threads of the block; zeros beyond `end` and beyond the real columns. Asynchronous where the
-// columns come in vectors: the caller commits and waits.
-template <int kRows, int kWidth, int kPitch, int kThreads, class Element>
+// columns come in vectors: the caller commits and waits. Else each thread copies kAtOnce elements
+// at a time, as many as the caller has registers for.
+template <int kRows, int kWidth, int kPitch, int kThreads, int kAtOnce, class Element>
 SPEFT_DEVICE void bring(Element* to, const Columns<Element>& from, int64_t start, int64_t end) {
     if (from.vectors) {
         constexpr int kVector = 16 / sizeof(Element), kRowVectors = kWidth / kVector;
@@ -39,7 +40,7 @@ SPEFT_DEVICE void bring(Element* to, const Columns<Element>& from, int64_t start
             cp_async16(to + row * kPitch + column, from.first + at, valid);
         }
     } else {
-        SPEFT_NO_UNROLL
+        SPEFT_UNROLL_BY(kAtOnce)
         for (int i = int(threadIdx.x); i < kRows * kWidth; i += kThreads) {
             const int row = i / kWidth, column = i % kWidth;
             const bool valid = start + row < end && column < from.count;

@@ -9,7 +9,7 @@
 //                               and, where named, blocks that a multiprocessor shall hold
 //   SPEFT_DEVICE                before a function that kernels call
 //   SPEFT_BOTH                  before one that launchers call as well
-//   SPEFT_UNROLL, SPEFT_NO_UNROLL   before a loop of a few known turns
+//   SPEFT_UNROLL, SPEFT_UNROLL_BY(turns)    before a loop: all of its turns at once, or so many
 //   launch(...)                 on a stream: returns 0, or a code for error_text()
 //   device_error_text(code)
 //   DeviceGuard(device)         makes a device current, and the former one again at its end

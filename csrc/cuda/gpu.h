@@ -14,7 +14,8 @@
 #define SPEFT_DEVICE __device__ __forceinline__
 #define SPEFT_BOTH __host__ __device__ __forceinline__
 #define SPEFT_UNROLL _Pragma("unroll")
-#define SPEFT_NO_UNROLL _Pragma("unroll 1")
+#define SPEFT_TEXT(text) #text
+#define SPEFT_UNROLL_BY(turns) _Pragma(SPEFT_TEXT(unroll turns))
 
 namespace speft {
 namespace cuda {

@@ -178,12 +178,13 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
             const Columns<uint16_t> of_x = {
                 x + (kTwin ? depth : span.column), product.x_stride,
                 kTwin ? int(smaller(kSide, product.rows - depth)) : span.count, x_vectors};
-            bring<kTokens, kSide, kLeftPitch, kThreads>(left_of(turn), of_x, token, product.tokens);
+            bring<kTokens, kSide, kLeftPitch, kThreads, 1>(left_of(turn), of_x, token,
+                                                           product.tokens);
             if (kBase != Base::kNone && (kTwin || turn % kParts == 0)) {
                 const Columns<Element> of_weight = {
                     weight + (kTwin ? outputs.stored : span.stored), product.weight_stride,
                     kTwin ? outputs.count : span.count, weight_vectors};
-                bring<Tile::kRows, Tile::kCols, Tile::kStoredPitch, kThreads>(
+                bring<Tile::kRows, Tile::kCols, Tile::kStoredPitch, kThreads, 1>(
                     stored_of(turn), of_weight, kTwin ? depth : row, product.rows);
             }
         }
@@ -197,7 +198,7 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         const int64_t above = kTwin ? int64_t(turn) * kSide : row;
         const int part = int(kTwin ? output / in_part : turn % kParts);
         // The sums leave no registers for several at a time.
-        SPEFT_NO_UNROLL
+        SPEFT_UNROLL_BY(1)
         for (int i = int(threadIdx.x); i < Tile::kRows * kChunks; i += kThreads) {
             const int r = i / kChunks, c = i % kChunks * kChunk;
             Some<uint16_t> numbers = {};

@@ -14,7 +14,7 @@
 #define SPEFT_DEVICE inline
 #define SPEFT_BOTH inline
 #define SPEFT_UNROLL
-#define SPEFT_NO_UNROLL
+#define SPEFT_UNROLL_BY(turns)
 
 namespace speft {
 namespace cuda {
