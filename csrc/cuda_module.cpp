@@ -121,7 +121,8 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
                 {{"tokens", tokens}, {"blocks", num_blocks}, {"height", height}, {"width", width}});
         },
         released);
-    py::class_<cuda::TopkPlan>(m, "TopkPlan")
+    // Local, because both builds may be loaded in one process.
+    py::class_<cuda::TopkPlan>(m, "TopkPlan", py::module_local())
         .def_property_readonly("table",
                                [](const cuda::TopkPlan& plan) {
                                    return py::bytes(plan.table.data(), plan.table.size());

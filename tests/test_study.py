@@ -341,7 +341,7 @@ def test_a_study_that_is_stopped_in_the_middle_of_a_run_ends_like_one_that_was_n
 ):
     """In processes, as the command runs it: SIGTERM to the study, then the same command again."""
     text = STUDY.replace("  sparse: {{salience: [snip, random]}}\n", "").replace(
-        "head: {{method: head}}", "sparse: {{salience: snip, epochs: 6}}"
+        "head: {{method: head}}", "sparse: {{salience: snip, epochs: 60}}"
     )
     text = text.replace("[1e-2, 3e-2]", "[1e-2]").replace("[0, 1, 2]", "[0]")
     file = study_file(text)
