@@ -36,7 +36,9 @@ _SECTION = r"^\.text\.(\S+):\s*$(.*?)(?=^\s*\.section|\Z)"
 # named here needs nothing but registers.
 WANTED = {
     # 16 bytes at a time to shared memory, fragments by the matrix load, and the tensor cores.
-    r"multiply(_many)?<": (r"LDGSTS\.[\w.]*128", r"LDSM\.[\w.]*88\.4", r"HMMA\.16816"),
+    r"multiply<": (r"LDGSTS\.[\w.]*128", r"LDSM\.[\w.]*MT88\.4", r"HMMA\.16816"),
+    r"multiply_many<": (r"LDGSTS\.[\w.]*128", r"LDSM\.[\w.]*M88\.4", r"HMMA\.16816"),
+    r"multiply_many<.*true": (r"LDSM\.[\w.]*MT88\.4",),  # W turned
     # Straight to registers: 16 bytes of 16-bit numbers and of words, 8 of bytes.
     r"multiply_few<\w+, Base[13]": (r"LDG\.[\w.]*128", r"HMMA\.16816"),
     r"multiply_few<\w+, Base2": (r"LDG\.[\w.]*64", r"HMMA\.16816"),

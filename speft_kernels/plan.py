@@ -210,6 +210,14 @@ class SparsityPlan:
         """What the CUDA kernels read in place of `whole`."""
         return self._thin_strips(None)
 
+    @lazy_tensor
+    def thin_strips_by_row(self) -> ThinStrips:
+        """`whole_thin_strips` for values sorted by (row, column)."""
+        if self.row_order is None:
+            return self.whole_thin_strips
+        rows, cols = (c.long() for c in self._coordinates)
+        return build_thin_strips(rows, cols, None, self.pattern.shape[1], None)
+
     def _thin_strips(self, operand: Tensor | None) -> ThinStrips:
         rows, cols = (c.long() for c in self._coordinates)
         return build_thin_strips(rows, cols, self.row_order, self.pattern.shape[1], operand)

@@ -28,19 +28,27 @@ def build(folder: Path, flags: tuple[str, ...] = ("-O1",)) -> Path:
 def build_with_fault(
     folder: Path, sound: Path, file: str, old: str, new: str, flags: tuple[str, ...] = ("-O1",)
 ) -> Path:
-    """The module of the folder `sound` with one file of csrc/cuda compiled anew, in `folder`.
+    """The module of the folder `sound` with one file of csrc/cuda changed, in `folder`.
 
     Args:
         old, new: what stands in the file once, and what shall stand there.
     """
     shutil.copytree(sound / "csrc", folder / "csrc")
-    source = folder / "csrc" / "cuda" / file
-    text = source.read_text()
+    cuda = folder / "csrc" / "cuda"
+    text = (cuda / file).read_text()
     assert text.count(old) == 1, old
-    source.write_text(text.replace(old, new))
-    assert _compile(source, folder, flags).wait() == 0
-    others = [path for path in sound.glob("*.o") if path.stem != source.stem]
-    return _link(folder, [folder / f"{source.stem}.o", *others], flags)
+    (cuda / file).write_text(text.replace(old, new))
+    anew = readers(file)
+    running = [_compile(cuda / f"{name}.cu", folder, flags) for name in anew]
+    assert all(process.wait() == 0 for process in running)
+    others = [path for path in sound.glob("*.o") if path.stem not in anew]
+    return _link(folder, [*(folder / f"{name}.o" for name in anew), *others], flags)
+
+
+def readers(file: str) -> list[str]:
+    """The operations whose file in csrc/cuda is this one or includes it."""
+    files = (CSRC / "cuda").glob("*.cu")
+    return [f.stem for f in files if f.name == file or f'#include "{file}"' in f.read_text()]
 
 
 def sanitizers() -> list[Path]:

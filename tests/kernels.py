@@ -54,8 +54,8 @@ def backends_and_dtypes(op: str) -> list[tuple[str, torch.dtype]]:
     return [(backend, dtype) for dtype in DTYPES for backend in backends(op, dtype)]
 
 
-def implementation(op: str, backend: str):
-    return registry.resolve(op, torch.device("cpu"), torch.float32, backend).function
+def implementation(op: str, backend: str, dtype: torch.dtype = torch.float32):
+    return registry.resolve(op, torch.device("cpu"), dtype, backend).function
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from cuda_host import build, build_with_fault, run_with, sanitizers
+from cuda_host import build, build_with_fault, readers, run_with, sanitizers
 
 from speft_kernels import SparsePattern, _cuda_native, ops
 from speft_kernels.bench.gpu.small import OPERATIONS
@@ -99,26 +99,26 @@ FAULTS = (
     # One group of copies too few is waited for.
     ("wait", "block_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
     # A token beyond the end of a part is added, and counts twice.
-    ("off by one", "block_grad.cu", "? begin + part :", "? begin + part + 1 :"),
+    ("off by one", "tokens.h", "? begin + size :", "? begin + size + 1 :"),
     # The barrier between a tile's entries and those who multiply it.
     (
         "patched",
-        "sparse_delta_matmul.cu",
+        "multiply_many.h",
         "        sync_block();  // the next",
         "        // the next",
     ),
     # That between a tile made of eight or four bits and the entries.
-    ("widened", "sparse_delta_matmul.cu", "sync_block();  // the tile is", "// the tile is"),
+    ("widened", "multiply_many.h", "sync_block();  // the tile is", "// the tile is"),
     # That between the warps' sums and those who add them.
-    ("sums", "sparse_delta_matmul.cu", "    sync_block();  // the sums", "    // the sums"),
+    ("sums", "multiply_few.h", "    sync_block();  // the sums", "    // the sums"),
     (
         "late",
-        "sparse_delta_matmul.cu",
+        "multiply_many.h",
         "cp_async_wait<kStages - 3>()",
         "cp_async_wait<kStages - 2>()",
     ),
     # The last of 32 entries is added twice.
-    ("twice", "sparse_delta_matmul.cu", "next.begin + kWarp; at", "next.begin + kWarp - 1; at"),
+    ("twice", "multiply_many.h", "next.begin + kWarp; at", "next.begin + kWarp - 1; at"),
     # As above: where a stage is whole, and after the last one, whose place the sums take.
     ("barrier", "sampled_grad.cu", "        sync_block();  // everyone's", "        // everyone's"),
     ("end", "sampled_grad.cu", "    sync_block();  // the stages", "    // the stages"),
@@ -136,13 +136,16 @@ FAULTS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=[f"{file}: {name}" for name, file, *_ in FAULTS])
 def test_a_planted_fault_shows(sound, tmp_path, fault):
-    operation = fault[1].removesuffix(".cu")
-    done = run_with(build_with_fault(tmp_path / "planted", sound, *fault[1:]), script(operation))
-    # 1 where the script finds it, or lanes of a warp part over what they read; some lead to
-    # addresses that the system refuses.
-    assert done.returncode != 0, done.stderr
-    named = f"('{operation}'" in done.stderr or f"{operation} (" in done.stderr
-    assert done.returncode < 0 or named, done.stderr
+    operations = readers(fault[1])
+    planted = build_with_fault(tmp_path / "planted", sound, *fault[1:])
+    for operation in operations:
+        done = run_with(planted, script(operation))
+        # 1 where the script finds it, or lanes of a warp part over what they read; some lead to
+        # addresses that the system refuses.
+        assert done.returncode != 0, operation
+        named = f"('{operation}'" in done.stderr or f"{operation} (" in done.stderr
+        assert done.returncode < 0 or named, done.stderr
+    assert operations
 
 
 SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -185,3 +188,14 @@ def test_sanitizers_find_what_is_planted(watched, tmp_path, beyond):
     done = run_with(planted, script(operation, orders=1), sanitized=True)
     assert "heap-buffer-overflow" in done.stderr
     assert beyond[0].removesuffix(".cu") in done.stderr  # the kernel's file
+
+
+@pytest.mark.slow
+@sanitized
+def test_what_compute_sanitizer_has_to_find_is_a_write_beyond_a_weight(watched):
+    spoil = 'list(small.planted(small.Place("cpu", "cuda-host")))'
+    module = next(watched.glob("_cuda_host*"))
+    done = run_with(module, f"from speft_kernels.bench.gpu import small\n{spoil}", sanitized=True)
+    assert "heap-buffer-overflow" in done.stderr
+    assert "WRITE of size 4" in done.stderr
+    assert "write_delta" in done.stderr

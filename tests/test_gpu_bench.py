@@ -357,16 +357,17 @@ def test_each_tool_watches_each_operation_once(tmp_path, monkeypatch):
     command = [str(tmp_path), "--key", "H200"]
     assert sanitize.main(command) == sanitize.OUT_OF_TIME
     known = len(watched)
-    assert known == 2 * len(sanitize.OPERATIONS) + 1
+    assert known == 1 + 2 * len(sanitize.OPERATIONS) + 1
+    assert watched[0] == ("memcheck", sanitize.PLANTED)
     outcomes["synccheck"] = ("unavailable", "Device not supported")
     assert sanitize.main(command) == 1  # what was found before counts
     assert len(watched) == known + len(sanitize.OPERATIONS)
     found = record.build(tmp_path, "H200", lambda stage: journal.fingerprint("sanitize"))
     count = len(sanitize.OPERATIONS)
-    assert found["sanitizer"]["memcheck"] == {"passed": count}
+    assert found["sanitizer"]["memcheck"] == {"passed": 1 + count}
     assert found["sanitizer"]["racecheck"]["messages"]["block_grad"] == "a hazard"
     table = record.table(found)
-    assert f"compute-sanitizer memcheck: {count} passed." in table
+    assert f"compute-sanitizer memcheck: {1 + count} passed." in table
     assert f"compute-sanitizer synccheck: {count} unavailable." in table
     assert "- block_grad: a hazard" in table
 
@@ -387,6 +388,10 @@ def test_how_a_watched_process_ended(tmp_path, monkeypatch, script, outcome):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert sanitize.watch("racecheck", "block_grad", "cuda", 2.0) == outcome
+    planted = {"passed": "failed", "failed": "passed"} if "exit 1" not in script else {}
+    seen, _ = sanitize.watch("memcheck", sanitize.PLANTED, "cuda", 2.0)
+    assert seen == planted.get(outcome[0], outcome[0])  # what is planted has to be found
+    sanitize.watch("racecheck", "block_grad", "cuda", 2.0)
     called = (tmp_path / "called").read_text()
     assert called.startswith("--tool racecheck --error-exitcode 86 --kernel-name kns=speft")
     assert called.endswith("-m speft_kernels.bench.gpu.small block_grad\n")

@@ -4,6 +4,8 @@ Beside the tests that they share with the other backends (test_sampled_grad.py, 
 float32 do not reach them.
 """
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,8 @@ from plans import mixed_pattern
 from speft_kernels import SparsePattern, SparsityPlan, _cuda_native, ops
 from speft_kernels.ops import registry
 from speft_kernels.ops.sampled_grad import gradient_of_entries
-from speft_kernels.thin_strips import ThinStrips
+from speft_kernels.plan import plan_of
+from speft_kernels.thin_strips import ThinStrips, build_thin_strips
 
 pytestmark = pytest.mark.skipif(
     _cuda_native.missing("cuda-host") is not None, reason="cuda-host is not built"
@@ -143,11 +146,34 @@ def test_library_contract(plan):
     )
 
 
-def test_the_gradient_of_a_product_needs_no_thin_strips(plan):
-    """They are built with the device's counts, which a backward pass must not wait for."""
+@pytest.mark.parametrize("twin", [False, True])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_the_gradient_of_a_product_reads_the_plans_thin_strips(blocks, twin, monkeypatch):
+    """Making them asks the device for counts, which a backward pass is not to wait for. Without a
+    plan's they are made, and never does another backend take the place of this one.
+    """
+    pattern = mixed_pattern(96, 130)
+    if blocks:
+        pattern = SparsePattern.from_blocks((96, 130), (4, 5), torch.tensor([7, 2, 90]))
+    plan = plan_of(pattern)
     dy, x = operands(40, plan)
-    ours = gradient_of_entries(dy, x, list(plan.csr), BACKEND)
-    assert_exact(ours, dy, x, plan.pattern)
+    weight, values = torch.randn(96, 130).bfloat16(), torch.randn(pattern.values_shape)
+    values.requires_grad_()
+    plan.thin_strips_by_row  # noqa: B018 -- made once, as by the first call
+    module = sys.modules["speft_kernels.ops.sampled_grad"]
+    monkeypatch.delattr(module, "build_thin_strips")
+    monkeypatch.delattr(module, "gathered")
+    monkeypatch.delattr(module, "gathered_strips")
+    if twin:
+        product, operand, gradient = ops.sparse_delta_matmul_grad_input, dy, x
+    else:
+        product, operand, gradient = ops.sparse_delta_matmul, x, dy
+    product(operand, weight, values, pattern, backend=BACKEND).backward(gradient)
+    assert_exact(values.grad.reshape(-1), dy, x, pattern)
+    monkeypatch.setattr(module, "build_thin_strips", build_thin_strips, raising=False)
+    by_row = gradient_of_entries(dy, x, list(plan.csr), [], BACKEND)
+    found = values.grad.reshape(-1)
+    assert torch.equal(by_row, found if plan.row_order is None else found[plan.row_order])
 
 
 @pytest.mark.parametrize("dtype", _cuda_native.DTYPES)

@@ -223,7 +223,7 @@ def test_every_bit_is_the_same_again_and_past_the_dispatcher(backend, dtype):
         assert torch.equal(direct, tracked)
 
 
-def new_tensors(backend, tokens, pattern):
+def new_tensors(backend, tokens, pattern, dtype=torch.float32):
     """The sizes of the tensors that an implementation makes, in order."""
 
     class Sizes(LargestTensor):
@@ -237,10 +237,12 @@ def new_tensors(backend, tokens, pattern):
             self.sizes.append(self.numel)
             return result
 
-    o, plan = operands(tokens, pattern, torch.float32), plan_of(pattern)
-    delta = Delta(o["values"], plan.csr, *plan.csc)
+    o, plan = operands(tokens, pattern, dtype), plan_of(pattern)
+    delta = Delta(o["values"], plan.csr, *plan.csc, plan.tiles)
     with Sizes() as seen:
-        implementation(OP, backend)(o["x"], o["weight"], delta, o["bias"], pattern.shape[0], False)
+        implementation(OP, backend, dtype)(
+            o["x"], o["weight"], delta, o["bias"], pattern.shape[0], False
+        )
     return seen.sizes
 
 
@@ -248,6 +250,14 @@ def test_no_second_weight_exists_in_the_torch_backend():
     pattern = make_pattern("realistic", 2048, 1024)
     assert max(new_tensors("torch", 8, pattern)) <= max(2048 * 1024 // 8, pattern.nnz)
     assert max(new_tensors("reference", 8, pattern)) == 2048 * 1024
+
+
+@pytest.mark.skipif("cuda-host" not in BACKENDS, reason="cuda-host is not built")
+@pytest.mark.parametrize("tokens", [8, 140])
+def test_no_second_weight_exists_in_cuda(tokens):
+    pattern = make_pattern("realistic", 256, 512)
+    most = max(new_tensors("cuda-host", tokens, pattern, torch.bfloat16))
+    assert most <= max(tokens * 256, pattern.nnz) < 256 * 512
 
 
 @needs_triton

@@ -15,6 +15,7 @@
 #include "bring.h"
 #include "device.h"
 #include "kernels.h"
+#include "tokens.h"
 
 namespace speft {
 namespace cuda {
@@ -47,11 +48,9 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
     const int rows = int(problem.height - row < kRows ? problem.height - row : kRows);
     const int cols = int(problem.width - col < kCols ? problem.width - col : kCols);
 
-    const int64_t stretches = (problem.tokens + kStretch - 1) / kStretch;
-    const int64_t part = (stretches + problem.splits - 1) / problem.splits * kStretch;
-    const int64_t begin = blockIdx.y * part;
-    const int64_t end = begin + part < problem.tokens ? begin + part : problem.tokens;
-    const int turns = begin < end ? int((end - begin + kStretch - 1) / kStretch) : 0;
+    const TokenPart part = part_of_tokens<kStretch>(problem.tokens, problem.splits, blockIdx.y);
+    const int64_t begin = part.begin, end = part.end;
+    const int turns = part.turns;
 
     const Columns<uint16_t> of_dy = {
         static_cast<const uint16_t*>(problem.dy) + problem.block_rows[block] * problem.height + row,

@@ -29,6 +29,7 @@
 
 #include "device.h"
 #include "kernels.h"
+#include "tokens.h"
 
 namespace speft {
 namespace cuda {
@@ -81,11 +82,9 @@ SPEFT_KERNEL(kThreads)
 multiply_strips(SampledGrad problem, bool vectors) {
     const int64_t tile = blockIdx.x;
     const int64_t row = int64_t(problem.tile_block[tile]) * kBlockRows;
-    const int64_t stretches = (problem.tokens + kStretch - 1) / kStretch;
-    const int64_t part = (stretches + problem.splits - 1) / problem.splits * kStretch;
-    const int64_t begin = blockIdx.y * part;
-    const int64_t end = begin + part < problem.tokens ? begin + part : problem.tokens;
-    const int turns = begin < end ? int((end - begin + kStretch - 1) / kStretch) : 0;
+    const TokenPart part = part_of_tokens<kStretch>(problem.tokens, problem.splits, blockIdx.y);
+    const int64_t begin = part.begin, end = part.end;
+    const int turns = part.turns;
     const int lane = lane_id(), chunk = lane % 4 * kVector;
 
     // Four threads bring a stretch of a line, the same ones each time.

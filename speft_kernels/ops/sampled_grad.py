@@ -21,7 +21,7 @@ from ..parts import TILE, Parts, gathered
 from ..pattern import SparsePattern
 from ..plan import BLOCK_TOKENS, TOKEN_STEP, SparsityPlan, plan_of
 from ..strips import Strips, gathered_strips
-from ..thin_strips import ThinStrips
+from ..thin_strips import ThinStrips, build_thin_strips
 from ..tiles import Tiles
 from . import _checks, registry
 from ._library import is_plain, operation
@@ -119,18 +119,26 @@ def add_sampled_grad(
         torch.ops.speft.sampled_grad_(dy, x, parts.tensors(), width, out, accumulate, None)
 
 
-def gradient_of_entries(dy: Tensor, x: Tensor, csr: list[Tensor], backend: str | None) -> Tensor:
+def gradient_of_entries(
+    dy: Tensor, x: Tensor, csr: list[Tensor], strips: list[Tensor], backend: str | None
+) -> Tensor:
     """`dy^T @ x` at the entries of a CompactIndices, in its order: for gradients of products with a
     sparse matrix.
+
+    Args:
+        strips: the tensors of the entries' ThinStrips for a backend that reads those, from a plan;
+            empty, they are made here, for which the device is asked how many there are.
     """
     serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
     compact = CompactIndices(*csr)
-    if serve.form is ThinStrips:  # a plan's alone: making them asks the device how many there are
-        backend = "torch"
-        serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
-    parts = gathered_strips(compact) if serve.form is Strips else gathered(compact)
-    nnz, width = parts.entry_row.shape[0], BLOCK_TOKENS
-    return torch.ops.speft.sampled_grad(dy, x, parts.tensors(), nnz, width, backend)
+    nnz = compact.local.shape[0]
+    if serve.form is not ThinStrips:
+        form = gathered_strips if serve.form is Strips else gathered
+        strips = form(compact).tensors()
+    elif not strips:
+        rows, cols = compact.entry_rows, compact.entry_cols
+        strips = build_thin_strips(rows, cols, None, x.shape[1], None).tensors()
+    return torch.ops.speft.sampled_grad(dy, x, strips, nnz, BLOCK_TOKENS, backend)
 
 
 def _check_out(out: Tensor, shape: tuple[int, ...], dy: Tensor, x: Tensor) -> None:
@@ -351,7 +359,8 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     by_column, order = sparse.transpose(x.shape[1])
     multiply = registry.resolve("sparse_delta_matmul", dy.device, dy.dtype, ctx.backend)
     tiles = Tiles.build(sparse, x.shape[1]).tensors() if multiply.form is Tiles else []
-    indices = list(sparse), [*by_column, order], tiles
+    # Whole activations and values sorted by row: the strips that this call was given serve, too.
+    indices = list(sparse), [*by_column, order], tiles, parts if form is ThinStrips else []
     product = torch.ops.speft.delta_matmul
     d_dy = d_x = None
     if ctx.needs_input_grad[0]:

@@ -9,8 +9,9 @@ backends add the sparse part to the vendor's GEMM, and round twice: after the on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from ..compact import CompactIndices
 from ..pattern import SparsePattern
 from ..plan import plan_of
 from ..quantized import PIECE_BYTES, QuantizedWeight
+from ..thin_strips import ThinStrips
 from ..tiles import Tiles
 from . import _checks, registry
 from ._library import is_plain, operation
@@ -146,9 +148,10 @@ def _check_values(flat: Tensor, name: str, values: Tensor, pattern: SparsePatter
     _checks.check_pattern_device(pattern, name, flat)
 
 
-# The entries of D as an operation takes them: by row; by column, with the permutation; and by tile,
-# empty where the backend reads no tiles.
-Indices = tuple[list[Tensor], list[Tensor], list[Tensor]]
+# The entries of D as an operation takes them: by row; by column, with the permutation; by tile,
+# empty where the backend reads no tiles; and by thin strip, for the gradient of the values, empty
+# where none is asked for or the backend reads none.
+Indices = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 def delta_arguments(
@@ -166,7 +169,14 @@ def delta_arguments(
     if registry.resolve("sparse_delta_matmul", x.device, x.dtype, backend).form is Tiles:
         quarters = isinstance(base, QuantizedWeight) and base.bits == 4
         tiles = (plan.tiles_of_quarters if quarters else plan.tiles).tensors()
-    return values, (list(plan.csr), [*by_column, order], tiles)
+    strips: list[Tensor] = []
+    if torch.is_grad_enabled() and values.requires_grad and _reads_thin_strips(x, backend):
+        strips = plan.thin_strips_by_row.tensors()
+    return values, (list(plan.csr), [*by_column, order], tiles, strips)
+
+
+def _reads_thin_strips(x: Tensor, backend: str | None) -> bool:
+    return registry.resolve("sampled_grad", x.device, x.dtype, backend).form is ThinStrips
 
 
 def _product(
@@ -185,7 +195,7 @@ def _product(
         data, scales = weight, None
     out_features = pattern.shape[1 if twin else 0]
     if _past_the_dispatcher(flat, data, values, bias):
-        return _serve(flat, data, scales, values, bias, *indices, out_features, twin, backend)
+        return _serve(flat, data, scales, values, bias, *indices[:3], out_features, twin, backend)
     return torch.ops.speft.sparse_delta_matmul(
         flat, data, scales, values, bias, *indices, twin, backend
     )
@@ -198,7 +208,7 @@ def _delta_product(
     values, indices = delta_arguments(values, pattern, flat, None, backend)
     out_features = pattern.shape[1 if twin else 0]
     if _past_the_dispatcher(flat, values):
-        return _serve(flat, None, None, values, None, *indices, out_features, twin, backend)
+        return _serve(flat, None, None, values, None, *indices[:3], out_features, twin, backend)
     return torch.ops.speft.delta_matmul(flat, values, *indices, out_features, twin, backend)
 
 
@@ -381,13 +391,19 @@ def _serve(
     return serve(x, base, delta, bias, out_features, twin)
 
 
-def _split(indices: list[Tensor]) -> Indices:
-    """Part the saved index tensors into `csr`, `csc` (with the permutation) and `tiles`."""
-    size = len(CompactIndices._fields)
-    return indices[:size], indices[size : 2 * size + 1], indices[2 * size + 1 :]
+def _saved(ctx, indices: Iterable[list[Tensor]]) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """The index tensors to save, of which `_loaded` makes lists again."""
+    lists = list(indices)
+    ctx.sizes = [len(some) for some in lists]
+    return [tensor for some in lists for tensor in some]
 
 
-def _no_gradients(indices: Indices) -> tuple[list[None], ...]:
+def _loaded(ctx, saved: Sequence[Tensor]) -> list[list[Tensor]]:  # type: ignore[no-untyped-def]
+    left = iter(saved)
+    return [list(islice(left, size)) for size in ctx.sizes]
+
+
+def _no_gradients(indices: Iterable[list[Tensor]]) -> tuple[list[None], ...]:
     return tuple([None] * len(some) for some in indices)
 
 
@@ -398,6 +414,7 @@ def _delta_matmul(
     csr: list[Tensor],
     csc: list[Tensor],
     tiles: list[Tensor],
+    strips: list[Tensor],
     out_features: int,
     twin: bool,
     backend: str | None,
@@ -406,20 +423,22 @@ def _delta_matmul(
 
 
 @_delta_matmul.register_fake
-def _(x, values, csr, csc, tiles, out_features, twin, backend):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, values, csr, csc, tiles, strips, out_features, twin, backend
+):
     return x.new_empty(x.shape[0], out_features)
 
 
 def _save_delta(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, values, *indices, _, ctx.twin, ctx.backend = inputs
     needs, ctx.in_features = ctx.needs_input_grad, x.shape[1]
-    every = [tensor for some in indices for tensor in some]
+    every = _saved(ctx, indices)
     ctx.save_for_backward(x if needs[1] else None, values if needs[0] else None, *every)
 
 
 def _delta_backward(ctx, dy):  # type: ignore[no-untyped-def]
     x, values, *saved = ctx.saved_tensors
-    indices = _split(saved)
+    indices = _loaded(ctx, saved)
     dx = d_values = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.speft.delta_matmul(
@@ -427,7 +446,7 @@ def _delta_backward(ctx, dy):  # type: ignore[no-untyped-def]
         )
     if ctx.needs_input_grad[1]:
         rows_side, cols_side = (x, dy) if ctx.twin else (dy, x)
-        d_values = gradient_of_entries(rows_side, cols_side, indices[0], ctx.backend)
+        d_values = gradient_of_entries(rows_side, cols_side, indices[0], indices[3], ctx.backend)
     return dx, d_values, *_no_gradients(indices), None, None, None
 
 
@@ -444,6 +463,7 @@ def _sparse_delta_matmul(
     csr: list[Tensor],
     csc: list[Tensor],
     tiles: list[Tensor],
+    strips: list[Tensor],
     twin: bool,
     backend: str | None,
 ) -> Tensor:
@@ -458,7 +478,7 @@ def _out_features(weight: Tensor, scales: Tensor | None, twin: bool) -> int:
 
 @_sparse_delta_matmul.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, weight, scales, values, bias, csr, csc, tiles, twin, backend
+    x, weight, scales, values, bias, csr, csc, tiles, strips, twin, backend
 ):
     return x.new_empty(x.shape[0], _out_features(weight, scales, twin))
 
@@ -470,13 +490,13 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     # read.
     keep_x = needs[1] or needs[3]
     kept = (weight, scales, values) if needs[0] else (None, None, None)
-    every = [tensor for some in indices for tensor in some]
+    every = _saved(ctx, indices)
     ctx.save_for_backward(x if keep_x else None, *kept, *every)
 
 
 def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     x, weight, scales, values, *saved = ctx.saved_tensors
-    indices = _split(saved)
+    indices = _loaded(ctx, saved)
     dx = d_weight = d_values = d_bias = None
     needs = ctx.needs_input_grad
     if needs[0]:
@@ -488,7 +508,7 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     if needs[1]:
         d_weight = rows_side.t() @ cols_side
     if needs[3]:
-        d_values = gradient_of_entries(rows_side, cols_side, indices[0], ctx.backend)
+        d_values = gradient_of_entries(rows_side, cols_side, indices[0], indices[3], ctx.backend)
     if needs[4]:
         d_bias = dy.sum(0)
     return dx, d_weight, None, d_values, d_bias, *_no_gradients(indices), None, None

@@ -1,0 +1,241 @@
+// x @ (W + D)^T and its twin for few tokens: sparse_delta_matmul.cu says how.
+#pragma once
+
+#include "delta_tiles.h"
+
+namespace speft {
+namespace cuda {
+
+constexpr int kWarps = 8;
+constexpr int kRound = 16;  // tokens of a block
+constexpr int kFewTokens = 2 * kRound;
+
+// What one warp sums over in a turn, in registers. Lane 4 g + t has tokens g and g + 8. Of
+// x @ W^T it has columns 8 t to 8 t + 7 of 32, and rows g + 8 j of W: 16 bytes are two steps of a
+// product whose summands are taken in another order. Of the twin it has rows 4 t to 4 t + 3 of each
+// 16 of W, and columns 8 g to 8 g + 7, one for each of eight products.
+template <class T, Base kBase, bool kTwin>
+struct Turn {
+    using Element = typename Stored<kBase>::Element;
+    static constexpr int kParts = Stored<kBase>::kParts;
+    static constexpr int kLines = kTwin ? 8 : 4;  // rows of W
+    static constexpr int kPieces = kTwin ? 2 : kParts;
+    static constexpr int kPiece = kTwin ? 4 : kChunk;
+
+    Some<Element> weight[kLines];
+    Some<uint16_t, kPiece> x[kPieces][2];
+
+    // Row `line` of W that this lane has of rows from `above`.
+    SPEFT_DEVICE static int64_t row_of(int64_t above, int line) {
+        const int group = lane_id() / 4, place = lane_id() % 4;
+        return kTwin ? above + line / 4 * kProduct + place * 4 + line % 4
+                     : above + group + line * 8;
+    }
+    SPEFT_DEVICE static int column_of() { return (kTwin ? lane_id() / 4 : lane_id() % 4) * kChunk; }
+
+    // Rows from `above`, and the columns of a span.
+    SPEFT_DEVICE void bring(const DeltaProduct& product, int64_t token, int64_t above,
+                            const Span& span) {
+        if constexpr (kBase != Base::kNone) {
+            const auto* const from = static_cast<const Element*>(product.weight);
+            SPEFT_UNROLL
+            for (int i = 0; i < kLines; ++i) {
+                const int64_t row = row_of(above, i), column = span.stored + column_of();
+                const bool real = row < product.rows && column_of() < span.count;
+                weight[i] = load<kChunk>(from + row * product.weight_stride + column, real);
+            }
+            SPEFT_UNROLL
+            for (int i = 0; i < kPieces; ++i)
+                SPEFT_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const int64_t row = token + lane_id() / 4 + 8 * half;
+                const int64_t first =
+                    kTwin ? row_of(above, 4 * i)
+                          : i * part_width<kBase>(product) + span.column + column_of();
+                const bool real = kTwin ? first < product.rows : column_of() < span.count;
+                const auto* const line =
+                    static_cast<const uint16_t*>(product.x) + row * product.x_stride;
+                x[i][half] = load<kPiece>(line + first, real && row < product.tokens);
+            }
+        }
+    }
+
+    // Row `line` of W as numbers of T, of one part of its words.
+    SPEFT_DEVICE Some<uint16_t> numbers(const DeltaProduct& product, int line, int64_t above,
+                                        int64_t column, int count, int part) const {
+        if constexpr (Stored<kBase>::kQuantized) {
+            const int64_t row = row_of(above, line);
+            const bool real = row < product.rows && column_of() < count;
+            const float scale = real ? scale_at<T>(product, row, column + column_of()) : 0.0f;
+            return widened<T, kBase>(weight[line], part, scale);
+        } else {
+            return weight[line];
+        }
+    }
+
+    // Four of a piece of x, from element `from` on, as the product takes them.
+    SPEFT_DEVICE void rows_of_x(uint32_t (&rows)[4], int piece, int from) const {
+        SPEFT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const auto& elements = x[piece][i % 2].elements;
+            rows[i] = pair_of(elements[from + i / 2 * 2], elements[from + i / 2 * 2 + 1]);
+        }
+    }
+};
+
+// Adds the entries of a tile of D, that begins at column `first` of x and column `beside` of the
+// warp's outputs, to its sums.
+template <class T, bool kTwin, int kAcross>
+SPEFT_DEVICE void add_entries(float (&sums)[kAcross][4], const DeltaProduct& product, Run run,
+                              int64_t token, int64_t first, int beside) {
+    const int group = lane_id() / 4, place = lane_id() % 4;
+    const auto* const x = static_cast<const T*>(product.x) + first;
+    const int64_t one = token + group, two = one + 8;
+    for (int begin = run.begin; begin < run.end; begin += kWarp) {
+        const Entry mine = entry_of(product, begin + lane_id(), run.end);
+        const int count = run.end - begin < kWarp ? run.end - begin : kWarp;
+        for (int e = 0; e < count; ++e) {
+            const int at = exchange_from(mine.place, e);
+            const float value = exchange_from(mine.value, e);
+            const int from = kTwin ? at / kSide : at % kSide;
+            const int to = beside + (kTwin ? at % kSide : at / kSide);
+            // Which of the lanes, the products and their two columns holds output `to`.
+            const int holder = kTwin ? to / 16 : to % 8 / 2;
+            const int tile = kTwin ? to % 8 : to / 8;
+            const int side = kTwin ? to / 8 % 2 : to % 2;
+            if (holder != place) continue;
+            const float x_one =
+                one < product.tokens ? widen(x[one * product.x_stride + from]) : 0.0f;
+            const float x_two =
+                two < product.tokens ? widen(x[two * product.x_stride + from]) : 0.0f;
+            SPEFT_UNROLL
+            for (int j = 0; j < kAcross; ++j)
+                SPEFT_UNROLL
+            for (int s = 0; s < 2; ++s) {
+                if (j == tile && s == side) {
+                    sums[j][s] += x_one * value;
+                    sums[j][2 + s] += x_two * value;
+                }
+            }
+        }
+    }
+}
+
+template <class T, Base kBase, bool kTwin>
+SPEFT_KERNEL(kWarps* kWarp)
+multiply_few(DeltaProduct product) {
+    constexpr int kParts = Stored<kBase>::kParts;
+    constexpr int kWide = kTwin ? 64 : 32, kAcross = kWide / 8;
+    // Turns in registers: as many as there is room for beside what words are widened to.
+    constexpr int kAhead = kBase == Base::kInt4 ? 1 : 2;
+    using Part = Turn<T, kBase, kTwin>;
+
+    const int64_t in_part = parts_of(part_width<kBase>(product), kWide);
+    const Span outputs =
+        span_of<kBase, kWide>(product, blockIdx.x % in_part, int(blockIdx.x / in_part));
+    const int64_t row = int64_t(blockIdx.x) * kWide, token = int64_t(blockIdx.y) * kRound;
+    const int64_t first = kTwin ? outputs.column : row;
+    const int count = kTwin ? outputs.count : int(smaller(kWide, product.rows - row));
+    const int turns =
+        int(kTwin ? parts_of(product.rows, kSide) : parts_of(part_width<kBase>(product), kSide));
+    const auto span_at = [&](int turn) {
+        return kTwin ? outputs : span_of<kBase, kSide>(product, turn, 0);
+    };
+    const auto above_at = [&](int turn) { return kTwin ? int64_t(turn) * kSide : row; };
+
+    float sums[kAcross][4] = {};
+    Part ring[kAhead];
+    const auto bring = [&](Part& to, int turn) {
+        if (turn < turns) to.bring(product, token, above_at(turn), span_at(turn));
+    };
+    SPEFT_UNROLL
+    for (int i = 0; i < kAhead; ++i)
+        bring(ring[i], warp_id() + i * kWarps);
+    for (int begin = warp_id(); begin < turns; begin += kAhead * kWarps) {
+        SPEFT_UNROLL
+        for (int i = 0; i < kAhead; ++i) {
+            const int turn = begin + i * kWarps;
+            if (turn >= turns) break;
+            const Span span = span_at(turn);
+            const int64_t above = above_at(turn);
+            if constexpr (kBase != Base::kNone && kTwin) {
+                const int part = int(blockIdx.x / in_part);
+                SPEFT_UNROLL
+                for (int step = 0; step < 2; ++step) {
+                    uint32_t rows[4];
+                    ring[i].rows_of_x(rows, step, 0);
+                    Some<uint16_t> lines[4];
+                    SPEFT_UNROLL
+                    for (int line = 0; line < 4; ++line)
+                        lines[line] = ring[i].numbers(product, 4 * step + line, above, span.column,
+                                                      span.count, part);
+                    SPEFT_UNROLL
+                    for (int j = 0; j < kAcross; ++j) {
+                        const uint32_t columns[2] = {
+                            pair_of(lines[0].elements[j], lines[1].elements[j]),
+                            pair_of(lines[2].elements[j], lines[3].elements[j])};
+                        mma_m16n8k16<T>(sums[j], rows, columns);
+                    }
+                }
+            }
+            if constexpr (kBase != Base::kNone && !kTwin) {
+                SPEFT_UNROLL
+                for (int part = 0; part < kParts; ++part)
+                    SPEFT_UNROLL
+                for (int j = 0; j < kAcross; ++j) {
+                    const int64_t column = span.column + part * part_width<kBase>(product);
+                    const auto line = ring[i].numbers(product, j, above, column, span.count, part);
+                    SPEFT_UNROLL
+                    for (int step = 0; step < 2; ++step) {
+                        uint32_t rows[4];
+                        ring[i].rows_of_x(rows, part, 4 * step);
+                        const uint32_t columns[2] = {
+                            pair_of(line.elements[4 * step], line.elements[4 * step + 1]),
+                            pair_of(line.elements[4 * step + 2], line.elements[4 * step + 3])};
+                        mma_m16n8k16<T>(sums[j], rows, columns);
+                    }
+                }
+            }
+            bring(ring[i], turn + kAhead * kWarps);
+            if constexpr (kTwin) {
+                for (int side = 0; side < int(smaller(2, outputs.tiles)); ++side)
+                    add_entries<T, kTwin>(sums, product,
+                                          run_of<kBase>(product, turn, outputs.tile + side), token,
+                                          above, side * kSide);
+            } else {
+                for (int part = 0; part < kParts; ++part) {
+                    const Span of_part = span_of<kBase, kSide>(product, turn, part);
+                    add_entries<T, kTwin>(sums, product,
+                                          run_of<kBase>(product, row / kSide, of_part.tile), token,
+                                          of_part.column, 0);
+                }
+            }
+        }
+    }
+
+    auto* const all = shared_memory<float>();
+    SPEFT_UNROLL
+    for (int j = 0; j < kAcross; ++j)
+        SPEFT_UNROLL
+    for (int v = 0; v < 4; ++v) {
+        const int r = lane_id() / 4 + v / 2 * 8, pair = lane_id() % 4 * 2 + v % 2;
+        const int c = kTwin ? pair * 8 + j : j * 8 + pair;
+        all[(warp_id() * kRound + r) * kWide + c] = sums[j][v];
+    }
+    sync_block();  // the sums of all warps are there
+    const int64_t width = kTwin ? product.cols : product.rows;
+    const auto* const bias = static_cast<const T*>(product.bias);
+    auto* const y = static_cast<T*>(product.y);
+    for (int i = int(threadIdx.x); i < kRound * kWide; i += kWarps * kWarp) {
+        const int64_t r = token + i / kWide;
+        const int c = i % kWide;
+        if (r >= product.tokens || c >= count) continue;
+        float total = bias ? widen(bias[first + c]) : 0.0f;
+        for (int warp = 0; warp < kWarps; ++warp)
+            total += all[warp * kRound * kWide + i];
+        y[r * width + first + c] = narrow<T>(total);
+    }
+}
+
+}  // namespace cuda
+}  // namespace speft

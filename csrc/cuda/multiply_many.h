@@ -1,0 +1,255 @@
+// x @ (W + D)^T and its twin for many tokens: sparse_delta_matmul.cu says how.
+#pragma once
+
+#include <algorithm>
+
+#include "bring.h"
+#include "delta_tiles.h"
+
+namespace speft {
+namespace cuda {
+
+constexpr int kThreads = 4 * kWarp;
+constexpr int kTokens = 128;
+constexpr int kOutputs = 128;
+// Of a warp: 4 KB from shared memory for 65536 products, which 128 bytes a cycle can feed; 64 x 32
+// would take half as much again.
+constexpr int kWarpTokens = 64;
+constexpr int kWarpOutputs = 64;
+constexpr int kStages = 4;
+// 16 bytes beside each row put the eight rows that ldmatrix reads at once into different banks.
+constexpr int kPad = 8;
+constexpr int kLeftPitch = kSide + kPad;
+constexpr int kGroup = 8;  // tiles of tokens that share a tile of W while it is in the L2 cache
+static_assert(kThreads / kWarp == kOutputs / kSide, "a warp for each tile of D in one of W");
+
+template <Base kBase, bool kTwin>
+struct Tiles {
+    using Element = typename Stored<kBase>::Element;
+    // A tile of W has its rows as W has them: outputs, or for the twin what is summed over.
+    static constexpr int kRows = kTwin ? kSide : kOutputs;
+    static constexpr int kCols = kTwin ? kOutputs : kSide;
+    static constexpr int kPitch = kCols + kPad;
+    // Whether W comes as the tensor cores read it; else a tile of its own is made of it.
+    static constexpr bool kDirect = kBase == Base::kPlain;
+    static constexpr int kStoredPitch = kDirect ? kPitch : kCols;
+    static constexpr size_t kLeftBytes = size_t(kTokens) * kLeftPitch * 2;
+    static constexpr size_t kStoredBytes =
+        kBase == Base::kNone ? 0 : size_t(kRows) * kStoredPitch * sizeof(Element);
+    static constexpr size_t kStageBytes = kLeftBytes + kStoredBytes;
+    static constexpr size_t kTileBytes = size_t(kRows) * kPitch * 2;
+    static constexpr size_t kBytes =
+        std::max(kStages * kStageBytes + (kDirect ? 0 : 2 * kTileBytes),
+                 size_t(kTokens) * (kOutputs + kPad) * 2);
+};
+
+template <class T, Base kBase, bool kTwin>
+SPEFT_KERNEL(kThreads, 2)
+multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_vectors) {
+    using Tile = Tiles<kBase, kTwin>;
+    using Element = typename Stored<kBase>::Element;
+    constexpr int kParts = Stored<kBase>::kParts;
+
+    // Which tile of y: kGroup tiles of tokens, then the next outputs.
+    const int64_t down = parts_of(product.tokens, kTokens);
+    const int64_t in_part = parts_of(part_width<kBase>(product), kOutputs);
+    const int64_t across = kTwin ? kParts * in_part : parts_of(product.rows, kOutputs);
+    const int64_t group = blockIdx.x / (kGroup * across) * kGroup;
+    const int64_t members = smaller(kGroup, down - group);
+    const int64_t within = blockIdx.x % (kGroup * across);
+    const int64_t token = (group + within % members) * kTokens, output = within / members;
+
+    const int64_t row = output * kOutputs;
+    const Span outputs = span_of<kBase, kOutputs>(product, output % in_part, int(output / in_part));
+    const int64_t first = kTwin ? outputs.column : row;
+    const int count = kTwin ? outputs.count : int(smaller(kOutputs, product.rows - row));
+    const int turns = int(kTwin ? parts_of(product.rows, kSide)
+                                : kParts * parts_of(part_width<kBase>(product), kSide));
+    // The columns of W that a turn sums over. The parts of the same words follow each other.
+    const auto summed = [&](int turn) {
+        return span_of<kBase, kSide>(product, turn / kParts, turn % kParts);
+    };
+
+    auto* const shared = shared_memory<unsigned char>();
+    const auto left_of = [&](int turn) {
+        return reinterpret_cast<uint16_t*>(shared + turn % kStages * Tile::kStageBytes);
+    };
+    const auto stored_of = [&](int turn) {
+        const int stage = (kTwin ? turn : turn / kParts) % kStages;
+        return reinterpret_cast<Element*>(shared + stage * Tile::kStageBytes + Tile::kLeftBytes);
+    };
+    const auto tile_of = [&](int turn) {
+        unsigned char* const made = shared + kStages * Tile::kStageBytes;
+        return Tile::kDirect ? reinterpret_cast<uint16_t*>(stored_of(turn))
+                             : reinterpret_cast<uint16_t*>(made + turn % 2 * Tile::kTileBytes);
+    };
+
+    const auto* const x = static_cast<const uint16_t*>(product.x);
+    const auto* const weight = static_cast<const Element*>(product.weight);
+    const auto fetch = [&](int turn) {
+        if (turn < turns) {
+            const Span span = summed(turn);
+            const int64_t depth = int64_t(turn) * kSide;
+            const Columns<uint16_t> of_x = {
+                x + (kTwin ? depth : span.column), product.x_stride,
+                kTwin ? int(smaller(kSide, product.rows - depth)) : span.count, x_vectors};
+            bring<kTokens, kSide, kLeftPitch, kThreads, 1>(left_of(turn), of_x, token,
+                                                           product.tokens);
+            if (kBase != Base::kNone && (kTwin || turn % kParts == 0)) {
+                const Columns<Element> of_weight = {
+                    weight + (kTwin ? outputs.stored : span.stored), product.weight_stride,
+                    kTwin ? outputs.count : span.count, weight_vectors};
+                bring<Tile::kRows, Tile::kCols, Tile::kStoredPitch, kThreads, 1>(
+                    stored_of(turn), of_weight, kTwin ? depth : row, product.rows);
+            }
+        }
+        cp_async_commit();  // also an empty group: the waits below count groups
+    };
+
+    // Makes a turn's tile of what is stored of it.
+    const auto widen_tile = [&](int turn) {
+        constexpr int kChunks = Tile::kCols / kChunk;
+        const Span span = kTwin ? outputs : summed(turn);
+        const int64_t above = kTwin ? int64_t(turn) * kSide : row;
+        const int part = int(kTwin ? output / in_part : turn % kParts);
+        // The sums leave no registers for several at a time.
+        SPEFT_UNROLL_BY(1)
+        for (int i = int(threadIdx.x); i < Tile::kRows * kChunks; i += kThreads) {
+            const int r = i / kChunks, c = i % kChunks * kChunk;
+            Some<uint16_t> numbers = {};
+            if constexpr (Stored<kBase>::kQuantized) {
+                const bool real = above + r < product.rows && c < span.count;
+                const float scale = real ? scale_at<T>(product, above + r, span.column + c) : 0.0f;
+                const auto stored =
+                    load<kChunk>(stored_of(turn) + r * Tile::kStoredPitch + c, true);
+                numbers = widened<T, kBase>(stored, part, scale);
+            }
+            Bytes16 bytes;
+            SPEFT_UNROLL
+            for (int w = 0; w < 4; ++w)
+                bytes.words[w] = pair_of(numbers.elements[2 * w], numbers.elements[2 * w + 1]);
+            *reinterpret_cast<Bytes16*>(tile_of(turn) + r * Tile::kPitch + c) = bytes;
+        }
+    };
+
+    // Each warp adds the entries of one tile of D, of the four beside each other.
+    const int lane = lane_id(), quarter = warp_id();
+    const auto my_run = [&](int turn) -> Run {
+        if (turn >= turns) return {0, 0};
+        const int64_t row_tile = kTwin ? turn : row / kSide + quarter;
+        const int64_t column_tile = kTwin ? outputs.tile + quarter : summed(turn).tile;
+        const bool there = kTwin ? quarter < outputs.tiles : row_tile * kSide < product.rows;
+        if (!there) return {0, 0};
+        const Run run = run_of<kBase>(product, row_tile, column_tile);
+        return {run.begin + lane, run.end};
+    };
+    const auto add_entry = [&](uint16_t* tile, Entry entry) {
+        const int r = entry.place / kSide + (kTwin ? 0 : quarter * kSide);
+        const int c = entry.place % kSide + (kTwin ? quarter * kSide : 0);
+        T weight_there;
+        weight_there.bits = tile[r * Tile::kPitch + c];
+        tile[r * Tile::kPitch + c] = narrow<T>(widen(weight_there) + entry.value).bits;
+    };
+
+    constexpr int kDown = kWarpTokens / 16, kAcross = kWarpOutputs / 8;
+    const int warp_token = warp_id() % 2 * kWarpTokens, warp_output = warp_id() / 2 * kWarpOutputs;
+    float sums[kDown][kAcross][4] = {};
+
+    Run next = my_run(0), after = my_run(1);
+    Entry entry = entry_of(product, next.begin, next.end);
+    SPEFT_UNROLL
+    for (int turn = 0; turn < kStages - 2; ++turn)
+        fetch(turn);
+    for (int turn = -1; turn < turns; ++turn) {
+        cp_async_wait<kStages - 3>();
+        sync_block();  // the next turn's tiles have arrived, this one's has its entries, and what
+                       // the one before has read is free
+        if (turn + 1 < turns) {
+            if (!Tile::kDirect) {
+                widen_tile(turn + 1);
+                sync_block();  // the tile is whole
+            }
+            if (next.begin < next.end) add_entry(tile_of(turn + 1), entry);
+            for (int at = next.begin + kWarp; at < next.end; at += kWarp)
+                add_entry(tile_of(turn + 1), entry_of(product, at, next.end));
+            next = after;
+            entry = entry_of(product, next.begin, next.end);
+            after = my_run(turn + 3);
+        }
+        fetch(turn + kStages - 1);
+        if (turn < 0) continue;
+        // Lane l brings row l % 8 of the 8 x 8 matrix l / 8. Of x, matrices follow each other down
+        // the tokens first; of W, down what is summed over.
+        const uint16_t* const left =
+            left_of(turn) + (warp_token + lane % 16) * kLeftPitch + lane / 16 * 8;
+        const uint16_t* const right =
+            tile_of(turn) +
+            (kTwin ? (lane % 16) * Tile::kPitch + warp_output + lane / 16 * 8
+                   : (warp_output + lane % 8 + lane / 16 * 8) * Tile::kPitch + lane / 8 % 2 * 8);
+        SPEFT_UNROLL
+        for (int depth = 0; depth < kSide; depth += kProduct) {
+            uint32_t rows_of_x[kDown][4];
+            SPEFT_UNROLL
+            for (int i = 0; i < kDown; ++i)
+                ldmatrix_x4(rows_of_x[i], left + i * 16 * kLeftPitch + depth);
+            SPEFT_UNROLL
+            for (int j = 0; j < kAcross; j += 2) {
+                uint32_t of_weight[4];
+                if (kTwin)
+                    ldmatrix_x4_trans(of_weight, right + depth * Tile::kPitch + j * 8);
+                else
+                    ldmatrix_x4(of_weight, right + j * 8 * Tile::kPitch + depth);
+                const uint32_t one[2] = {of_weight[0], of_weight[1]};
+                const uint32_t two[2] = {of_weight[2], of_weight[3]};
+                SPEFT_UNROLL
+                for (int i = 0; i < kDown; ++i) {
+                    mma_m16n8k16<T>(sums[i][j], rows_of_x[i], one);
+                    mma_m16n8k16<T>(sums[i][j + 1], rows_of_x[i], two);
+                }
+            }
+        }
+    }
+
+    // Through shared memory, so that rows leave 16 bytes at a time.
+    constexpr int kOutPitch = kOutputs + kPad;
+    cp_async_wait<0>();
+    sync_block();
+    auto* const rounded = reinterpret_cast<uint16_t*>(shared);
+    const auto* const bias = static_cast<const T*>(product.bias);
+    SPEFT_UNROLL
+    for (int j = 0; j < kAcross; ++j) {
+        const int c = warp_output + j * 8 + lane % 4 * 2;
+        const float low = bias && c < count ? widen(bias[first + c]) : 0.0f;
+        const float high = bias && c + 1 < count ? widen(bias[first + c + 1]) : 0.0f;
+        SPEFT_UNROLL
+        for (int i = 0; i < kDown; ++i)
+            SPEFT_UNROLL
+        for (int v = 0; v < 2; ++v) {
+            const int r = warp_token + i * 16 + lane / 4 + v * 8;
+            *reinterpret_cast<uint32_t*>(rounded + r * kOutPitch + c) =
+                pair_of(narrow<T>(sums[i][j][2 * v] + low).bits,
+                        narrow<T>(sums[i][j][2 * v + 1] + high).bits);
+        }
+    }
+    sync_block();
+    const int64_t width = kTwin ? product.cols : product.rows;
+    auto* const y = static_cast<uint16_t*>(product.y) + token * width + first;
+    const int tokens = int(smaller(kTokens, product.tokens - token));
+    if (y_vectors) {
+        constexpr int kChunks = kOutputs / kChunk;
+        for (int i = int(threadIdx.x); i < tokens * kChunks; i += kThreads) {
+            const int r = i / kChunks, c = i % kChunks * kChunk;
+            if (c < count)
+                *reinterpret_cast<Bytes16*>(y + r * width + c) =
+                    *reinterpret_cast<const Bytes16*>(rounded + r * kOutPitch + c);
+        }
+    } else {
+        for (int i = int(threadIdx.x); i < tokens * kOutputs; i += kThreads) {
+            const int r = i / kOutputs, c = i % kOutputs;
+            if (c < count) y[r * width + c] = rounded[r * kOutPitch + c];
+        }
+    }
+}
+
+}  // namespace cuda
+}  // namespace speft
