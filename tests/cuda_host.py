@@ -46,9 +46,12 @@ def build_with_fault(
 
 
 def readers(file: str) -> list[str]:
-    """The operations whose file in csrc/cuda is this one or includes it."""
-    files = (CSRC / "cuda").glob("*.cu")
-    return [f.stem for f in files if f.name == file or f'#include "{file}"' in f.read_text()]
+    """The operations whose file in csrc/cuda is this one or includes it, or what includes it."""
+    if file.endswith(".cu"):
+        return [file.removesuffix(".cu")]
+    files = [f for f in (CSRC / "cuda").iterdir() if f.is_file()]
+    including = [f.name for f in files if f'#include "{file}"' in f.read_text()]
+    return sorted({operation for name in including for operation in readers(name)})
 
 
 def sanitizers() -> list[Path]:

@@ -85,13 +85,13 @@ def sound(tmp_path_factory):
 FAULTS = (
     # A warp's sum is read before it is there, a run's place before it is known; bits are set before
     # they are cleared, and read before they are set.
-    ("sums", "topk_salience.cu", "    sync_block();  // the warps'", "    // the warps'"),
-    ("run", "topk_salience.cu", "    sync_block();  // the run has", "    // the run has"),
-    ("clearing", "topk_salience.cu", "    sync_block();  // no bit is", "    // no bit is"),
-    ("bits", "topk_salience.cu", "    sync_block();  // every bit", "    // every bit"),
+    ("sums", "radix.h", "    sync_block();  // the warps'", "    // the warps'"),
+    ("run", "topk_kernels.h", "    sync_block();  // the run has", "    // the run has"),
+    ("clearing", "topk_kernels.h", "    sync_block();  // no bit is", "    // no bit is"),
+    ("bits", "topk_kernels.h", "    sync_block();  // every bit", "    // every bit"),
     # A key equal to the k-th too few; more set aside than there is room for.
-    ("tie", "topk_salience.cu", "tie++ >= ties)", "tie++ >= ties - 1)"),
-    ("room", "topk_salience.cu", "state.found <= uint64_t(segment.capacity)", "true"),
+    ("tie", "topk_kernels.h", "tie++ >= ties)", "tie++ >= ties - 1)"),
+    ("room", "topk_work.h", "state.found <= uint64_t(segment.capacity)", "true"),
     # The barrier after which a stage is whole and another one free.
     ("barrier", "block_grad.cu", "        sync_block();  // everyone's", "        // everyone's"),
     # The barrier between the warps that add their sums one after the other.
@@ -173,9 +173,10 @@ def test_sanitizers_find_nothing(watched, operation):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
+# (kernel, file, what stands there, what shall stand there)
 BEYOND = (
-    ("write_delta.cu", "if (e >= delta.nnz) continue;", "if (e > delta.nnz) continue;"),
-    ("topk_salience.cu", "tie++ >= ties)", "tie++ > ties)"),
+    ("write_batch", "write_delta.cu", "if (e >= delta.nnz)", "if (e > delta.nnz)"),
+    ("write_kept", "topk_kernels.h", "tie++ >= ties)", "tie++ > ties)"),
 )
 
 
@@ -183,11 +184,12 @@ BEYOND = (
 @sanitized
 @pytest.mark.parametrize("beyond", BEYOND, ids=[beyond[0] for beyond in BEYOND])
 def test_sanitizers_find_what_is_planted(watched, tmp_path, beyond):
-    planted = build_with_fault(tmp_path / "planted", watched, *beyond, SANITIZE)
-    operation = beyond[0].removesuffix(".cu")
+    kernel, file, *change = beyond
+    planted = build_with_fault(tmp_path / "planted", watched, file, *change, SANITIZE)
+    (operation,) = readers(file)
     done = run_with(planted, script(operation, orders=1), sanitized=True)
     assert "heap-buffer-overflow" in done.stderr
-    assert beyond[0].removesuffix(".cu") in done.stderr  # the kernel's file
+    assert f"::{kernel}<" in done.stderr
 
 
 @pytest.mark.slow
