@@ -23,6 +23,13 @@ def model_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return model(**batch).loss
 
 
+def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """That of a causal model, which computes its own in float32 whatever its dtype."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.mT, batch["labels"][:, 1:])
+
+
 def linear_layers(model: nn.Module, *heads: str) -> dict[str, nn.Linear]:
     return {
         name: module
@@ -49,6 +56,15 @@ def squares(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Any, los
     return found
 
 
+def alone(batch: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
+    """Example i of a batch without the batch's padding."""
+    mask = batch.get("attention_mask")
+    length = None if mask is None else int(mask[i].sum())
+    return {
+        key: v[i : i + 1, :length] if v.dim() == 2 else v[i : i + 1] for key, v in batch.items()
+    }
+
+
 def one_backward_an_example(
     model: nn.Module, layers: Mapping[str, nn.Linear], batches: Any, loss: Loss
 ) -> dict[str, Tensor]:
@@ -59,7 +75,9 @@ def one_backward_an_example(
         values = batch.values() if isinstance(batch, dict) else batch
         for i in range(len(next(iter(values)))):
             if isinstance(batch, dict):
-                single = {key: value[i : i + 1] for key, value in batch.items()}
+                single = alone(batch, i)
+                if (single["labels"] == -100).all():
+                    continue
             else:
                 single = tuple(value[i : i + 1] for value in batch)
             for out, g in zip(

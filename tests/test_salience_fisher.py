@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from scoring import (
+    Loss,
+    alone,
     assert_close,
     linear_layers,
     model_loss,
+    next_token_loss,
     one_backward_an_example,
     squares,
 )
@@ -19,6 +22,8 @@ from tiny_models import (
     bert_classifier,
     llama,
     mlp,
+    opt,
+    padded_batches,
     pair_batches,
     pair_loss,
     token_batches,
@@ -55,6 +60,63 @@ def test_fisher_of_transformers(
     assert_close(squares(model, layers, batches, model_loss), expected)
 
 
+@pytest.mark.parametrize(("build", "loss"), [(bert_classifier, model_loss), (opt, next_token_loss)])
+def test_fisher_weights_each_example_as_a_batch_of_it_alone(
+    build: Callable[[], nn.Module], loss: Loss
+) -> None:
+    model = build().double()
+    layers = linear_layers(model)
+    batches = padded_batches(2, causal=build is opt)
+    expected = one_backward_an_example(model, layers, batches, loss)
+    assert_close(squares(model, layers, batches, loss), expected)
+    labelled = [alone(batch, i) for batch in batches for i in range(3)]  # the last has no label
+    assert_close(squares(model, layers, labelled, loss), expected)
+
+
+def test_fisher_of_labels_at_their_own_places() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.BertForTokenClassification(bert_classifier().config).double()
+    batches = padded_batches(2, causal=True)
+    for batch in batches:
+        batch["labels"] = torch.where(batch["labels"] > 1, batch["labels"] % 2, batch["labels"])
+    layers = linear_layers(model)
+    expected = one_backward_an_example(model, layers, batches, model_loss)
+    assert_close(squares(model, layers, batches, model_loss), expected)
+
+
+def test_fisher_of_the_losses_of_causal_models_and_of_runs() -> None:
+    from accelerate import Accelerator
+
+    from speft_kernels.finetune.methods import mean_loss
+    from speft_kernels.finetune.tasks import CausalLM
+
+    of_a_run = mean_loss(CausalLM(None, 8), Accelerator(cpu=True))  # it encodes nothing here
+    model = opt().double()
+    layers = linear_layers(model)
+    batches = padded_batches(2, causal=True)
+    expected = one_backward_an_example(model, layers, batches, next_token_loss)
+    for loss in (None, of_a_run):
+        for name, found in squares(model, layers, batches, loss).items():
+            difference = (found - expected[name]).norm() / expected[name].norm()
+            assert difference < 1e-6, name  # both compute in float32: 2^-24 an operation
+
+
+def test_fisher_refuses_ragged_labels_under_a_loss_that_it_cannot_read() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+        targets = batch["labels"][:, 1:]
+        each = nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+        return (each.sum(1) / (targets != -100).sum(1).clamp(min=1)).mean()
+
+    model = llama()
+    config = SpeftConfig(density=0.05, salience="fisher")
+    with pytest.raises(SalienceError, match="batch 1 have different numbers of labels.*one exam"):
+        score_and_select(model, config, padded_batches(1, causal=True), loss)
+    alone_each = [alone(batch, i) for batch in padded_batches(1, causal=True) for i in range(3)]
+    score_and_select(model, config, alone_each, loss)
+
+
 def test_fisher_holds_a_bounded_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     largest: list[int] = []
     bmm = torch.bmm
@@ -63,8 +125,10 @@ def test_fisher_holds_a_bounded_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(squared, "_CPU_BUFFER", 100)
     x, dy = torch.randn(6, 3, 40), torch.randn(6, 3, 9)
-    found = square_sums([(x, dy)], 6, "a layer")
-    expected = torch.einsum("btn,btk->bnk", dy.double(), x.double()).mul(6).square().sum(0)
+    scales = torch.tensor([6.0, 3, 0, 6, 2, 6])
+    found = square_sums([(x, dy)], scales.tolist(), "a layer")
+    products = torch.einsum("btn,btk->bnk", dy.double(), x.double())
+    expected = products.mul(scales[:, None, None]).square().sum(0)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     assert max(largest) <= 100
     assert len(largest) > 6

@@ -36,6 +36,16 @@ def llama(seed: int = 0, **settings: Any) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+def opt(seed: int = 0) -> nn.Module:
+    """A two-layer OPT that predicts tokens; unlike Llama's, its norms keep to the model's dtype."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.OPTConfig(
+        **_SIZES, ffn_dim=24, word_embed_proj_dim=16, pad_token_id=0, tie_word_embeddings=False
+    )
+    return transformers.OPTForCausalLM(config)
+
+
 def token_batches(count: int, *, causal: bool = False, seed: int = 0) -> list[dict[str, Tensor]]:
     """Batches of 4 sequences of 8 tokens with labels for a classifier, or for a causal model."""
     generator = torch.Generator().manual_seed(seed)
@@ -44,6 +54,24 @@ def token_batches(count: int, *, causal: bool = False, seed: int = 0) -> list[di
         tokens = torch.randint(0, VOCABULARY, (4, 8), generator=generator)
         labels = tokens if causal else torch.randint(0, 2, (4,), generator=generator)
         batches.append({"input_ids": tokens, "labels": labels})
+    return batches
+
+
+def padded_batches(count: int, *, causal: bool = False, seed: int = 0) -> list[dict[str, Tensor]]:
+    """`token_batches` cut to 8, 5, 8 and 3 tokens, padded on the right.
+
+    The third sequence's first half, a prompt, has no labels, and the last sequence has none at all;
+    of a classifier's, the last one.
+    """
+    batches = token_batches(count, causal=causal, seed=seed)
+    for batch in batches:
+        mask = torch.arange(8) < torch.tensor([8, 5, 8, 3])[:, None]
+        batch["input_ids"] = batch["input_ids"].masked_fill(~mask, 0)
+        batch["attention_mask"] = mask.long()
+        if causal:
+            batch["labels"] = batch["labels"].masked_fill(~mask, -100)
+            batch["labels"][2, :4] = -100
+        batch["labels"][3] = -100
     return batches
 
 

@@ -8,8 +8,9 @@ backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from .accumulate import (
     PassStatistics,
     arrives_in_parts,
     count_examples,
-    evaluate_loss,
     wide,
 )
+from .shares import loss_and_scales
 
 # Elements of the buffer of single examples' gradients. 1 MB of float32 stays in a core's cache: the
 # squares of a 384 x 1536 layer, 16 examples of 48 tokens, took 2.0 times its dense gradient so, and
@@ -44,10 +45,12 @@ def stream_squared_gradients(
     examples.
 
     `squares` is `[N, K]`, float32 (float64 for float64 layers), and belongs to `consume`. The
-    gradient of an example is that of its share of the batch's loss times the number of examples, as
-    a loss is a mean over the batch. Calls of one layer are added before they are squared. Besides
-    `squares` a layer takes a buffer of 2^18 elements (2^24 on a GPU), or one row of the weight if
-    that is more. To be called with the model `borrowed`.
+    gradient of an example is that of its own mean loss, as a batch of it alone would give: a
+    batch's loss is a mean over its examples or, with labels of -100 among `batch["labels"]`, over
+    the others (`shares.loss_and_scales`). An example without a label adds nothing. Calls of one
+    layer are added before they are squared. Besides `squares` a layer takes a buffer of 2^18
+    elements (2^24 on a GPU), or one row of the weight if that is more. To be called with the model
+    `borrowed`.
 
     The examples lie along the first dimension of the batch's first tensor. A layer's input is `[B,
     ..., K]`, or `[B * T, K]` with the rows of an example next to each other; a two-dimensional
@@ -55,7 +58,8 @@ def stream_squared_gradients(
 
     Raises:
         SalienceError: a loss is not finite, not a scalar, or depends on no layer; the examples of a
-            batch cannot be counted, or a layer's rows not assigned to them.
+            batch cannot be counted, a layer's rows not assigned to them, or their shares of the
+            loss not told.
         ConfigError: the default loss does not fit the model or the batches.
     """
     statistics = PassStatistics(
@@ -72,7 +76,7 @@ def stream_squared_gradients(
                     f"{label} does not tell how many examples it has: salience 'fisher' takes the "
                     "length of its first tensor along the first dimension, and there is none"
                 )
-            run_batch(lambda: evaluate_loss(model, batch, loss_fn, label), examples)  # noqa: B023
+            run_batch(partial(loss_and_scales, model, batch, loss_fn, label, examples))
             statistics.examples += examples
     return statistics
 
@@ -104,16 +108,19 @@ class _Tap(torch.autograd.Function):
 @contextmanager
 def _tapped(
     layers: Mapping[str, nn.Linear], statistics: PassStatistics, consume: Consume
-) -> Iterator[Callable[[Callable[[], Tensor], int], None]]:
-    """Watch `layers`; yield a function that runs a batch's forward and backward pass."""
+) -> Iterator[Callable[[Callable[[], tuple[Tensor, list[float]]]], None]]:
+    """Watch `layers`; yield a function that runs a batch's forward and backward pass, given what
+    returns its loss and the scales of its examples.
+    """
     expected: dict[str, int] = {}
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
     done: set[str] = set()
-    examples, backward = 0, False
+    scales: list[float] = []
+    backward = False
 
     def finish(name: str) -> None:
         done.add(name)
-        squares = square_sums(calls.pop(name), examples, f"layer {name!r}")
+        squares = square_sums(calls.pop(name), scales, f"layer {name!r}")
         statistics.largest_gradient_bytes = max(statistics.largest_gradient_bytes, squares.nbytes)
         statistics.arrived.add(name)
         consume(name, squares)
@@ -135,12 +142,12 @@ def _tapped(
         watched: Tensor = _Tap.apply(output, x.detach(), anchor, lambda x, dy: arrived(name, x, dy))
         return watched
 
-    def run_batch(loss: Callable[[], Tensor], count: int) -> None:
-        nonlocal examples, backward
-        examples, backward = count, False
+    def run_batch(loss: Callable[[], tuple[Tensor, list[float]]]) -> None:
+        nonlocal scales, backward
+        backward = False
         for kept in (expected, calls, done):
             kept.clear()
-        total = loss()
+        total, scales = loss()
         backward = True
         total.backward()
         with torch.no_grad():
@@ -165,15 +172,17 @@ def _tapped(
             hook.remove()
 
 
-def square_sums(calls: list[tuple[Tensor, Tensor]], examples: int, label: str) -> Tensor:
-    """Return `[N, K]`: the squares of the examples' gradients of `examples` times a mean, summed.
+def square_sums(calls: list[tuple[Tensor, Tensor]], scales: Sequence[float], label: str) -> Tensor:
+    """Return `[N, K]`: the squares of the examples' gradients, each times its scale, summed.
 
     Args:
         calls: `(x, dy)` of each call of the layer; their gradients are added before squaring.
+        scales: one for each example.
 
     Raises:
         SalienceError: see `stream_squared_gradients`.
     """
+    examples = len(scales)
     inputs = [_by_example(x, examples, label) for x, _ in calls]
     outputs = [_by_example(dy, examples, label) for _, dy in calls]
     x = inputs[0] if len(calls) == 1 else torch.cat(inputs, dim=1)
@@ -181,8 +190,8 @@ def square_sums(calls: list[tuple[Tensor, Tensor]], examples: int, label: str) -
     dtype = torch.promote_types(x.dtype, dy.dtype)
     (_, steps, k), n = x.shape, dy.shape[2]
     if steps == 1:
-        squared_dy = dy[:, 0].to(wide(dtype)).mul(examples).square_()
-        return squared_dy.t() @ x[:, 0].to(wide(dtype)).square()
+        scaled_dy = dy[:, 0].to(wide(dtype)) * dy.new_tensor(scales, dtype=wide(dtype))[:, None]
+        return scaled_dy.square_().t() @ x[:, 0].to(wide(dtype)).square()
     x, dy = x.to(dtype), dy.to(dtype).transpose(1, 2)
     total = torch.zeros(n, k, dtype=wide(dtype), device=x.device)
     buffer = _CPU_BUFFER if x.device.type == "cpu" else _GPU_BUFFER
@@ -192,9 +201,10 @@ def square_sums(calls: list[tuple[Tensor, Tensor]], examples: int, label: str) -
         part = total[start : start + rows]
         for first in range(0, examples, at_once):
             chunk = slice(first, first + at_once)
-            for gradient in torch.bmm(dy[chunk, start : start + rows], x[chunk]):
+            gradients = torch.bmm(dy[chunk, start : start + rows], x[chunk])
+            for gradient, scale in zip(gradients, scales[chunk], strict=True):
                 gradient = gradient.to(total.dtype)
-                part.addcmul_(gradient, gradient, value=examples**2)
+                part.addcmul_(gradient, gradient, value=scale**2)
     return total
 
 
