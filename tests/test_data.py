@@ -59,6 +59,7 @@ def test_pairs_are_preferred_to_a_single_column(tmp_path):
     ("columns", "expected"),
     [
         (("prompt", "response"), ("p", "r")),
+        (("query", "response"), ("p", "r")),
         (("question", "answer"), ("p", "r")),
         (("text", "source"), ("p",)),
     ],
@@ -66,6 +67,21 @@ def test_pairs_are_preferred_to_a_single_column(tmp_path):
 def test_causal_lm_columns(tmp_path, columns, expected):
     path = write_jsonl(tmp_path / "a.jsonl", [dict(zip(columns, "pr", strict=True))])
     assert read(path, "causal-lm").rows[0].texts == expected
+
+
+def test_a_part_of_a_dataset_of_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+    row = {"type": "t", "query": "q", "original_question": "o", "response": "r"}
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([row] * 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    examples = read("meta-math/MetaMathQA:train[:100000]", "causal-lm")
+    assert asked == [("meta-math/MetaMathQA", None, "train[:100000]")]
+    assert [row.texts for row in examples.rows] == [("q", "r")] * 3
 
 
 def test_numeric_labels_are_sorted_as_numbers(tmp_path):

@@ -26,14 +26,14 @@ TEXT_COLUMNS = {
         *(("question", "sentence"), ("sentence",), ("text",)),
     ),
     "causal-lm": (
-        *(("prompt", "response"), ("question", "answer"), ("instruction", "input", "output")),
-        *(("instruction", "output"), ("text",)),
+        *(("prompt", "response"), ("query", "response"), ("question", "answer")),
+        *(("instruction", "input", "output"), ("instruction", "output"), ("text",)),
     ),
 }
 NEEDED = {
     "classification": "'sentence' (or 'sentence1' and 'sentence2') and 'label'",
-    "causal-lm": "'prompt' and 'response' (or 'question' and 'answer', or 'instruction', 'input' "
-    "and 'output'), or 'text'",
+    "causal-lm": "'prompt' and 'response' (or 'query' and 'response', or 'question' and 'answer', "
+    "or 'instruction', 'input' and 'output'), or 'text'",
 }
 
 
