@@ -1,6 +1,7 @@
 """Settings for every test; they must be made before torch is imported."""
 
 import os
+from dataclasses import replace
 
 # oneDNN picks AMX instructions by the processor's name, and a hypervisor may mask them: bf16
 # products then die with SIGILL.
@@ -25,6 +26,26 @@ def _deterministic():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def write_sizes(monkeypatch) -> list[int]:
+    """How many weights each call of `write_delta` took, as its implementation for the CPU sees it
+    from here on.
+    """
+    from speft_kernels.ops import registry
+
+    found = registry.resolve("write_delta", torch.device("cpu"), torch.float32)
+    sizes = []
+
+    def counted(weights, *rest):
+        sizes.append(len(weights))
+        found.function(weights, *rest)
+
+    key = "write_delta", found.backend.name
+    monkeypatch.setitem(registry._implementations, key, replace(found, function=counted))
+    monkeypatch.setattr(registry, "_resolved", {})
+    return sizes
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 in a call.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from kernels import DTYPES, KINDS, accumulator, backends, make_pattern
 from torch import Tensor
 
 from speft_kernels import SparsePattern, ops
+from speft_kernels.errors import BackendError
+from speft_kernels.ops import registry
 
 BACKENDS = backends("write_delta")
 triton_only = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not here")
@@ -259,9 +262,9 @@ def test_nothing_is_written_where_any_argument_is_refused():
         r"values must have shape \(5,\), got \(4,\)": (weight, base, values[:4]),
         "values must be torch.float32 beside a torch.float32": (weight, base, values.double()),
         "base_values and weight must have one dtype": (weight, base.double(), values),
-        "weight and the first weight must have one dtype": (
-            weight.bfloat16(),
-            base.bfloat16(),
+        "values must be torch.float64 beside a torch.float64": (
+            weight.double(),
+            base.double(),
             values,
         ),
         "weight must be one of": (weight.int(), base.int(), values),
@@ -282,6 +285,43 @@ def test_nothing_is_written_where_any_argument_is_refused():
         with pytest.raises(ValueError, match="the sequences must have one length"):
             ops.write_deltas(*lengths)
         assert all(map(torch.equal, some.weights, before))
+
+
+def test_each_dtype_and_direction_is_one_call(write_sizes):
+    """Weights of three dtypes in turn, every fourth without values: its base comes back."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    shapes = [(33, 17), (64, 48), (20, 20), (5, 4), (1, 5), (9, 11), (30, 7), (8, 8)]
+    patterns = [make_pattern("uniform", *shape) for shape in shapes]
+    weights = [torch.randn(p.shape).to(dtypes[i % 3]) for i, p in enumerate(patterns)]
+    base = [torch.randn(p.nnz).to(w.dtype) for p, w in zip(patterns, weights, strict=True)]
+    values = [
+        torch.randn(p.nnz, dtype=accumulator(b.dtype)) for p, b in zip(patterns, base, strict=True)
+    ]
+    values = [None if i % 4 == 3 else value for i, value in enumerate(values)]
+    wanted = [weight.clone() for weight in weights]
+    for weight, *operands in zip(wanted, patterns, base, values, strict=True):
+        ops.write_delta(weight, *operands, backend="reference")
+    ops.write_deltas(weights, patterns, base, values)
+    assert all(map(torch.equal, weights, wanted))
+    assert write_sizes == [2, 2, 2, 1, 1]  # weights 0 and 6, 1 and 4, 2 and 5; 3; 7
+
+
+def test_no_call_is_made_where_the_backend_refuses_one(monkeypatch):
+    monkeypatch.setattr(registry, "_resolved", {})
+    found = registry._implementations["write_delta", "torch"]
+    narrow = replace(found, dtypes=(torch.float32,))
+    monkeypatch.setitem(registry._implementations, ("write_delta", "torch"), narrow)
+    pattern = make_pattern("full", 4, 3)
+    weights = [torch.ones(4, 3), torch.ones(4, 3).double()]
+    base = [torch.zeros(12), torch.zeros(12).double()]
+    for write in (ops.write_deltas, ops.check_deltas):
+        with pytest.raises(BackendError, match="not torch.float64"):
+            write(weights, [pattern] * 2, base, None, backend="torch")
+        assert bool((weights[0] == 1).all())
+    ops.check_deltas(weights[:1], [pattern], base[:1], None, backend="torch")
+    assert bool((weights[0] == 1).all())
+    ops.write_deltas(weights[:1], [pattern], base[:1], None, backend="torch")
+    assert bool((weights[0] == 0).all())
 
 
 def test_no_weights_are_no_work():

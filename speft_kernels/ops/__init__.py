@@ -14,11 +14,12 @@ from .sparse_delta_matmul import (
     sparse_delta_matmul_grad_input,
 )
 from .topk_salience import METRICS, topk_salience
-from .write_delta import write_delta, write_deltas
+from .write_delta import check_deltas, write_delta, write_deltas
 
 __all__ = [
     "METRICS",
     "block_grad",
+    "check_deltas",
     "delta_matmul",
     "delta_matmul_grad_input",
     "keep_columns",

@@ -53,33 +53,72 @@ def write_deltas(
     weights: Sequence[Tensor],
     patterns: Sequence[SparsePattern],
     base_values: Sequence[Tensor],
-    values: Sequence[Tensor] | None,
+    values: Sequence[Tensor | None] | None,
     *,
     backend: str | None = None,
 ) -> None:
-    """`write_delta` for several weights of one dtype and device in one call: a whole model's
-    layers. Nothing is written where an argument is refused.
+    """`write_delta` for several weights: a whole model's layers. One call for all weights of a
+    dtype and a device whose values go in, one for those without `values`, whose base comes back.
+
+    Nothing is written where an argument, or the backend for any of the calls, is refused.
+
+    Args:
+        values: as many as weights, each a tensor or None; None in all stands for as many.
 
     Raises:
         ValueError: the sequences differ in length; and as `write_delta`, for any of them.
     """
+    calls = _calls(weights, patterns, base_values, values)
+    if len(calls) > 1:  # a single call refuses its backend itself
+        _resolve(calls, weights, backend)
+    for chosen in calls:
+        taken = [] if values is None else [values[i] for i in chosen]
+        torch.ops.speft.write_delta(
+            [weights[i].detach() for i in chosen],
+            [patterns[i].entry_indices for i in chosen],
+            [base_values[i].reshape(-1) for i in chosen],
+            [value.detach().reshape(-1) for value in taken if value is not None],
+            backend,
+        )
+
+
+def check_deltas(
+    weights: Sequence[Tensor],
+    patterns: Sequence[SparsePattern],
+    base_values: Sequence[Tensor],
+    values: Sequence[Tensor | None] | None,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Raise what `write_deltas` would refuse with; nothing is written."""
+    _resolve(_calls(weights, patterns, base_values, values), weights, backend)
+
+
+def _calls(
+    weights: Sequence[Tensor],
+    patterns: Sequence[SparsePattern],
+    base_values: Sequence[Tensor],
+    values: Sequence[Tensor | None] | None,
+) -> list[list[int]]:
+    """Check the arguments, and return which weights each call takes."""
     lengths = {len(weights), len(patterns), len(base_values)}
     if values is not None:
         lengths.add(len(values))
     if len(lengths) != 1:
         raise ValueError(f"the sequences must have one length, got {sorted(lengths)}")
+    calls: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
     for i, (weight, pattern, base) in enumerate(zip(weights, patterns, base_values, strict=True)):
-        _check(weight, pattern, base, None if values is None else values[i])
-        _checks.check_same("weight", weight, "the first weight", weights[0])
-    if not weights:
-        return
-    torch.ops.speft.write_delta(
-        [weight.detach() for weight in weights],
-        [pattern.entry_indices for pattern in patterns],
-        [base.reshape(-1) for base in base_values],
-        [] if values is None else [v.detach().reshape(-1) for v in values],
-        backend,
-    )
+        value = None if values is None else values[i]
+        _check(weight, pattern, base, value)
+        calls.setdefault((weight.dtype, weight.device, value is None), []).append(i)
+    return list(calls.values())
+
+
+def _resolve(calls: list[list[int]], weights: Sequence[Tensor], backend: str | None) -> None:
+    """Refuse a backend that cannot serve one of the calls."""
+    for chosen in calls:
+        first = weights[chosen[0]]
+        registry.resolve("write_delta", first.device, first.dtype, backend)
 
 
 def _check(weight: Tensor, pattern: SparsePattern, base: Tensor, values: Tensor | None) -> None:
