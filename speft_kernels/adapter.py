@@ -35,8 +35,9 @@ from .adapter_file import (
 from .atomic import new_folder
 from .config import SpeftConfig
 from .errors import AdapterError, ConfigError, nearest
+from .family import set_modes, to_linears
 from .install import install, is_sparse, state_of, swap_modules
-from .model import merge, unmerge
+from .model import refuse_delta_in_shared
 from .nn import SparseDeltaLinear
 from .overview import sparse_layers
 from .pattern import SparsePattern
@@ -173,8 +174,8 @@ def load_adapter(
     """Load an adapter into `model`, in place. Everything is checked before anything is touched.
 
     A plain model is made sparse and frozen as by `apply_patterns`. In a model with sparse layers of
-    the same patterns the values are replaced; with other patterns, its base is restored first and
-    the layers are replaced.
+    the same patterns the values are replaced, and all weights are written at once; with other
+    patterns, its base is restored first and the layers are replaced.
 
     Args:
         mode: "resident" or "additive". None means resident, or what a sparse layer of the same
@@ -204,18 +205,14 @@ def load_adapter(
         if not fits:
             _make_plain(model, present, undo)
             install(model, patterns, mode or "resident", file.dense, undo)
-        elif mode is not None:
-            for layer in present.values():
-                undo.callback(layer.merge if layer.mode == "resident" else layer.unmerge)
-            if present:
-                (merge if mode == "resident" else unmerge)(model)
+        elif mode == "resident":
+            refuse_delta_in_shared(model, present)
         layers = sparse_layers(model)
-        for layer in layers.values():
-            undo.callback(layer.sync)
+        # New layers leave the base behind, bit for bit; those that were there, what they held.
+        undo.callback(set_modes, {x: x.mode if fits else "additive" for x in layers.values()})
         _write([(layers[name].values, layer.values) for name, layer in file.layers.items()], undo)
         _write([(targets[name], tensor) for name, tensor in file.dense.items()], undo)
-        for layer in layers.values():
-            layer.sync()
+        set_modes({layer: mode or layer.mode for layer in layers.values()})
         undo.pop_all()
     return AdapterInfo(
         folder=file.folder,
@@ -344,10 +341,10 @@ def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
 
 def _make_plain(model: nn.Module, layers: Mapping[str, SparseDeltaLinear], undo: ExitStack) -> None:
     """Put plain layers with the exact base back; undone, the sparse ones return as they were."""
-    replacements: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
-        undo.callback(layer.merge if layer.mode == "resident" else layer.unmerge)
-        replacements[layer] = layer.to_linear(keep_delta=False)
+        undo.callback(setattr, layer, "_family", layer._family)
+    undo.callback(set_modes, {layer: layer.mode for layer in layers.values()})
+    replacements = to_linears(layers.values(), keep_delta=False)
     undo.callback(swap_modules, model, {new: old for old, new in replacements.items()})
     swap_modules(model, replacements)
 

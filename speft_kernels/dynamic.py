@@ -25,6 +25,7 @@ from . import ops
 from .adapter import StoredLayer, fingerprint, write_adapter
 from .config import SpeftConfig
 from .errors import ConfigError
+from .family import sync
 from .model import apply_patterns, desparsify, score_and_select, sparse_layers
 from .nn import SparseDeltaLinear
 from .pattern import SparsePattern
@@ -50,14 +51,6 @@ class Delta:
     @classmethod
     def of(cls, layer: SparseDeltaLinear) -> Delta:
         return cls(layer.pattern, layer.values.detach().clone(), layer.base_values.clone())
-
-    def write(self, weight: Tensor) -> None:
-        if not self.pattern.is_empty:
-            ops.write_delta(weight, self.pattern, self.base_values, self.values)
-
-    def erase(self, weight: Tensor) -> None:
-        if not self.pattern.is_empty:
-            ops.write_delta(weight, self.pattern, self.base_values, None)
 
     def where(self, kept: Tensor) -> Delta:
         """The part at which `kept` (bool, one for each index of the pattern) holds."""
@@ -183,8 +176,7 @@ class MovingMask:
             else:
                 kept, patterns = self._regrown(model, trained, batches, loss_fn, progress)
         finally:  # also on an error, with the patterns and the deltas there were
-            for name, delta in touched.items():
-                delta.erase(_weight(model, name))
+            _erase(model, touched)
             self._install(model, patterns, kept)
         origins = {
             name: places(pattern.indices, trained[name].pattern.indices)
@@ -213,9 +205,8 @@ class MovingMask:
 
         Before the model is given an adapter, which says again what the weights hold.
         """
-        for name, layer in sparse_layers(model).items():
-            self._left[name].erase(layer.weight)
-            self._left[name] = _nothing(layer)
+        _erase(model, self._left)
+        self._left = {name: _nothing(layer) for name, layer in sparse_layers(model).items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What was left behind, as plain data and tensors on the CPU."""
@@ -225,7 +216,7 @@ class MovingMask:
         """Put back what `state_dict` returned, in a model whose layers have the same patterns."""
         for name, layer in sparse_layers(model).items():
             self._left[name] = Delta.from_state(state[name], layer.weight.device)
-            self._left[name].write(layer.weight.detach())
+        _put(model, self._left)
 
     def _install(
         self,
@@ -235,7 +226,8 @@ class MovingMask:
     ) -> None:
         """Make plain layers that hold W0 sparse, with the deltas `kept` in or beside `patterns`."""
         apply_patterns(model, patterns, self.config)
-        for name, layer in sparse_layers(model).items():
+        layers = sparse_layers(model)
+        for name, layer in layers.items():
             delta = kept[name]
             found = places(layer.pattern.indices, delta.pattern.indices)
             known = found >= 0
@@ -243,8 +235,8 @@ class MovingMask:
                 layer.values[known] = delta.values[found[known]]
             beside = places(delta.pattern.indices, layer.pattern.indices) < 0
             self._left[name] = delta.where(beside)
-            self._left[name].write(layer.weight.detach())
-            layer.sync()
+        _put(model, self._left)
+        sync(layers.values())
 
     def _regrown(
         self,
@@ -260,10 +252,8 @@ class MovingMask:
             name: trained[name].where(stays)
             for name, stays in _survivors(trained, share, self.config.scope).items()
         }
-        for name, delta in trained.items():
-            weight = _weight(model, name)
-            delta.erase(weight)
-            kept[name].write(weight)
+        _erase(model, trained)
+        _put(model, kept)
         layers = find_targets(model, self.config).layers
         sums = GradientSums(
             layers, self.config.accumulator_dtype, self.config.accumulator_device, "sum"
@@ -387,6 +377,26 @@ def _like(pattern: SparsePattern, indices: Tensor) -> SparsePattern:
 def _nothing(layer: SparseDeltaLinear) -> Delta:
     none = torch.zeros(_units(layer.pattern), dtype=torch.bool, device=layer.weight.device)
     return Delta.of(layer).where(none)
+
+
+def _put(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
+    """Write base and values of the deltas into the model's weights, all at once."""
+    weights, held = _held(model, deltas)
+    patterns, base = [x.pattern for x in held], [x.base_values for x in held]
+    ops.write_deltas(weights, patterns, base, [x.values for x in held])
+
+
+def _erase(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
+    """Write the base of the deltas into the model's weights, all at once."""
+    weights, held = _held(model, deltas)
+    patterns, base = [x.pattern for x in held], [x.base_values for x in held]
+    ops.write_deltas(weights, patterns, base, None)
+
+
+def _held(model: nn.Module, deltas: Mapping[str, Delta]) -> tuple[list[Tensor], list[Delta]]:
+    """The weights that hold an entry of a delta, and their deltas."""
+    held = {name: delta for name, delta in deltas.items() if not delta.pattern.is_empty}
+    return [_weight(model, name) for name in held], list(held.values())
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from .errors import ConfigError, PatternError, nearest
-from .nn import Family, SparseDeltaLinear
+from .family import Family
+from .nn import SparseDeltaLinear
 from .overview import sparse_layers
 from .pattern import SparsePattern
 from .targets import check_layers
@@ -63,6 +64,7 @@ def install(
             raise ConfigError(f"the model has no module {name!r}.{nearest(name, modules)}")
     check_layers(model, {name: modules[name] for name in patterns}, mode)
 
+    tensors = model.state_dict(keep_vars=True)  # of sparse layers it would write the weights
     undo.callback(_restore_flags, [(p, p.requires_grad, p.grad) for p in model.parameters()])
     replacements: dict[nn.Module, nn.Module] = {}
     for name, pattern in patterns.items():
@@ -88,7 +90,6 @@ def install(
     setattr(model, _STATE, state)
 
     trained = {id(layer.values) for layer in sparse_layers(model).values()}
-    tensors = model.state_dict(keep_vars=True)
     trained |= {id(tensors[name]) for name in state.dense_tensors}
     for parameter in model.parameters():
         if id(parameter) not in trained:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import SpeftConfig
 from .errors import ConfigError
+from .family import set_modes, to_linears
 from .install import forget, install, swap_modules
 from .nn import SparseDeltaLinear
 from .overview import Summary, SummaryRow, sparse_layers, summary, trainable_parameters
@@ -119,24 +120,25 @@ def apply_patterns(
 def merge(model: nn.Module) -> None:
     """Write every layer's delta into its weight (mode "resident"); the model computes the same.
 
+    One write for all layers of a dtype and a device. On any error nothing is changed.
+
     Raises:
-        ConfigError: no sparse layers, or one whose weight is shared or cannot hold a delta. Nothing
-            is changed.
+        ConfigError: no sparse layers, or one whose weight is shared or cannot hold a delta.
     """
     layers = _require_sparse(model)
-    _refuse_delta_in_shared(model, layers)
-    for layer in layers.values():
-        layer.merge()
+    refuse_delta_in_shared(model, layers)
+    set_modes(dict.fromkeys(layers.values(), "resident"))
 
 
 def unmerge(model: nn.Module) -> None:
     """Restore every base weight, bit for bit (mode "additive"); the model computes the same.
 
+    One write for all layers of a dtype and a device. On any error nothing is changed.
+
     Raises:
         ConfigError: no sparse layers.
     """
-    for layer in _require_sparse(model).values():
-        layer.unmerge()
+    set_modes(dict.fromkeys(_require_sparse(model).values(), "additive"))
 
 
 def desparsify(model: nn.Module, keep_delta: bool = True) -> None:
@@ -150,8 +152,8 @@ def desparsify(model: nn.Module, keep_delta: bool = True) -> None:
     """
     layers = _require_sparse(model)
     if keep_delta:
-        _refuse_delta_in_shared(model, layers)
-    swap_modules(model, {layer: layer.to_linear(keep_delta) for layer in layers.values()})
+        refuse_delta_in_shared(model, layers)
+    swap_modules(model, to_linears(layers.values(), keep_delta))
     forget(model)
 
 
@@ -173,7 +175,8 @@ def _require_sparse(model: nn.Module) -> dict[str, SparseDeltaLinear]:
     return layers
 
 
-def _refuse_delta_in_shared(model: nn.Module, layers: Mapping[str, SparseDeltaLinear]) -> None:
+def refuse_delta_in_shared(model: nn.Module, layers: Mapping[str, SparseDeltaLinear]) -> None:
+    """Raise ConfigError where a layer's weight is shared or cannot hold a delta."""
     shared = shared_weights(model)
     for name, layer in layers.items():
         if layer.pattern.is_empty:

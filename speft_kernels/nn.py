@@ -5,7 +5,6 @@ entries.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import ops
+from . import family, ops
 from .autograd import AdditiveLinear, DeltaMatmul, ResidentLinear, Sink
 from .errors import ConfigError, PatternError, nearest
 from .ops._checks import accumulator_dtype
@@ -44,18 +43,6 @@ def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 register_optimizer_step_post_hook(_raise_versions)
-
-
-class Family:
-    """The sparse layers of one model, which are written together; they are not kept alive."""
-
-    def __init__(self, layers: Iterable[SparseDeltaLinear]) -> None:
-        self._layers = [weakref.ref(layer) for layer in layers]
-
-    def layers(self) -> list[SparseDeltaLinear]:
-        """Those that still are sparse: a layer that gave its weight away is written no more."""
-        alive = (layer for ref in self._layers if (layer := ref()) is not None)
-        return [layer for layer in alive if layer._family is self]
 
 
 class SparseDeltaLinear(nn.Module):
@@ -121,7 +108,7 @@ class SparseDeltaLinear(nn.Module):
     def _start(self) -> None:
         """What belongs to this object alone, not to a copy of it."""
         self._input = SharedInput(self._pattern)
-        self._family: Family | None = None
+        self._family: family.Family | None = None
         self._sink: Sink | None = None
         _layers.add(self)
 
@@ -252,38 +239,18 @@ class SparseDeltaLinear(nn.Module):
         A forward pass does so by itself. Call it after writing through `values.data` or past the
         version of `weight`, which cannot be seen.
         """
-        if self._written is not None:
-            self._written = ()
-        self._sync_if_changed()
+        family.sync([self])
 
     def _sync_if_changed(self) -> None:
-        if self.mode == "additive":
-            self._restore()
-        elif self._is_stale():
-            self._write_stale()
-
-    @torch.no_grad()
-    def _write_stale(self) -> None:
-        """Write the family's deltas where the values changed: an optimizer changes them all, and
-        one call writes them all.
-        """
-        stale = [layer for layer in self._siblings() if layer._is_stale()]
-        ops.write_deltas(
-            [layer.weight for layer in stale],
-            [layer._pattern for layer in stale],
-            [layer.base_values for layer in stale],
-            [layer.values for layer in stale],
-        )
-        for layer in stale:
-            layer._written = layer._state()
+        if self._is_stale():
+            # An optimizer changes the values of all: one call writes them all.
+            family.write([layer for layer in self._siblings() if layer._is_stale()])
 
     def _is_stale(self) -> bool:
-        """Whether the weight is to hold the delta and does not hold these values."""
-        return (
-            self.mode == "resident"
-            and self._written != self._state()
-            and not self._pattern.is_empty
-        )
+        """Whether the weight does not hold what the mode says."""
+        if self.mode == "additive":
+            return self._written is not None
+        return self._written != self._state() and not self._pattern.is_empty
 
     def _siblings(self) -> list[SparseDeltaLinear]:
         """This layer, and those of its family that are written like it."""
@@ -305,22 +272,20 @@ class SparseDeltaLinear(nn.Module):
     def merge(self) -> None:
         """Write D into the weight: mode "resident". What the layer computes stays the same.
 
+        On an error the layer stays as it was. `model.merge` does so for a whole model at once.
+
         Raises:
             ConfigError: the base is not a plain `nn.Linear`.
         """
-        if self.base is not None:
-            raise ConfigError(
-                f"a {type(self.base).__name__} cannot hold the delta; it stays additive"
-            )
-        self.mode = "resident"
-        self.sync()
+        family.set_modes({self: "resident"})
 
     def unmerge(self) -> None:
         """Put W0 back into the weight, bit for bit: mode "additive". What the layer computes stays
         the same.
+
+        On an error the layer stays as it was. `model.unmerge` does so for a whole model at once.
         """
-        self.mode = "additive"
-        self.sync()
+        family.set_modes({self: "additive"})
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
@@ -346,8 +311,9 @@ class SparseDeltaLinear(nn.Module):
                 f"the base is a {type(self.base).__name__}: it has no plain weight to read"
             )
         weight = self.weight.detach().clone()
-        if not self._pattern.is_empty:
-            ops.write_delta(weight, self._pattern, self.base_values, None)
+        # By torch: a copy is a new address each time, for which Triton's kernel would make and keep
+        # a table in the place of one that training needs.
+        weight.view(-1)[self._pattern.entry_indices.long()] = self.base_values.reshape(-1)
         return weight
 
     def to_linear(self, keep_delta: bool = True) -> nn.Module:
@@ -359,18 +325,7 @@ class SparseDeltaLinear(nn.Module):
         Raises:
             ConfigError: the base is not a plain `nn.Linear` and `keep_delta` is set.
         """
-        if self.base is not None:
-            if keep_delta and not self._pattern.is_empty:
-                raise ConfigError(f"a {type(self.base).__name__} cannot hold the delta")
-            return self.base
-        (self.merge if keep_delta else self.unmerge)()
-        self._family = None
-        linear = nn.Linear(
-            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
-        )
-        linear.weight = self.weight
-        linear.bias = self.bias  # type: ignore[assignment]
-        return linear.train(self.training)
+        return family.to_linears([self], keep_delta)[self]
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseDeltaLinear:
         values = self.values.detach()

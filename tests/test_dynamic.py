@@ -292,6 +292,26 @@ def test_what_was_left_behind_comes_back_from_its_state():
         assert torch.equal(layer.weight, expected[name])
 
 
+@pytest.mark.parametrize("strategy", ["merge", "rigl"])
+def test_all_layers_are_written_at_once(strategy, write_sizes):
+    training = Training(strategy)
+    training.steps()
+    training.move()
+    training.steps()
+    mask, model = training.mask, training.model
+    state = mask.state_dict()
+    write_sizes.clear()
+    training.move(seed=2)
+    # The deltas out into plain layers, for "rigl" once more with what stays, the base back, and
+    # what was left behind (under "merge", which leaves some) with the new deltas.
+    assert write_sizes == [2] * {"merge": 4, "rigl": 5}[strategy]
+    if strategy == "merge":
+        write_sizes.clear()
+        mask.release(model)
+        mask.load_state_dict(model, state)
+        assert write_sizes == [2, 2]
+
+
 def test_bad_settings_are_refused():
     training = Training("merge")
     with pytest.raises(ConfigError, match="unknown strategy 'grow'"):
