@@ -8,11 +8,12 @@ from report_folders import METHODS, row, write_study
 
 from speft_kernels.errors import ConfigError
 from speft_kernels.pattern import SparsePattern
-from speft_kernels.report import write_report
+from speft_kernels.report import figures, write_report
 from speft_kernels.report.aggregate import markdown, summarise
 from speft_kernels.report.folder import asked_for
 from speft_kernels.report.masks import grid_of, overlap
 from speft_kernels.report.page import Cell, Column, table
+from speft_kernels.report.study import _by_density
 from speft_kernels.study.config import Run
 from speft_kernels.study.rows import Row, read_rows, write_rows
 
@@ -177,6 +178,32 @@ def test_rows_of_an_earlier_grid_are_set_aside():
         assert len(asked_for(rows, strange)[0]) == len(rows)
     foreign = [row(id="x", name="other"), row(id="y", task="cola"), row(id="z")]
     assert [r.id for r in asked_for(foreign, study)[0]] == ["z", "x", "y"]
+
+
+def test_methods_that_differ_in_their_budget_alone_are_one_line(monkeypatch):
+    def drawn(*methods):
+        caught = []
+        monkeypatch.setattr(
+            figures, "panels", lambda key, title, parts, names: caught.append((parts, names)) or ""
+        )
+        rows = [
+            row(id=name, name=name, method=method, salience=salience, density=density)
+            for name, method, salience, density in methods
+        ]
+        _by_density(summarise(rows))
+        ((panel,), names) = caught[0]
+        return {line.name: list(line.x) for line in panel.lines}, [name for name in names if name]
+
+    ranks = [(f"lora-{rank}", "lora", "", 0.01 * rank) for rank in (1, 4, 2)]
+    others = [("pissa-1", "pissa", "", 0.01), ("full", "full", "", 1.0)]
+    lines, names = drawn(*ranks, *others)
+    assert lines == {"lora": [0.01, 0.02, 0.04], "pissa-1": [0.01], "full": [1.0]}
+    assert names == ["lora", "pissa-1", "full"]  # a line's look is that of its first method
+    # Two of one budget differ in something else: their points are not joined.
+    sparse = [(f"snip-{share}", "speft", "snip", share) for share in (0.001, 0.01)]
+    lines, _ = drawn(*ranks, ("lora-long", "lora", "", 0.02), *sparse)
+    assert set(lines) == {"lora-1", "lora-2", "lora-4", "lora-long", "speft snip"}
+    assert lines["speft snip"] == [0.001, 0.01]
 
 
 SOME = {name: METHODS[name] for name in ("lora", "magnitude")}

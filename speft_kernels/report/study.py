@@ -211,12 +211,13 @@ def _families(summary: Summary) -> dict[str, str]:
     starts = density_groups(row.density for row in first.values())
     taken = Counter((kinds[name], starts[row.density]) for name, row in first.items())
     crowded = {kind for (kind, _), count in taken.items() if count > 1}
-    return {n: first[n].name if kind in crowded else kind for n, kind in kinds.items()}
+    alone = {kind for kind, count in Counter(kinds.values()).items() if count == 1}
+    return {n: first[n].name if kind in crowded | alone else kind for n, kind in kinds.items()}
 
 
 def _kind(row: Row) -> str:
-    words = (row.method, row.salience, row.scope, row.dynamic)
-    return " ".join(word for word in words if word) if row.salience else row.name
+    """What trains and how it was chosen; the rank of a low-rank method is its density."""
+    return " ".join(filter(None, (row.method, row.salience, row.scope, row.dynamic)))
 
 
 def _curves(summary: Summary, files: _Files) -> Html:
