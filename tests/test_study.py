@@ -1,21 +1,25 @@
 """A study: what its grid is, in which order it runs, and that nothing is lost or repeated."""
 
 import contextlib
+import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from multiprocessing.connection import Pipe
+from pathlib import Path
 
 import pytest
 from tiny_text import save_bert, sentences, write_tsv
 
 from speft_kernels.cli import main
 from speft_kernels.errors import ConfigError, DataError
+from speft_kernels.finetune.inputs import digest_of
 from speft_kernels.finetune.signals import Interrupted
 from speft_kernels.study import COLUMNS, read_rows, write_rows
 from speft_kernels.study import runner as runner_module
@@ -85,7 +89,7 @@ class FakeWorker:
         pass
 
 
-def write_result(config, after=None):
+def write_result(config, after=None, **others):
     folder = runner_module.Path(config.output)
     folder.mkdir(parents=True)
     # The second rate is the better one for every method.
@@ -97,6 +101,7 @@ def write_result(config, after=None):
         **{"test": {"accuracy": score}, "salience_seconds": 0.0, "salience": {}, "threads": 1},
         **{"peak_memory_bytes": None, "device": "cpu", "processor": "x", "versions": {}},
         "commit": "unknown",
+        **others,
     }
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "config.json").write_text(json.dumps({"settings": config.to_dict()}))
@@ -302,6 +307,62 @@ def test_a_row_has_every_column_and_reads_back(study, fake, tmp_path):
     assert str(tmp_path) not in json.dumps({**settings, "model": ""})
     assert "output" not in settings
     assert set(COLUMNS) >= {"seed", "lr", "commit", "versions", "processor", "settings"}
+
+
+def test_rows_of_other_data_or_weights_are_met_by_an_error_and_kept(
+    place, study_file, fake, monkeypatch, tmp_path
+):
+    own = shutil.copytree(place, tmp_path / "own")
+    text = STUDY.replace("model: {model}", f"model: {own / 'model'}")
+    study = read_study(study_file(text), data=str(own))
+    path = Places(study.output).rows
+    run_study(study, jobs=1, say=silent, max_runs=1)  # as a run that did not say what it read
+
+    def inputs(config):
+        return " ".join(f"{n}={digest_of(config, n)}" for n in ("train", "test", "model"))
+
+    write = write_result
+    monkeypatch.setitem(
+        globals(), "write_result", lambda config: write(config, inputs=inputs(config))
+    )
+    run_study(study, jobs=1, say=silent, max_runs=3)
+    before = read_rows(path)
+    assert sum(bool(row.inputs) for row in before) == 3
+    weights = next((own / "model").glob("*.safetensors"))
+    for file, changed in (
+        (own / "train.tsv", lambda old: old.replace(b"film", b"book", 1)),
+        (own / "eval.tsv", lambda old: old.replace(b"good", b"bad", 1)),
+        (weights, lambda old: old[:-1] + bytes([old[-1] ^ 1])),
+    ):
+        old = file.read_bytes()
+        file.write_bytes(changed(old))
+        named = file if file.suffix == ".tsv" else file.parent
+        with pytest.raises(StudyError, match=f"{path} has rows.*(?s:.)* {named}: .* for 3 rows"):
+            run_study(study, jobs=1, say=silent)
+        assert (read_rows(path), len(fake.began)) == (before, 4)
+        file.write_bytes(old)
+    (own / "eval.tsv").rename(own / "elsewhere.tsv")  # what is not here cannot be compared
+    run_study(study, jobs=1, say=silent, max_runs=0)
+    (own / "elsewhere.tsv").rename(own / "eval.tsv")
+    (own / "train.tsv").write_bytes((own / "train.tsv").read_bytes() + b"\n")  # the same rows
+    assert len(run_study(study, jobs=1, say=silent)) == 12
+
+
+def test_tables_from_before_rows_named_their_inputs_are_read_and_go_on(study, fake):
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    for name in ("study.csv", "defaults.csv"):
+        assert read_rows(docs / name)[0].settings
+    path = Places(study.output).rows
+    rows = run_study(study, jobs=1, say=silent, max_runs=5)
+    with open(path, newline="") as file:
+        table = [line[:-1] for line in csv.reader(file)]
+    assert table[0][-1] == "settings"
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(table)
+    assert read_rows(path) == rows
+    run_study(study, jobs=1, say=silent)
+    assert len(fake.began) == 12
+    assert [row.inputs for row in read_rows(path)] == [""] * 12
 
 
 @pytest.mark.parametrize("missing", ["lr", "test", "commit"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from .._version import __version__
 from ..errors import ConfigError
@@ -24,10 +26,14 @@ from .data import (
     read_examples,
     split_off,
 )
-from .models import load_causal_lm, load_classifier, load_tokenizer, pooling_of
+from .models import load_causal_lm, load_classifier, load_tokenizer, pooling_of, resolve
 from .progress import Display
 from .signals import StopSignals
 from .tasks import CausalLM, Classification, Encoded, Task, check_metric
+
+# The sources of a run's data, and which split of a dataset each is by default.
+SPLITS = {"train": "train", "eval": "validation", "test": "test"}
+_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class Inputs:
 
     `config` says what its `lora_budget` means for this model (see `methods.budgeted`). `labels` are
     the class names in the order of the model's outputs; `pooling` is "mean" or
-    "model", and None for a language model; `fingerprint` covers all the data.
+    "model", and None for a language model; `fingerprint` covers all the data. `identity` has a
+    digest of each source and of the base weights, "train=DIGITS test=DIGITS model=DIGITS".
     """
 
     config: RunConfig
@@ -50,6 +57,7 @@ class Inputs:
     labels: tuple[str, ...]
     pooling: str | None
     fingerprint: str
+    identity: str
 
     def about(self) -> dict[str, Any]:
         """What is needed beside the trained tensors to build the model again."""
@@ -103,15 +111,9 @@ def read_inputs(config: RunConfig, display: Display) -> Inputs:
         DataError: the data cannot be used.
         ConfigError: the settings do not fit the data or the model.
     """
-    train = read_examples(config.train, config.task)
-    others = {
-        name: read_examples(source, config.task, default_split=split)
-        for name, source, split in (
-            ("eval", config.eval, "validation"),
-            ("test", config.test, "test"),
-        )
-        if source
-    }
+    given = {name: read_source(config, name) for name in SPLITS if getattr(config, name)}
+    others = dict(given)
+    train = others.pop("train")
     for other in others.values():
         check_columns(other, train)
     everything = train
@@ -136,6 +138,8 @@ def read_inputs(config: RunConfig, display: Display) -> Inputs:
     config = methods.budgeted(config, targets)
     sources = {"train": train, **others}
     encoded = {name: _encode(task, source, display) for name, source in sources.items()}
+    identity = {name: source.fingerprint()[:_DIGITS] for name, source in given.items()}
+    identity["model"] = digest_of(config, "model")
     digests = "".join(source.fingerprint() for source in sources.values())
     return Inputs(
         config=config,
@@ -149,7 +153,36 @@ def read_inputs(config: RunConfig, display: Display) -> Inputs:
         labels=labels,
         pooling=pooling,
         fingerprint=hashlib.sha256(digests.encode()).hexdigest(),
+        identity=" ".join(f"{name}={digits}" for name, digits in identity.items() if digits),
     )
+
+
+def read_source(config: RunConfig, name: str) -> Examples:
+    """The "train", "eval" or "test" data. Raises DataError as `read_examples` does."""
+    return read_examples(getattr(config, name), config.task, default_split=SPLITS[name])
+
+
+def digest_of(config: RunConfig, name: str) -> str:
+    """The first digits of the SHA-256 of the rows of a source, or of the "model"'s weight files.
+
+    Wherever they lie it is the same. "" for a model without weight files. Raises DataError,
+    ConfigError or OSError for what is not here.
+    """
+    full = (
+        weights_digest(config.model) if name == "model" else read_source(config, name).fingerprint()
+    )
+    return full[:_DIGITS]
+
+
+def weights_digest(model: str) -> str:
+    folder = Path(str(cached_file(resolve(model), "config.json"))).parent
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest() if files else ""
 
 
 def check_weights(model: PreTrainedModel, name: str) -> None:

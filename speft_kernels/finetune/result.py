@@ -61,6 +61,7 @@ def result_of(
         "lr": config.learning_rate,
         "head_lr": config.head_learning_rate,
         "seed": config.seed,
+        "inputs": inputs.identity,
         "device": str(device),
         "threads": torch.get_num_threads(),
         "processor": processor(),

@@ -129,7 +129,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 _TEXTS = frozenset({"id", "task", "name", "method", "salience", "scope", "dynamic", "metric"})
-_TEXTS |= {"device", "processor", "commit"}
+_TEXTS |= {"device", "processor", "commit", "inputs"}
 _SHOWN = {
     "density": share,
     "salience_seconds": seconds,

@@ -31,6 +31,8 @@ class Row:
             checkpoints are chosen by.
         score: of the same checkpoint on the reported data, which chose nothing.
         versions, settings: JSON objects; `settings` are all those of the run.
+        inputs: digests of the data and the base weights, "train=DIGITS test=DIGITS model=DIGITS";
+            empty in rows from before there was this column.
     """
 
     id: str
@@ -63,6 +65,7 @@ class Row:
     versions: str
     commit: str
     settings: str
+    inputs: str = ""
 
     @property
     def higher_is_better(self) -> bool:
@@ -110,6 +113,7 @@ class Row:
                 versions=json.dumps(result["versions"], sort_keys=True),
                 commit=result["commit"],
                 settings=json.dumps(settings, sort_keys=True),
+                inputs=result.get("inputs", ""),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"run {id}: its result.json lacks what a row needs: {error}") from error
@@ -117,6 +121,8 @@ class Row:
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 _TYPES = typing.get_type_hints(Row)
+# A file may lack what has a default.
+_NEEDED = [f.name for f in dataclasses.fields(Row) if f.default is dataclasses.MISSING]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -141,7 +147,7 @@ def read_rows(path: Path) -> list[Row]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, strict=True)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
             if missing:
                 raise DataError(f"{path}: no column {', '.join(map(repr, missing))}")
             return [_row(path, reader.line_num, record) for record in reader]
@@ -153,7 +159,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def _row(path: Path, line: int, record: Mapping[str, str | None]) -> Row:
     values: dict[str, Any] = {}
-    for name in COLUMNS:
+    for name in [name for name in COLUMNS if name in record]:
         text, kind = record[name], _TYPES[name]
         optional = kind == int | None
         if text is None:

@@ -16,6 +16,7 @@ from ..errors import ConfigError, SpeftError
 from ..files import write_json
 from ..finetune.signals import Interrupted, StopSignals
 from .config import PATHS, Run, Study
+from .inputs import changed_inputs
 from .rows import Row, read_rows, write_rows
 from .schedule import due
 from .worker import Worker
@@ -65,7 +66,8 @@ def run_study(
         max_runs: begin no more than so many.
 
     Raises:
-        StudyError: some runs failed; all others were run. Or another process runs this study.
+        StudyError: some runs failed; all others were run. Or another process runs this study, or
+            the data or weights are no longer those of the rows; then nothing was run.
         Interrupted: on Ctrl-C or SIGTERM, after the runs in progress have left checkpoints.
     """
     places = Places(study.output)
@@ -73,6 +75,13 @@ def run_study(
     with _alone(places), StopSignals() as stop:
         write_json(places.study, study.to_dict())
         finished = collect(study)
+        changed = changed_inputs(study, _grid(study), finished)
+        if changed:
+            raise StudyError(
+                f"{places.rows} has rows of other data or weights than there are now, and they "
+                "cannot be compared with new ones; put back what they were made from, or give the "
+                "study another output folder:\n" + "\n".join(f"  {line}" for line in changed)
+            )
         failures = _run_due(study, places, finished, jobs, say, max_runs, stop)
     if failures:
         lines = "\n".join(f"  {id}: {reason}" for id, reason in failures.items())
@@ -90,19 +99,24 @@ def collect(study: Study) -> dict[str, Row]:
     """
     places = Places(study.output)
     stored = {row.id: row for row in read_rows(places.rows)}
-    known = {
-        run.id: run
-        for task, name in study.cells
-        for lr in study.rates[name]
-        for seed in study.seeds
-        for run in [study.run(task, name, lr, seed)]
-    }
+    known = _grid(study)
     for id, run in known.items():
         folder = places.runs / id
         if id not in stored and (folder / "result.json").exists():
             stored[id] = _row(run, folder)
     write_rows(places.rows, stored.values())
     return {id: row for id, row in stored.items() if id in known}
+
+
+def _grid(study: Study) -> dict[str, Run]:
+    """Every run that the study may ask for, by id."""
+    return {
+        run.id: run
+        for task, name in study.cells
+        for lr in study.rates[name]
+        for seed in study.seeds
+        for run in [study.run(task, name, lr, seed)]
+    }
 
 
 def _run_due(
