@@ -19,7 +19,7 @@ from .config import PATHS, Run, Study
 from .inputs import changed_inputs
 from .rows import Row, read_rows, write_rows
 from .schedule import due
-from .worker import Worker
+from .worker import Worker, run_lock
 
 _PATIENCE = 1.0  # seconds until a signal is looked for again
 
@@ -62,7 +62,7 @@ def run_study(
 
     Args:
         jobs: runs at a time, in processes of their own, which share the cores and the GPUs.
-        say: receives a line for each run that ends.
+        say: receives a line for each run that ends, and one where it has to wait at the start.
         max_runs: begin no more than so many.
 
     Raises:
@@ -72,7 +72,7 @@ def run_study(
     """
     places = Places(study.output)
     places.runs.mkdir(parents=True, exist_ok=True)
-    with _alone(places), StopSignals() as stop:
+    with _alone(places, say), StopSignals() as stop:
         write_json(places.study, study.to_dict())
         finished = collect(study)
         changed = changed_inputs(study, _grid(study), finished)
@@ -169,13 +169,22 @@ def _run_due(
 
 
 @contextlib.contextmanager
-def _alone(places: Places) -> Iterator[None]:
-    """Raises StudyError if another process runs the study in this folder."""
+def _alone(places: Places, say: Callable[[str], object]) -> Iterator[None]:
+    """Waits for the runs that a killed study left, which end as soon as they notice.
+
+    Raises StudyError if another process runs the study in this folder.
+    """
     with open(places.lock, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StudyError(f"another process runs the study in {places.root}") from error
+        with open(run_lock(places.runs), "w", encoding="utf-8") as runs:
+            try:
+                fcntl.flock(runs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                say(f"waits for runs of a study that was killed to leave {places.runs}")
+                fcntl.flock(runs, fcntl.LOCK_EX)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -83,7 +84,14 @@ def execute(config: RunConfig, *, threads: int, slot: int) -> None:
     from ..finetune.run import finetune
 
     folder = Path(config.output)
-    resume = (folder / "checkpoint" / "state.pt").exists()
-    if folder.exists() and not resume:
-        shutil.rmtree(folder)  # it stopped before its first checkpoint
-    finetune(config, resume=resume)
+    with open(run_lock(folder.parent), "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        resume = (folder / "checkpoint" / "state.pt").exists()
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)  # it stopped before its first checkpoint
+        finetune(config, resume=resume)
+
+
+def run_lock(runs: Path) -> Path:
+    """The file that a run holds a shared lock of, as long as it writes into `runs`."""
+    return runs / ".lock"
