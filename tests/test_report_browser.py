@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from report_folders import METHODS, write_study
+from tiny_runs import make_place
+from tiny_runs import run as train
 
 from speft_kernels.report import write_report
 
@@ -54,14 +56,40 @@ def study(tmp_path_factory):
     return write_report(folder)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The report of a real run whose settings try to be code, or are too long."""
+    place = tmp_path_factory.mktemp("place")
+    output = place / "run"
+    train(make_place(place), output)
+    config = json.loads((output / "config.json").read_text())
+    config["settings"] |= {"train": HOSTILE, HOSTILE: LONG, "model": LONG.replace(" ", "-")}
+    (output / "config.json").write_text(json.dumps(config))
+    return write_report(output)
+
+
 @pytest.fixture
 def page(browser, study):
-    """The browser with the study's report loaded anew, and what it logged and asked for."""
+    return opened(browser, study)
+
+
+@pytest.fixture(params=["study", "run"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def each(browser, kind, request):
+    return opened(browser, request.getfixturevalue(kind))
+
+
+def opened(browser, report):
+    """The browser with the report loaded anew, and what it logged and asked for."""
     emulate(browser, "light")
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
-    for kind in ("browser", "performance"):
-        browser.get_log(kind)
-    browser.get(study.as_uri())
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    browser.get(report.as_uri())
     return browser
 
 
@@ -77,12 +105,13 @@ def requests(browser):
     return [event["params"]["request"]["url"] for event in sent]
 
 
-def test_it_loads_without_a_complaint_or_a_request(page, study):
-    assert page.get_log("browser") == []
-    assert [url for url in requests(page) if not url.startswith("data:,")] == [study.as_uri()]
-    assert page.title == f"Study {HOSTILE}"
-    assert page.execute_script("return document.querySelector('img, iframe, object')") is None
-    assert page.execute_script("return document.scripts.length") == 1
+def test_it_loads_without_a_complaint_or_a_request(each, kind, request):
+    assert each.get_log("browser") == []
+    address = request.getfixturevalue(kind).as_uri()
+    assert [url for url in requests(each) if not url.startswith("data:,")] == [address]
+    assert each.title == {"study": f"Study {HOSTILE}", "run": "Run run"}[kind]
+    assert each.execute_script("return document.querySelector('img, iframe, object')") is None
+    assert each.execute_script("return document.scripts.length") == 1
 
 
 def test_the_policy_stops_what_escaping_would_have_missed(page, tmp_path, study):
@@ -100,8 +129,8 @@ def test_the_policy_stops_what_escaping_would_have_missed(page, tmp_path, study)
         assert page.get_log("browser") != []  # the browser says what it refused
 
 
-def test_every_figure_is_drawn(page):
-    figures = page.execute_script(
+def test_every_figure_is_drawn(each, kind):
+    figures = each.execute_script(
         """return Array.from(document.querySelectorAll("figure svg"), (svg) => {
             const box = svg.getBoundingClientRect();
             const outside = Array.from(svg.querySelectorAll("text"), (text) => {
@@ -122,7 +151,11 @@ def test_every_figure_is_drawn(page):
             };
         })"""
     )
-    assert len(figures) == 2 + 2 * 2 + 1 + 1  # scores, densities; masks of two tasks; loss; cost
+    expected = {
+        "study": 2 + 2 * 2 + 1 + 1,  # scores, densities; masks of two tasks; loss; cost
+        "run": 3,  # loss and rate; evaluations; the mask
+    }
+    assert len(figures) == expected[kind]
     for figure in figures:
         assert figure["width"] > 200, figure
         assert figure["height"] > 100, figure
@@ -174,6 +207,27 @@ def test_a_press_on_a_header_sorts(page):
     assert page.get_log("browser") == []
 
 
+def test_a_press_on_a_header_sorts_the_tables_of_a_run(browser, run):
+    page = opened(browser, run)
+    found = {}
+    for table in page.find_elements("css selector", "table"):
+        buttons = table.find_elements("css selector", "th button")
+        if buttons:  # tables of facts have no headers to press
+            found[buttons[0].get_attribute("textContent")] = (table, buttons)
+    for title, index in (("step", 0), ("layer", 3)):
+        table, buttons = found[title]
+        before = [float(value) for _, value in column(page, table, index)]
+        assert len(set(before)) > 1
+        for direction, expected in (
+            ("ascending", sorted(before)),
+            ("descending", sorted(before, reverse=True)),
+        ):
+            page.execute_script("arguments[0].click()", buttons[index])
+            assert [float(value) for _, value in column(page, table, index)] == expected
+            assert states(page, table)[index] == direction
+    assert page.get_log("browser") == []
+
+
 def test_empty_cells_stay_last(page):
     table = page.find_elements("css selector", "table")[-2]  # of all runs
     title = "salience peak memory bytes"
@@ -188,7 +242,8 @@ def test_empty_cells_stay_last(page):
 
 @pytest.mark.parametrize("width", [1200, 500])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark_are_readable_and_no_wider_than_the_page(page, tmp_path, scheme, width):
+def test_light_and_dark_are_readable_and_no_wider_than_the_page(each, tmp_path, scheme, width):
+    page = each
     emulate(page, scheme)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
