@@ -1,4 +1,4 @@
-"""`make bench`: every case of speft_kernels.bench, its goals asserted, one table at the end.
+"""`make bench`: every case of speft_kernels.bench, its goals asserted, the tables at the end.
 
 Settings come first; they must be made before torch is imported.
 """
@@ -19,10 +19,10 @@ import pytest
 from speft_kernels.bench.harness import measure
 from speft_kernels.bench.machine import this_machine
 from speft_kernels.bench.records import records_of, write_records
-from speft_kernels.bench.report import describe, heading
+from speft_kernels.bench.report import describe, goals, heading
 
 CSV = Path(__file__).parent / "results" / "bench.csv"
-_tables = []
+_results = []
 
 
 def pytest_addoption(parser):
@@ -36,7 +36,7 @@ def measured(request):
 
     def run(setup):
         result = measure(setup(), rounds=request.config.getoption("--rounds"))
-        _tables.append(describe(result))
+        _results.append(result)
         if request.config.getoption("--record"):
             write_records(CSV, records_of(result, this_machine()))
         missed = [str(verdict) for verdict in result.verdicts() if verdict.met is False]
@@ -46,5 +46,6 @@ def measured(request):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for text in (heading(this_machine()), *_tables) if _tables else ():
-        terminalreporter.write_line(f"\n{text}")
+    if _results:
+        for text in (heading(this_machine()), *map(describe, _results), goals(_results)):
+            terminalreporter.write_line(f"\n{text}".rstrip())

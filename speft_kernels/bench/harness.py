@@ -45,11 +45,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes kept for the backward pass, and of the layers' inputs that they are compared with."""
+    """Bytes kept for the backward pass, and of the layers' inputs that they are compared with.
+
+    Args:
+        at_most: goal for the share.
+        what, of: the two in words, where they are other bytes.
+    """
 
     bytes: int
     inputs: int
-    at_most: float | None = None  # goal for the share
+    at_most: float | None = None
+    what: str = "bytes saved for backward by the adapted layers"
+    of: str = "bytes of their inputs"
 
     @property
     def share(self) -> float:
@@ -118,13 +125,17 @@ class Timing:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One ratio, ours over a peer's time, or of saved bytes over inputs, and its goal."""
+    """One ratio, ours over a peer's time, or of saved bytes over inputs, and its goal.
+
+    `quartiles` are the lower and the upper one of the rounds' ratios, whose median is `ratio`.
+    """
 
     ours: str
     peer: str
     ratio: float
     first_ratio: float | None = None
     at_most: float | None = None
+    quartiles: tuple[float, float] | None = None
 
     @property
     def met(self) -> bool | None:
@@ -132,14 +143,13 @@ class Verdict:
 
     def __str__(self) -> str:
         text = f"{self.ours} / {self.peer}: {self.ratio:.3f}"
+        if self.quartiles is not None:
+            text += " [{:.3f}, {:.3f}]".format(*self.quartiles)
         if self.first_ratio is not None:
             text += f" (first calls {self.first_ratio:.3f})"
         if self.at_most is not None:
             text += f", goal at most {self.at_most:g}: {'met' if self.met else 'MISSED'}"
         return text
-
-
-INPUTS = "bytes of inputs"
 
 
 @dataclass(frozen=True)
@@ -158,26 +168,33 @@ class Result:
             mine = self.timings[ours.name]
             for peer in (side for side in self.case.sides if not side.ours):
                 theirs = self.timings[peer.name]
+                ratios = _ratios(mine.rounds, theirs.rounds)
                 verdicts.append(
                     Verdict(
                         ours.name,
                         peer.name,
-                        _ratio(mine.rounds, theirs.rounds),
-                        _ratio(mine.firsts, theirs.firsts),
+                        statistics.median(ratios),
+                        statistics.median(_ratios(mine.firsts, theirs.firsts)),
                         ours.goals.get(peer.name),
+                        _quartiles(ratios),
                     )
                 )
-            if ours.saved is not None:
-                share, goal = ours.saved.share, ours.saved.at_most
-                verdicts.append(Verdict(f"{ours.name}, bytes saved", INPUTS, share, None, goal))
+            if (saved := ours.saved) is not None:
+                what = f"{ours.name}, {saved.what}"
+                verdicts.append(Verdict(what, saved.of, saved.share, at_most=saved.at_most))
         return verdicts
 
 
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median of the rounds' ratios: a machine that slows down for a while slows down both sides
-    of a round.
-    """
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Of each round: a machine that slows down for a while slows down both sides of a round."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+def _quartiles(ratios: Sequence[float]) -> tuple[float, float]:
+    if len(ratios) == 1:
+        return ratios[0], ratios[0]
+    lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return lower, upper
 
 
 def measure(

@@ -23,8 +23,9 @@ from .machine import Machine
 class Record:
     """One side of one case. Times in milliseconds; `light_ms` is the speed of light's.
 
-    `ratios` lists `peer=ratio`, the median of the rounds' ratios of the times, `goals` lists
-    `peer<=ratio`, both split by "; "; None, an empty field, is what was not counted.
+    `ratios` lists `peer=ratio`, the median of the rounds' ratios of the times, `lower_quartiles`
+    and `upper_quartiles` those of the same ratios, `goals` lists `peer<=ratio`, all split by "; ";
+    None, an empty field, is what was not counted. Rows from before there were quartiles have none.
     """
 
     processor: str
@@ -53,6 +54,8 @@ class Record:
     saved_goal: float | None
     ratios: str
     goals: str
+    lower_quartiles: str = ""
+    upper_quartiles: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -68,6 +71,12 @@ class Record:
         """Peer's name -> the ratio found."""
         return _pairs(self.ratios, "=")
 
+    @property
+    def quartiles(self) -> dict[str, tuple[float, float]]:
+        """Peer's name -> the lower and the upper quartile of the rounds' ratios."""
+        upper = _pairs(self.upper_quartiles, "=")
+        return {p: (low, upper[p]) for p, low in _pairs(self.lower_quartiles, "=").items()}
+
 
 def _pairs(text: str, sign: str) -> dict[str, float]:
     pairs = (entry.rpartition(sign) for entry in text.split("; ") if entry)
@@ -79,6 +88,7 @@ KEY = (
     *("commit", "operation", "case", "side"),
 )
 _COLUMNS = tuple(field.name for field in fields(Record))
+_OLD_COLUMNS = _COLUMNS[: _COLUMNS.index("lower_quartiles")]
 _PARSERS: dict[str, Any] = {"str": str, "int": int, "float": float}
 
 
@@ -87,6 +97,8 @@ def records_of(result: Result, machine: Machine) -> list[Record]:
     rows = []
     for side in result.case.sides:
         timing = result.timings[side.name]
+        verdicts = [v for v in result.verdicts() if v.ours == side.name]
+        quartiles = [(v.peer, v.quartiles) for v in verdicts if v.quartiles is not None]
         rows.append(
             Record(
                 **asdict(machine),
@@ -105,15 +117,17 @@ def records_of(result: Result, machine: Machine) -> list[Record]:
                 saved_bytes=None if side.saved is None else side.saved.bytes,
                 input_bytes=None if side.saved is None else side.saved.inputs,
                 saved_goal=None if side.saved is None else side.saved.at_most,
-                ratios="; ".join(
-                    f"{verdict.peer}={_short(verdict.ratio):g}"
-                    for verdict in result.verdicts()
-                    if verdict.ours == side.name
-                ),
+                ratios=_listed((v.peer, v.ratio) for v in verdicts),
                 goals="; ".join(f"{peer}<={ratio:g}" for peer, ratio in side.goals.items()),
+                lower_quartiles=_listed((peer, lower) for peer, (lower, _) in quartiles),
+                upper_quartiles=_listed((peer, upper) for peer, (_, upper) in quartiles),
             )
         )
     return rows
+
+
+def _listed(ratios: Iterable[tuple[str, float]]) -> str:
+    return "; ".join(f"{peer}={ratio:.6g}" for peer, ratio in ratios)
 
 
 def _short(number: float) -> float:
@@ -134,24 +148,24 @@ def read_records(path: Path) -> list[Record]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[Record] = []
     try:
-        header = next(reader, [])
-        if tuple(header) != _COLUMNS:
+        header = tuple(next(reader, []))
+        if header not in (_COLUMNS, _OLD_COLUMNS):
             raise DataError(
                 f"{path}: is no table of benchmark results: its first line must be "
                 f"{','.join(_COLUMNS)}; name another file, or move this one away"
             )
         for cells in reader:
-            rows.append(_parsed(path, reader.line_num, cells))
+            rows.append(_parsed(path, reader.line_num, len(header), cells))
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: broken CSV ({error})") from error
     return rows
 
 
-def _parsed(path: Path, line: int, cells: list[str]) -> Record:
-    if len(cells) != len(_COLUMNS):
-        raise DataError(f"{path}, line {line}: {len(cells)} fields, expected {len(_COLUMNS)}")
+def _parsed(path: Path, line: int, columns: int, cells: list[str]) -> Record:
+    if len(cells) != columns:
+        raise DataError(f"{path}, line {line}: {len(cells)} fields, expected {columns}")
     values: dict[str, Any] = {}
-    for field, cell in zip(fields(Record), cells, strict=True):
+    for field, cell in zip(fields(Record)[:columns], cells, strict=True):
         kind, _, optional = str(field.type).partition(" | ")
         try:
             values[field.name] = None if optional and not cell else _PARSERS[kind](cell)
@@ -161,11 +175,11 @@ def _parsed(path: Path, line: int, cells: list[str]) -> Record:
             ) from None
     try:
         record = Record(**values)
-        _ = record.limits, record.measured
-    except ValueError:
+        _ = record.limits, record.measured, record.quartiles
+    except (ValueError, KeyError):
         raise DataError(
             f"{path}, line {line}: goals = {values['goals']!r} must be 'peer<=ratio', and ratios = "
-            f"{values['ratios']!r} 'peer=ratio', split by '; '"
+            f"{values['ratios']!r} and the quartiles 'peer=ratio', split by '; '"
         ) from None
     return record
 

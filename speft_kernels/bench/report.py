@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .harness import Result, Side, Timing
 from .machine import Machine, light
 
@@ -15,7 +17,8 @@ def heading(machine: Machine) -> str:
         f"{machine}\n"
         f"speed of light, measured: {speed.bandwidth / 1e9:.1f} GB/s read from memory, "
         f"{speed.rate / 1e9:.0f} GFLOP/s float32\n"
-        "medians of interleaved rounds; only ratios of sides in the same rounds mean anything"
+        "medians of interleaved rounds; only ratios of sides in the same rounds mean anything\n"
+        "behind a ratio: [lower, upper quartile] of those of the rounds"
     )
 
 
@@ -34,6 +37,24 @@ def describe(result: Result) -> str:
             cells += f" {'' if side.trained is None else format(side.trained, ','):>11}"
         lines.append(f"  {cells}".rstrip())
     return "\n".join([*lines, *(f"  {verdict}" for verdict in result.verdicts())])
+
+
+def goals(results: Iterable[Result]) -> str:
+    """All ratios that have a goal, as a table; empty where none has one."""
+    lines = []
+    for result in results:
+        for verdict in result.verdicts():
+            if verdict.at_most is None:
+                continue
+            spread = "" if verdict.quartiles is None else "{:.3f}-{:.3f}".format(*verdict.quartiles)
+            figures = f"{verdict.ratio:8.3f} {spread:>13} {verdict.at_most:7g}"
+            what = f"{result.case.operation}, {result.name}: {verdict.ours} / {verdict.peer}"
+            lines.append(f"  {figures} {'met' if verdict.met else 'MISSED':6}  {what}")
+    if not lines:
+        return ""
+    missed = sum(" MISSED " in line for line in lines)
+    header = f"  {'measured':>8} {'quartiles':>13} {'at most':>7} {'goal':6}  what"
+    return "\n".join([f"goals: {len(lines) - missed} met, {missed} missed", header, *lines])
 
 
 def _timed(side: Side, timing: Timing) -> str:

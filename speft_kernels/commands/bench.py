@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.machine import this_machine
     from ..bench.plot import plot
     from ..bench.records import Record, read_records, records_of, write_records
-    from ..bench.report import describe, heading
+    from ..bench.report import describe, goals, heading
 
     output = Path(args.output).expanduser() if args.output else None
     _check_folders(args)
@@ -53,12 +53,16 @@ def run(args: argparse.Namespace) -> int:
     machine = this_machine()
     print(heading(machine))
     rows: list[Record] = []
+    results = []
     for build in builds:
         result = measure(build(), rounds=args.rounds, cold=args.cold)
         print(f"\n{describe(result)}", flush=True)
+        results.append(result)
         fresh = records_of(result, machine)
         # After each case: an interrupted run keeps what it has measured.
         rows = rows + fresh if output is None else write_records(output, fresh)
+    if closing := goals(results):
+        print(f"\n{closing}")
     if args.plot:
         plot(rows, Path(args.plot).expanduser())
     return 0

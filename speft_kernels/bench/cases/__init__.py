@@ -1,4 +1,5 @@
-"""The cases: one module for each operation, of its name, and `step` for the whole training step.
+"""The cases: one module for each operation, of its name, `layer` for a crowded layer, and `step`
+for the whole training step.
 
 Each module has `CASES`, name -> function that sets the case up, and `QUICK`, the names of those
 that need neither a model nor much time.
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from ..harness import Case
 
 KERNELS = ("sampled_grad", "block_grad", "topk_salience", "sparse_delta_matmul", "write_delta")
-OPERATIONS = (*KERNELS, "step")
+OPERATIONS = (*KERNELS, "layer", "step")
 
 
 def cases_of(operation: str, *, quick: bool = False) -> Sequence[Callable[[], Case]]:
