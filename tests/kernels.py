@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -56,6 +59,31 @@ def backends_and_dtypes(op: str) -> list[tuple[str, torch.dtype]]:
 
 def implementation(op: str, backend: str, dtype: torch.dtype = torch.float32):
     return registry.resolve(op, torch.device("cpu"), dtype, backend).function
+
+
+# How a user lets torch's products use tf32; the last two since torch 2.9.
+TF32_SETTINGS = (
+    "set_float32_matmul_precision",
+    *(("matmul", "backends") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ()),
+)
+
+
+@contextlib.contextmanager
+def tf32(setting: str, allowed: bool = True) -> Iterator[None]:
+    """Allow tf32, or refuse it, through one of TF32_SETTINGS; in the end as torch starts."""
+    try:
+        if setting == "matmul":
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+        elif setting == "backends":
+            torch.backends.fp32_precision = "tf32" if allowed else "ieee"
+        else:
+            torch.set_float32_matmul_precision("high" if allowed else "highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        if len(TF32_SETTINGS) > 1:
+            torch.backends.fp32_precision = "none"
+            torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

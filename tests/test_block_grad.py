@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernels import (
+    TF32_SETTINGS,
     LargestTensor,
     accumulator,
     assert_as_exact_as_torch,
@@ -10,6 +11,7 @@ from kernels import (
     backends_and_dtypes,
     exact_product,
     implementation,
+    tf32,
 )
 
 from speft_kernels import SparsePattern, ops
@@ -264,16 +266,13 @@ def test_sums_of_splits_and_grids_are_bounded():
 
 
 @triton_only
-def test_float32_is_multiplied_on_tensor_cores_where_the_user_allows_it():
+@pytest.mark.parametrize("setting", TF32_SETTINGS)
+def test_float32_is_multiplied_on_tensor_cores_where_the_user_allows_it(setting):
     pattern = make_pattern(64, 64, (4, 16))
     dy, x = torch.randn(40, 64), torch.randn(40, 64)
     (launched,) = launches(dy, x, pattern)
     assert launched.kernel.__name__ == "_entry_products"
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
+    with tf32(setting):
         (launched,) = launches(dy, x, pattern)
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert launched.kernel.__name__ == "_tile_products"
     assert launched.arguments["PRECISION"] == "tf32"

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from kernels import TF32_SETTINGS, tf32
 
 from speft_kernels import _triton
 
@@ -71,15 +72,21 @@ def test_splits_fill_the_machine_and_no_more():
         assert 1 <= splits(programs, 8192, 512, machine) <= 16
 
 
-@pytest.mark.parametrize(("setting", "mode"), [("highest", "ieee"), ("high", "tf32")])
-def test_float32_is_multiplied_in_full_unless_the_user_says_otherwise(setting, mode):
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(setting)
-        assert launch.precision(torch.float32) == mode
-        assert launch.precision(torch.bfloat16) == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
+@pytest.mark.parametrize("setting", TF32_SETTINGS)
+def test_float32_is_multiplied_in_full_unless_the_user_says_otherwise(setting):
+    assert launch.precision(torch.float32) == "ieee"
+    for allowed, mode in ((False, "ieee"), (True, "tf32")):
+        with tf32(setting, allowed):
+            assert launch.precision(torch.float32) == mode
+            assert launch.precision(torch.bfloat16) == "ieee"
+    assert launch.precision(torch.float32) == "ieee"
+
+
+def test_a_torch_without_the_newer_setting_is_asked_the_older_question(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
+    assert launch.precision(torch.float32) == "ieee"
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert launch.precision(torch.float32) == "tf32"
 
 
 def test_an_old_triton_is_refused(monkeypatch, asked_anew):

@@ -123,9 +123,16 @@ def launch(kernel: Any, grid: tuple[int, ...], settings: Launch, **arguments: An
 
 def precision(dtype: torch.dtype) -> str:
     """How `dot` multiplies: float32 in full, unless the user lets torch's products use tf32."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    return "tf32" if dtype == torch.float32 and _tf32_is_allowed() else "ieee"
+
+
+def _tf32_is_allowed() -> bool:
+    # The older question raises an error once the newer setting was changed. torch 2.8 has no newer
+    # one.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if setting is None:
+        return torch.get_float32_matmul_precision() != "highest"
+    return setting == "tf32"
 
 
 def splits(programs: int, tokens: int, least: int, machine: Machine) -> int:
