@@ -47,7 +47,7 @@ def representatives():
     """A case for each operation, kind of mask, and of many tokens and few."""
     chosen = {}
     for spec in [*cases.kernel_specs(), *cases.step_specs()]:
-        of = spec.projection if spec.operation in ("topk_salience", "step") else ""
+        of = spec.projection if spec.operation in ("topk_salience", "quantized", "step") else ""
         chosen.setdefault((spec.operation, spec.mask, spec.tokens == MOST_TOKENS, of), spec)
     return [spec for spec in chosen.values() if spec != Spec("step", "8B")]
 
@@ -78,7 +78,10 @@ def test_every_case_goes_through_on_the_cpu(spec, bench, tmp_path, monkeypatch):
 def test_the_goals_come_first_and_every_case_once():
     specs = cases.kernel_specs()
     assert len(set(specs)) == len(specs)
-    assert {spec.operation for spec in specs} == {*ops.registry.OPS, "keep_columns", "layer"}
+    assert {spec.operation for spec in specs} == {
+        *ops.registry.OPS,
+        *("keep_columns", "layer", "quantized"),
+    }
     with_goals = [spec for spec in specs if spec.tokens in (MOST_TOKENS, 16, 1, 0)][:25]
     assert set(specs[:25]) == set(with_goals)
     assert {spec.tokens for spec in specs} == {0, *cases.TOKENS}
@@ -91,6 +94,7 @@ def test_the_goals_come_first_and_every_case_once():
         ("sampled_grad", Spec("sampled_grad", "q", 512)),
         ("block_grad", Spec("block_grad", "q", 512, "16x16")),
         ("sparse_delta_matmul", Spec("sparse_delta_matmul", "q", 512)),
+        ("sparse_delta_matmul", Spec("quantized", "int4", 16)),
         ("topk_salience", Spec("topk_salience", "bfloat16")),
         ("write_deltas", Spec("write_delta", "layers")),
         ("keep_columns", Spec("keep_columns", "q", 512)),

@@ -1,5 +1,6 @@
-"""The cases: one module for each operation, of its name, `layer` for forward and backward of one
-layer and `step` for the whole training step. Each has `setup(spec, bench)`.
+"""The cases: one module for each operation, of its name, `quantized` for the product with a weight
+of few bits, `layer` for forward and backward of one layer and `step` for the whole training step.
+Each has `setup(spec, bench)`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def _goals() -> Iterator[Spec]:
 
 def _around_the_goals() -> Iterator[Spec]:
     yield Spec("write_delta", "layers")
+    yield from (Spec("quantized", form, 16) for form in ("int8", "int4"))
     for projection in PROJECTIONS:
         yield Spec("keep_columns", projection, MOST_TOKENS)
         for block in BLOCKS:
