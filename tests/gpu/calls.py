@@ -5,19 +5,27 @@ current stream, no synchronisation, CUDA graphs.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from rig import DEVICE, LLAMA
+from rig import DEVICE, DRY, LLAMA
 from torch import Tensor
 
-from speft_kernels import SparsePattern, ops
+from speft_kernels import QuantizedWeight, SparsePattern, ops
 from speft_kernels.plan import plan_of
 from speft_kernels.testing import realistic_pattern
 
 M, N, K = LLAMA
 BLOCK = (8, 8)
+# Tokens of the products with a sparse delta: few take another kernel than many, and of those 1, 16
+# and 64 other tiles.
+TOKENS = (M, 1) if DRY else (M, 64, 16, 1)
+# Columns that parts of 64 make, as groups in four bits need them.
+PACKED_K = 64 if DRY else K
+# Bits, and columns that share a scale.
+QUANTIZED = {"int8": (8, None), "int4": (4, 16 if DRY else 128)}
 
 
 @dataclass
@@ -56,8 +64,8 @@ class Kind:
 
 
 @functools.cache
-def _pattern(device: torch.device, seed: int = 0) -> SparsePattern:
-    return realistic_pattern((N, K), 0.01, seed=seed).to(device)
+def _pattern(device: torch.device, seed: int = 0, columns: int = K) -> SparsePattern:
+    return realistic_pattern((N, columns), 0.01, seed=seed).to(device)
 
 
 def _blocks(device: torch.device) -> SparsePattern:
@@ -99,27 +107,27 @@ def _block_grad(backend: str, dtype: torch.dtype, device: torch.device) -> Call:
     return Call(lambda: ops.block_grad(dy, x, pattern, backend=backend), [dy, x])
 
 
-def _sparse_delta_matmul(backend: str, dtype: torch.dtype, device: torch.device) -> Call:
-    pattern = _pattern(device)
-    x, weight = (_randn(size, K, dtype=dtype, device=device) for size in (M, N))
+def _product(
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tokens: int = M,
+    twin: bool = False,
+    base: str = "",
+) -> Call:
+    pattern = _pattern(device, columns=PACKED_K if base else K)
+    n, k = pattern.shape
+    x = _randn(tokens, n if twin else k, dtype=dtype, device=device)
+    weight = _randn(n, k, dtype=dtype, device=device)
     values = _randn(pattern.nnz, dtype=torch.float32, device=device)
+    packed = QuantizedWeight.quantize(weight, *QUANTIZED[base]) if base else weight
+    product = ops.sparse_delta_matmul_grad_input if twin else ops.sparse_delta_matmul
 
     def run() -> Tensor:
-        return ops.sparse_delta_matmul(x, weight, values, pattern, backend=backend)
+        return product(x, packed, values, pattern, backend=backend)
 
-    return Call(run, [x, weight, values])
-
-
-def _twin(backend: str, dtype: torch.dtype, device: torch.device) -> Call:
-    pattern = _pattern(device)
-    dy = _randn(M, N, dtype=dtype, device=device)
-    weight = _randn(N, K, dtype=dtype, device=device)
-    values = _randn(pattern.nnz, dtype=torch.float32, device=device)
-
-    def run() -> Tensor:
-        return ops.sparse_delta_matmul_grad_input(dy, weight, values, pattern, backend=backend)
-
-    return Call(run, [dy, weight, values])
+    return Call(run, [x, values] if base else [x, weight, values])
 
 
 def _write_deltas(backend: str, dtype: torch.dtype, device: torch.device) -> Call:
@@ -147,13 +155,23 @@ def _topk_salience(backend: str, dtype: torch.dtype, device: torch.device) -> Ca
     return Call(run, [*weights, *grads])
 
 
+def _products() -> dict[str, Kind]:
+    found = {}
+    for base, tokens, twin in itertools.product(("", *QUANTIZED), TOKENS, (False, True)):
+        if base and tokens == M:
+            continue  # W + D is written out, as in 16 bits
+        words = ["sparse_delta_matmul", base, f"{tokens} tokens", "twin" if twin else ""]
+        make = functools.partial(_product, tokens=tokens, twin=twin, base=base)
+        found[", ".join(filter(None, words))] = Kind(make, ("sparse_delta_matmul",))
+    return found
+
+
 CALLS = {
     "keep_columns": Kind(_keep_columns, ("keep_columns",)),
     "sampled_grad": Kind(_sampled_grad, ("sampled_grad",)),
     "keep_columns, sampled_grad": Kind(_sampled_grad_kept, ("keep_columns", "sampled_grad")),
     "block_grad": Kind(_block_grad, ("block_grad",)),
-    "sparse_delta_matmul": Kind(_sparse_delta_matmul, ("sparse_delta_matmul",)),
-    "sparse_delta_matmul, twin": Kind(_twin, ("sparse_delta_matmul",)),
+    **_products(),
     "write_delta": Kind(_write_deltas, ("write_delta",)),
     "topk_salience": Kind(_topk_salience, ("topk_salience",), reads_back=True),
 }

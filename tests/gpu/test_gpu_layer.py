@@ -16,6 +16,7 @@ from rig import (
     no_synchronisation,
     peak_growth,
     randn,
+    requested_bytes,
 )
 from torch import nn
 
@@ -246,12 +247,12 @@ def test_a_layer_keeps_the_used_columns_alone(mode, backend):
     assert saved.bytes == 2 * used * padded
     if DRY:
         return
-    # By the allocator: y, what is kept, and little else (blocks are of 512 bytes).
+    # By the allocator: y, what is kept, and little else.
     del saved
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = requested_bytes()
     y = layer(x)
-    grown = torch.cuda.memory_allocated() - before
+    grown = requested_bytes() - before
     assert y.nbytes + 2 * used * padded <= grown <= y.nbytes + 2 * used * padded + 4096
 
 

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from kernels import make_pattern
+from kernels import accumulator, make_pattern
 from rig import (
     DEVICE,
     DRY,
+    EVERY_DTYPE,
     KINDS,
     LLAMA,
     SHAPES,
@@ -78,7 +79,9 @@ def test_block_grad_accumulates_and_takes_strides(backend, dtype):
 
 
 @pytest.mark.parametrize("kind", ["uniform", "realistic", "column", "empty"])
-@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("keep_columns"))
+@pytest.mark.parametrize(
+    ("backend", "dtype"), backends_and_dtypes("keep_columns", dtypes=EVERY_DTYPE)
+)
 def test_keep_columns(backend, dtype, kind):
     for m, n, k in (*SHAPES, LLAMA):
         pattern = make_pattern("realistic" if kind == "uniform" else kind, n, k).to(DEVICE)
@@ -123,6 +126,32 @@ def test_sparse_delta_matmul(contract, backend, dtype, kind):
         assert torch.equal(weight, kept)
 
 
+@pytest.mark.parametrize("m", [5] if DRY else [5, 100, 700])
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("sparse_delta_matmul"))
+def test_a_weight_in_other_strides(contract, backend, dtype, m):
+    n, k = (33, 24) if DRY else (130, 264)
+    pattern = make_pattern("uniform", n, k).to(DEVICE)
+    x, dy, weight = (randn(*shape, dtype=dtype) for shape in ((m, k), (m, n), (n, k)))
+    values, exact = randn(pattern.nnz), weight.double()
+    exact.view(-1)[pattern.entry_indices.long()] += values.double()
+    rounded = exact.to(dtype)
+    for view in (
+        weight.t().contiguous().t(),
+        randn(n, k + 11, dtype=dtype)[:, 3:-8].copy_(weight),
+        weight.repeat_interleave(2, 1)[:, ::2],
+    ):
+        assert torch.equal(view, weight)
+        assert not view.is_contiguous()
+        y = ops.sparse_delta_matmul(x, view, values, pattern, backend=backend)
+        facts = {"terms": k, "operands": dtype}
+        contract(
+            "sparse_delta_matmul", backend, y, x @ rounded.t(), x.double() @ exact.t(), **facts
+        )
+        dx = ops.sparse_delta_matmul_grad_input(dy, view, values, pattern, backend=backend)
+        facts["terms"] = n
+        contract("sparse_delta_matmul", backend, dx, dy @ rounded, dy.double() @ exact, **facts)
+
+
 @pytest.mark.parametrize("backend", backends("sparse_delta_matmul"))
 def test_delta_alone_and_strides(backend):
     pattern = make_pattern("uniform", 33, 17).to(DEVICE)
@@ -140,7 +169,9 @@ def test_delta_alone_and_strides(backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("write_delta"))
+@pytest.mark.parametrize(
+    ("backend", "dtype"), backends_and_dtypes("write_delta", dtypes=EVERY_DTYPE)
+)
 def test_write_delta(backend, dtype, kind):
     """Several weights in one call, written as torch rounds, and put back bit for bit."""
     shapes = ((33, 17), (40, 24), LLAMA[1:])
@@ -153,10 +184,11 @@ def test_write_delta(backend, dtype, kind):
         weight.view(-1)[place].reshape(pattern.values_shape)
         for weight, place, pattern in zip(weights, places, patterns, strict=True)
     ]
-    values = [randn(*pattern.values_shape) for pattern in patterns]
+    wide = accumulator(dtype)
+    values = [randn(*pattern.values_shape, dtype=wide) for pattern in patterns]
     wanted = [weight.clone() for weight in weights]
     for weight, place, taken, value in zip(wanted, places, base, values, strict=True):
-        weight.view(-1)[place] = (taken.float() + value).to(dtype).reshape(-1)
+        weight.view(-1)[place] = (taken.to(wide) + value).to(dtype).reshape(-1)
     for _ in range(2):
         ops.write_deltas(weights, patterns, base, values, backend=backend)
         assert all(map(torch.equal, weights, wanted))
