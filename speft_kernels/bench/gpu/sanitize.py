@@ -1,4 +1,4 @@
-"""The CUDA kernels under compute-sanitizer: `python -m speft_kernels.bench.gpu.sanitize`.
+"""The GPU kernels under compute-sanitizer: `python -m speft_kernels.bench.gpu.sanitize`.
 
 Each tool watches each operation on small tensors (small.py), in a process of its own. First
 memcheck has to find a write beyond a weight that small.py plants: a tool that watches none of our
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .journal import NAME, Journal, fingerprint
+from .journal import NAME, ROOT, Journal, fingerprint
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 OPERATIONS = (
@@ -25,7 +26,19 @@ OPERATIONS = (
     *("block_grad", "topk_salience", "write_delta"),
 )
 PLANTED = "planted"  # the operation that small.py spoils on purpose
-CASES = (("memcheck", PLANTED), *((tool, name) for tool in TOOLS for name in OPERATIONS))
+BACKENDS = ("cuda", "triton")
+# What finds most comes first. Where threads meet in Triton's kernels is up to its compiler, so
+# synccheck watches CUDA's alone.
+CASES = (
+    *(("memcheck", backend, PLANTED) for backend in BACKENDS),
+    *(
+        (tool, backend, name)
+        for tool in TOOLS
+        for backend in BACKENDS
+        for name in OPERATIONS
+        if (tool, backend) != ("synccheck", "triton")
+    ),
+)
 OUT_OF_TIME = 3
 _FOUND = 86  # what the tool is told to end with where it finds something
 _REFUSED = ("Device not supported", "Failed to initialize")
@@ -42,37 +55,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     journal = Journal(options.out / NAME, "sanitize", fingerprint("sanitize"), options.key)
     known = {(e["tool"], e["operation"]) for e in journal.entries("sanitizer")}
     failed = any(e["outcome"] == "failed" for e in journal.entries("sanitizer"))
-    for tool, operation in CASES:
-        if (tool, operation) in known or (operation == PLANTED and options.device == "cpu"):
+    for tool, backend, operation in CASES:
+        name = operation if backend == "cuda" else f"{operation}, {backend}"
+        if (tool, name) in known or (operation == PLANTED and options.device == "cpu"):
             continue
         left = deadline - time.monotonic()
         if left < 10:
             return OUT_OF_TIME
-        outcome, message = watch(tool, operation, options.device, left)
+        outcome, message = watch(tool, backend, operation, options.device, left)
         if outcome == "out of time":
             return OUT_OF_TIME
-        journal.add("sanitizer", tool=tool, operation=operation, outcome=outcome, message=message)
-        print(f"{tool:10} {operation:20} {outcome} {message.splitlines()[-1:]}", flush=True)
+        journal.add("sanitizer", tool=tool, operation=name, outcome=outcome, message=message)
+        print(f"{tool:10} {name:28} {outcome} {message.splitlines()[-1:]}", flush=True)
         failed |= outcome == "failed"
     return 1 if failed else 0
 
 
-def command(tool: str, operation: str, device: str) -> list[str] | None:
+def command(tool: str, backend: str, operation: str, device: str) -> list[str] | None:
     """What runs an operation under a tool; on a CPU without one; None where there is no tool."""
     small = [sys.executable, "-m", "speft_kernels.bench.gpu.small", operation]
     if device == "cpu":
-        return [*small, "--device", "cpu", "--backend", "cuda-host"]
+        here = "cuda-host" if backend == "cuda" else backend
+        return [*small, "--device", "cpu", "--backend", here]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return None
     # Of the kernels in the process only ours, and no refused call: torch's are not ours to judge.
-    ours = ["--kernel-name", "kns=speft", "--report-api-errors", "no"]
-    return [sanitizer, "--tool", tool, "--error-exitcode", str(_FOUND), *ours, *small]
+    # A kernel that any of several filters takes is watched.
+    filters = ["kns=speft"] if backend == "cuda" else [f"kne={name}" for name in _of_triton()]
+    ours = [word for one in filters for word in ("--kernel-name", one)]
+    told = ["--error-exitcode", str(_FOUND), *ours, "--report-api-errors", "no"]
+    return [sanitizer, "--tool", tool, *told, *small, "--backend", backend]
 
 
-def watch(tool: str, operation: str, device: str, seconds: float) -> tuple[str, str]:
+def _of_triton() -> list[str]:
+    """The names of Triton's functions: a kernel has that of the function it is made of."""
+    sources = sorted((ROOT / "triton_kernels").glob("*.py"))
+    found = (re.findall(r"^@triton\.jit\ndef (\w+)", path.read_text(), re.M) for path in sources)
+    return sorted({name for names in found for name in names})
+
+
+def watch(tool: str, backend: str, operation: str, device: str, seconds: float) -> tuple[str, str]:
     """Return "passed", "failed", "unavailable" or "out of time", and the end of the output."""
-    found = command(tool, operation, device)
+    found = command(tool, backend, operation, device)
     if found is None:
         return "unavailable", "compute-sanitizer is not on PATH"
     # An allocation of its own size for each tensor: in torch's pool, what lies behind one is valid.

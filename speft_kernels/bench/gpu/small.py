@@ -1,7 +1,7 @@
-"""Each CUDA kernel on small tensors, against the reference.
+"""Each GPU kernel on small tensors, against the reference.
 
-What runs under compute-sanitizer on a GPU, and in many orders of the threads on a CPU (backend
-"cuda-host"). The tensors end where they end, so that what reads beyond them is seen.
+What runs under compute-sanitizer on a GPU, and in many orders of the threads on a CPU (CUDA's, as
+backend "cuda-host"). The tensors end where they end, so that what reads beyond them is seen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ... import _cuda_native, _native, ops
+from ... import _cuda_native, _native, _triton, ops
 from ...pattern import SparsePattern
 from ...quantized import QuantizedWeight
 
@@ -144,6 +144,9 @@ def planted(at: Place) -> Iterator[object]:
     """Write one number beyond a weight, for a memory checker to find. Nowhere else."""
     weight, number = at.normal(64, dtype=torch.float32), at.normal(1, dtype=torch.float32)
     index = torch.tensor([64], dtype=torch.int32, device=at.device)
+    if at.backend == "triton":
+        _triton.kernels("write_delta").write_delta([weight], [index], [number], [number])
+        return
     addresses = ([tensor.data_ptr()] for tensor in (weight, index))
     _cuda_native.kernels(at.backend).write_delta(
         *(*addresses, [False], [1], [number.data_ptr()], []),
