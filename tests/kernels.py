@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -138,6 +138,27 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
             if _is_tensor(leaf) and leaf.untyped_storage().data_ptr() not in known:
                 self.numel = max(self.numel, leaf.numel())
         return result
+
+
+def peak_of_tensors(run: Callable[[], object]) -> int:
+    """By how many bytes the tensors alive at a time grow while `run` is called.
+
+    Exact, where the process's own peak depends on what the allocator kept of earlier tests; but
+    compiled kernels' scratch is not counted.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiled:
+        run()
+    # `profiled.events()` lists those allocations alone that no operation made.
+    events = profiled.profiler.kineto_results.events()
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    assert peak > 0
+    return peak
 
 
 def _is_tensor(value: object) -> bool:

@@ -4,12 +4,21 @@ import copy
 
 import pytest
 import torch
-from kernels import LargestTensor, make_pattern
+from kernels import LargestTensor, make_pattern, peak_of_tensors
+from plans import plan_with
 from torch import nn
 
-from speft_kernels import SparseDeltaLinear, SparsePattern, SpeftConfig, apply_patterns
+from speft_kernels import (
+    SparseDeltaLinear,
+    SparsePattern,
+    SparsityPlan,
+    SpeftConfig,
+    apply_patterns,
+    ops,
+)
 from speft_kernels.bench import masks
 from speft_kernels.bench.memory import saved_for_backward
+from speft_kernels.costs import DEFAULTS
 from speft_kernels.plan import plan_of
 from speft_kernels.testing import realistic_pattern, uniform_pattern
 
@@ -19,6 +28,11 @@ MODES = ("resident", "additive")
 def layer_of(pattern, mode="resident"):
     linear = nn.Linear(pattern.shape[1], pattern.shape[0])
     return SparseDeltaLinear.from_linear(linear, pattern, mode)
+
+
+def uniform_blocks(shape, blocks, density):
+    grid = (shape[0] // blocks[0]) * (shape[1] // blocks[1])
+    return SparsePattern.from_blocks(shape, blocks, torch.randperm(grid)[: round(density * grid)])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -69,12 +83,22 @@ def test_bytes_saved_with_a_real_mask():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("kind", "density"),
-    [("realistic", 0.001), ("realistic", 0.005), ("uniform", 0.05), ("uniform", 0.25)],
+    [
+        ("realistic", 0.001),
+        ("realistic", 0.005),
+        ("uniform", 0.05),
+        ("uniform", 0.25),
+        ("blocks", 0.005),
+        ("blocks", 0.25),
+    ],
 )
 def test_no_tensor_of_the_weights_shape_in_forward_or_backward(kind, density, mode):
     n, k, tokens = 1024, 768, 64
-    make = {"realistic": realistic_pattern, "uniform": uniform_pattern}[kind]
-    pattern = make((n, k), density)
+    if kind == "blocks":
+        pattern = uniform_blocks((n, k), (16, 16), density)
+    else:
+        make = {"realistic": realistic_pattern, "uniform": uniform_pattern}[kind]
+        pattern = make((n, k), density)
     layer = layer_of(pattern, mode)
     x = torch.randn(tokens, k, requires_grad=True)
     layer(x).sum().backward()  # plans are built by the first pass
@@ -117,3 +141,82 @@ def test_backward_of_a_dense_layer_needs_one_panel(memory_high_water):
     ours = memory_high_water(backward(layer))
     gradient = 4 * pattern.nnz
     assert ours - floor <= gradient + (8 << 20) + 2 * (768 << 10) + (4 << 20)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("blocks", [(16, 16), (4, 4), (1, 64), (64, 1)])
+@pytest.mark.parametrize("density", [0.005, 0.25])
+def test_scratch_of_block_grad_is_bounded(memory_high_water, density, blocks, packed):
+    """For a weight of 16 MB."""
+    torch.set_num_threads(2)
+    n = k = 2048
+    pattern = uniform_blocks((n, k), blocks, density)
+    dy, x = torch.randn(1024, n), torch.randn(1024, k)
+    plan = plan_of(pattern)
+    kept = ops.keep_columns(x, plan) if packed else x
+    out = torch.empty(pattern.values_shape)
+    settings = {"plan": plan, "packed": packed, "out": out, "backend": "cpu"}
+    grown = memory_high_water(lambda: ops.block_grad(dy, kept, pattern, **settings))
+    # Stated in csrc/cpu/token_sum.h, panel.h and block_grad.cpp: sums of at most 8 MiB, for each of
+    # two threads 1 MiB of used columns, 16 bytes a block, and 1 MiB for the allocator.
+    assert grown <= (8 << 20) + 2 * (1 << 20) + 16 * pattern.num_blocks + (1 << 20)
+
+
+def full_lines(side, n, k):
+    """A quarter of the columns or of the rows, full."""
+    mask = torch.zeros(n, k, dtype=torch.bool)
+    if side == "columns":
+        mask[:, torch.randperm(k)[: k // 4]] = True
+    else:
+        mask[torch.randperm(n)[: n // 4]] = True
+    return SparsePattern.from_mask(mask)
+
+
+def scratch_of_sampled_grad(plan, tokens, packed, backend, dtype=torch.float32):
+    """The most bytes that a call has in tensors at a time, its result allocated beforehand."""
+    n, k = plan.pattern.shape
+    dy, x = torch.randn(tokens, n).to(dtype), torch.randn(tokens, k).to(dtype)
+    kept = ops.keep_columns(x, plan) if packed else x
+    assert (kept.dim() == 3) == packed
+    out = torch.empty(plan.pattern.nnz)
+    settings = {"plan": plan, "packed": packed, "out": out, "backend": backend}
+    ops.sampled_grad(dy, kept, plan.pattern, **settings)  # builds the parts
+    return peak_of_tensors(lambda: ops.sampled_grad(dy, kept, plan.pattern, **settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_scratch_of_panels_does_not_grow_with_tokens(side, packed, dtype):
+    """25 % in full lines, and 16,384 tokens: the hot lines of all of them would be 16 MB."""
+    n = k = 1024
+    pattern = full_lines(side, n, k)
+    keep = pattern.used_cols
+    if packed and side == "rows":  # as the layers that share a copy keep what one of them reads
+        mask = pattern.mask()
+        mask[:, k // 2 :] = False
+        pattern, keep = SparsePattern.from_mask(mask), torch.arange(5 * k // 8, dtype=torch.int32)
+    plan = SparsityPlan.build(pattern, costs=DEFAULTS["cpu"], keep=keep if packed else None)
+    parts = plan.packed if packed else plan.whole
+    assert parts.has_panels
+    assert parts.entry_row.numel() == 0  # they serve all
+    grown = scratch_of_sampled_grad(plan, 16384, packed, "cpu", dtype)
+    # Stated in ops/panels.py: a panel of 256 x 1024 products, 1 MiB, and beside it its entries with
+    # their places, 3 MiB, or, of the hot lines, as many elements, for which a stretch of 256 tokens
+    # is widened.
+    assert grown <= (1 << 20) + (3 << 20)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("part", ["tiles", "gather"])
+def test_scratch_of_the_torch_backend_does_not_grow_with_tokens(part, packed):
+    n, k, tokens = 256, 1024, 16384
+    mask = uniform_pattern((n, k), 0.25).mask()
+    mask[:, -k // 8 :] = False  # or x would be kept whole
+    plan = plan_with(part, SparsePattern.from_mask(mask))
+    grown = scratch_of_sampled_grad(plan, tokens, packed, "torch")
+    # Stated in ops/sampled_grad.py: pieces of 16 MiB. There are two while used columns are
+    # unpacked; tiles have the used columns and both operands twice, as they are copied and as the
+    # batched product takes them. 4 MiB are for the products of 256 rows, their entries and places.
+    # Of all tokens a piece would have 56 MiB.
+    assert grown <= (5 if part == "tiles" else 2) * (16 << 20) + (4 << 20)

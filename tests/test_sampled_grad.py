@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 
 import pytest
 import torch
@@ -102,6 +103,23 @@ def test_error_is_at_most_twice_torchs(backend, dtype, part):
     check_the_numbers_contract(backend, dtype, plan, (613, 96, 130))
     if part == "mixed":
         assert all(share > 0.01 for share in plan.shares().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", [*PARTS, "default"])
+def test_pieces_of_any_size_serve_all_tokens(monkeypatch, part, dtype):
+    """Stretches of 16 tokens and of 100, which no block ends with, and copies as small."""
+    for most, copied, sampled_at_once in ((16, 1, 7), (100, 1 << 18, 1000)):
+        panels = sys.modules["speft_kernels.ops.panels"]
+        monkeypatch.setattr(panels, "STRETCH_TOKENS", most)
+        monkeypatch.setattr(panels, "COPIED_ELEMENTS", copied)
+        monkeypatch.setattr(panels, "SAMPLED_ENTRIES", sampled_at_once)
+        # The torch backend's least is 256 tokens.
+        monkeypatch.setattr(sys.modules["speft_kernels.ops.sampled_grad"], "STRETCH_ELEMENTS", 1)
+        for shape in ((613, 96, 130), (2100, 96, 130)):
+            plan = plan_for(part, "mixed", 96, 130)
+            for backend in ("torch", "cpu"):
+                check_the_numbers_contract(backend, dtype, plan, shape)
 
 
 @settings(max_examples=150, deadline=None)

@@ -2,7 +2,7 @@
 
 Every backend without a kernel of its own for them calls this. A panel never exceeds
 `parts.PANEL_ELEMENTS` products or a quarter of the weight; dy and x are read in stretches of
-tokens, so that what is widened of them is small as well.
+tokens, so that what is copied and widened of them is small as well, however many tokens there are.
 """
 
 from __future__ import annotations
@@ -19,6 +19,14 @@ from ..parts import Parts
 # stays small.
 STRETCH_TOKENS, STRETCH_ELEMENTS = 256, 1 << 20
 
+# Elements of the hot lines copied at a time; as many as the panel has where that is more. So a copy
+# serves several stretches: one for each takes up to a fifth more time.
+COPIED_ELEMENTS = 1 << 18
+
+# Entries sampled at a time: their places and values take 3 MB, those of a full panel would take
+# three times the panel itself.
+SAMPLED_ENTRIES = 1 << 18
+
 
 def add_panels(dy: Tensor, operand: Tensor, parts: Parts, out: Tensor) -> None:
     """Add the entries of the hot columns and rows to `out`.
@@ -28,60 +36,72 @@ def add_panels(dy: Tensor, operand: Tensor, parts: Parts, out: Tensor) -> None:
         operand: x `[M, K]`, or its packed columns `[B, C, T]`.
         out: `[nnz]` of the accumulator's dtype.
     """
-    if parts.hot_cols.numel():
-        _add_columns(dy, operand, parts, out)
-    if parts.hot_rows.numel():
-        _add_rows(dy, operand, parts, out)
+    columns = parts.hot_cols, parts.hot_col_at, parts.hot_col_slot, parts.hot_col_panels
+    _add(operand, dy, dy.shape[0], *columns, out)
+    rows = parts.hot_rows, parts.hot_row_at, parts.hot_row_slot, parts.hot_row_panels
+    _add(dy, operand, dy.shape[0], *rows, out)
 
 
-def _add_columns(dy: Tensor, operand: Tensor, parts: Parts, out: Tensor) -> None:
-    for first, last, entries in _pieces(parts.hot_col_panels):
-        hot = parts.hot_cols[first:last]
-        panel = out.new_zeros(hot.numel(), dy.shape[1])
-        thin = _columns(operand, hot)
-        for tokens in _stretches(dy.shape[0], dy.shape[1]):
-            _multiply(panel, thin[:, tokens], dy[tokens])
-        place = parts.hot_col_at[entries] - first * dy.shape[1]
-        _sample(panel, place, parts.hot_col_slot[entries], out)
+def _add(
+    thin: Tensor,
+    wide: Tensor,
+    tokens: int,
+    lines: Tensor,
+    at: Tensor,
+    slot: Tensor,
+    pieces: Tensor,
+    out: Tensor,
+) -> None:
+    """Add the panels of some columns of `thin` by all of `wide`; one of them may be packed."""
+    length = wide.shape[1]
+    for (first, begin), (last, end) in itertools.pairwise(pieces.t().tolist()):
+        panel = out.new_zeros(last - first, length)
+        _multiply_all(panel, thin, lines[first:last], wide, tokens)
+        some = slice(begin, end)
+        _sample(panel, first * length, at[some], slot[some], out)
 
 
-def _columns(operand: Tensor, positions: Tensor) -> Tensor:
-    """Some columns of x or of the packed ones, `[columns, tokens]`."""
-    if operand.dim() == 3:
-        return operand.index_select(1, positions).transpose(0, 1).flatten(1)
-    return operand.index_select(1, positions).t()
+def _multiply_all(panel: Tensor, thin: Tensor, lines: Tensor, wide: Tensor, tokens: int) -> None:
+    at_once = max(COPIED_ELEMENTS // lines.numel(), panel.shape[1])
+    copied, start, stop = None, 0, 0
+    for some, right in _stretches(wide, tokens, max(panel.shape)):
+        if copied is None or some.stop > stop:
+            copied = None  # no two of them at a time
+            start, stop = some.start, max(some.stop, min(some.start + at_once, tokens))
+            copied = columns_of(thin, lines, slice(start, stop))
+        _multiply(panel, copied[:, some.start - start : some.stop - start], right)
 
 
-def _add_rows(dy: Tensor, operand: Tensor, parts: Parts, out: Tensor) -> None:
-    width = operand.shape[1]
-    for first, last, entries in _pieces(parts.hot_row_panels):
-        hot = parts.hot_rows[first:last]
-        # Thin in the rows of the weight, as it is in memory.
-        panel = out.new_zeros(hot.numel(), width)
-        thin = dy.index_select(1, hot).t()
-        if operand.dim() == 3:
-            size = operand.shape[2]
-            for block, some in enumerate(operand):
-                tokens = slice(block * size, min((block + 1) * size, dy.shape[0]))
-                _multiply(panel, thin[:, tokens], some[:, : tokens.stop - tokens.start].t())
-        else:
-            for tokens in _stretches(dy.shape[0], width):
-                _multiply(panel, thin[:, tokens], operand[tokens])
-        place = parts.hot_row_at[entries] - first * width
-        _sample(panel, place, parts.hot_row_slot[entries], out)
+def columns_of(operand: Tensor, positions: Tensor, tokens: slice) -> Tensor:
+    """`[columns, tokens]`: some columns, for some tokens, of x `[M, K]` or of the packed ones
+    `[B, C, T]`.
+    """
+    if operand.dim() == 2:
+        return operand[tokens].index_select(1, positions).t()
+    size = operand.shape[2]
+    first, last = tokens.start // size, (tokens.stop - 1) // size
+    inside = slice(tokens.start - first * size, tokens.stop - first * size)
+    if first == last:  # a block may hold all tokens: copy no more than is wanted of it
+        return operand[first, :, inside].index_select(0, positions)
+    blocks = operand[first : last + 1].transpose(0, 1)
+    return blocks.index_select(0, positions).flatten(1)[:, inside]
 
 
-def _pieces(pieces: Tensor) -> Iterator[tuple[int, int, slice]]:
-    """Yield the first and last line of each piece of a panel, and its entries."""
-    for (first, start), (last, stop) in itertools.pairwise(pieces.t().tolist()):
-        yield first, last, slice(start, stop)
-
-
-def _stretches(tokens: int, width: int) -> Iterator[slice]:
-    """Yield stretches of tokens of a matrix that is `width` wide."""
-    size = max(16, min(STRETCH_TOKENS, STRETCH_ELEMENTS // max(width, 1)))
-    for start in range(0, tokens, size):
-        yield slice(start, min(start + size, tokens))
+def _stretches(matrix: Tensor, tokens: int, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield stretches of tokens, and `[tokens, C]`, what `matrix`, which may be packed, holds of
+    them; `width` is of the widest operand.
+    """
+    step = max(16, min(STRETCH_TOKENS, STRETCH_ELEMENTS // width))
+    if matrix.dim() == 2:
+        for start in range(0, tokens, step):
+            some = slice(start, min(start + step, tokens))
+            yield some, matrix[some]
+        return
+    size = matrix.shape[2]
+    for block, first in zip(matrix, range(0, tokens, size), strict=True):
+        for start in range(first, min(first + size, tokens), step):
+            some = slice(start, min(start + step, first + size, tokens))
+            yield some, block[:, some.start - first : some.stop - first].t()
 
 
 def _multiply(panel: Tensor, left: Tensor, right: Tensor) -> None:
@@ -96,5 +116,8 @@ def _multiply(panel: Tensor, left: Tensor, right: Tensor) -> None:
         panel.addmm_(left, right)
 
 
-def _sample(panel: Tensor, place: Tensor, slot: Tensor, out: Tensor) -> None:
-    out.index_add_(0, slot, panel.view(-1).index_select(0, place))
+def _sample(panel: Tensor, start: int, at: Tensor, slot: Tensor, out: Tensor) -> None:
+    """Add the products at the places `at`, of which the panel's first is `start`, to `out`."""
+    parts = at.split(SAMPLED_ENTRIES), slot.split(SAMPLED_ENTRIES)
+    for places, slots in zip(*parts, strict=True):
+        out.index_add_(0, slots, panel.view(-1).index_select(0, places - start))

@@ -27,10 +27,11 @@ from . import _checks, registry
 from ._library import is_plain, operation
 from .keep_columns import in_cuda as keep_columns_in_cuda
 from .keep_columns import unpack
-from .panels import add_panels
+from .panels import add_panels, columns_of
 
-# Tiles that the torch backend multiplies at a time.
-TILES_AT_ONCE = 64
+# Tiles that the torch backend multiplies at a time; and elements of what it copies of the used
+# columns, or of the lines of these tiles: 16 MB in float32.
+TILES_AT_ONCE, STRETCH_ELEMENTS = 64, 1 << 22
 
 
 def sampled_grad(
@@ -176,7 +177,15 @@ def _torch(dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumul
     add_panels(dy, x, parts, out)
     if not parts.rows.numel():
         return
-    used = unpack(x, dy.shape[0]) if x.dim() == 3 else x.index_select(1, parts.cols)
+    widest = max(parts.cols.numel(), TILES_AT_ONCE * TILE)
+    step = max(PANEL_ROWS, STRETCH_ELEMENTS // widest)
+    for start in range(0, dy.shape[0], step):
+        _add_stretch(dy, x, slice(start, min(start + step, dy.shape[0])), parts, out)
+
+
+def _add_stretch(dy: Tensor, x: Tensor, tokens: slice, parts: Parts, out: Tensor) -> None:
+    """Add what tiles and gathering serve, of some tokens."""
+    dy, used = dy[tokens], columns_of(x, parts.cols, tokens).t().contiguous()
     # Products accumulate in float32 inside the GEMM, but its result has the operands' dtype: widen
     # them first, on the used rows and columns alone.
     used = used.to(out.dtype)
