@@ -20,8 +20,10 @@ class FlatValues:
     Build it when the model is where it trains, and give `parameter` to the optimizer in place of
     the layers' `values`, which become views of it. Everything else stays as it was: each layer has
     its `values` and their `.grad`, in state dicts, adapters and gradient clipping alike. DDP finds
-    the layers' values, not `parameter`, and reduces them together: in one bucket where they fit
-    into its first (1 MB by default), else in buckets of its usual size.
+    the layers' values, not `parameter`, and reduces them in buckets: the first closes at 1 MB, the
+    others at 25 MB, while one of all values is made by
+    `DistributedDataParallel(model, bucket_cap_mb=...)` with more megabytes than the trained
+    parameters have.
 
     Gradients come by `backward()` alone: they are added to the buffer, past autograd, so
     `torch.autograd.grad` sees none, nor do hooks on `values`. A layer without a gradient in a step

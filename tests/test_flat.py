@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from speft_kernels import FlatValues, SparsePattern, SpeftConfig, apply_patterns
 from speft_kernels.errors import ConfigError, StaleWeightError
-from speft_kernels.testing import realistic_pattern
+from speft_kernels.testing import realistic_pattern, uniform_pattern
 
 NAMES = ("q", "k", "v", "o")
 
@@ -224,6 +224,44 @@ def test_data_parallel_processes_train_as_with_separate_values(tmp_path):
     assert torch.equal(ranks[0]["flat"], ranks[1]["flat"])
     assert torch.equal(ranks[0]["flat"], ranks[0]["apart"])
     assert ranks[0]["flat"].abs().max() > 1e-2  # three steps of 1e-2: it trained
+
+
+def count_buckets(rank, folder):
+    """How many buckets DDP reduces in a step, for 0.5 MB of values and for 1.5 MB."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    sizes, counts = [], []
+
+    def reduce(state, bucket):
+        sizes.append(bucket.buffer().numel())
+        done = distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return done.then(lambda future: future.value()[0])
+
+    for layers, settings in ((2, {}), (6, {}), (6, {"bucket_cap_mb": 2})):
+        model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(layers)))
+        some = {str(i): uniform_pattern((512, 512), 0.25, seed=i) for i in range(layers)}
+        apply_patterns(model, some, SpeftConfig(density=0.25))
+        flat = FlatValues(model)
+        parallel = DistributedDataParallel(model, **settings)
+        parallel.register_comm_hook(None, reduce)
+        for _ in range(2):  # DDP makes its buckets again after the first
+            flat.parameter.grad = None
+            sizes.clear()
+            parallel(torch.ones(4, 512)).square().mean().backward()
+        assert sum(sizes) == flat.parameter.numel() == layers * 512 * 512 // 4
+        counts.append(len(sizes))
+    torch.save(counts, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+def test_data_parallel_processes_reduce_one_bucket_where_it_holds_all_values(tmp_path):
+    multiprocessing.spawn(count_buckets, args=(str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        # By default the first closes at 1 MB, four layers, and the rest go into another.
+        assert torch.load(tmp_path / f"{rank}.pt") == [1, 2, 1]
 
 
 def test_a_layer_that_gave_its_weight_away_is_written_no_more():
