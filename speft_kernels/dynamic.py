@@ -29,7 +29,7 @@ from .family import sync
 from .model import apply_patterns, desparsify, score_and_select, sparse_layers
 from .nn import SparseDeltaLinear
 from .pattern import SparsePattern
-from .salience import LossFn, SalienceReport
+from .salience import LossFn, SalienceReport, processes
 from .salience.accumulate import GradientSums, stream_gradients
 from .salience.borrow import borrowed
 from .targets import find_targets
@@ -154,7 +154,8 @@ class MovingMask:
         """Choose the mask again; the sparse layers are replaced, their values carried over.
 
         A `FlatValues` of the model, and an optimizer's hold on the values, are void afterwards: see
-        `carry`.
+        `carry`. Where torch.distributed is initialised all processes call this together, each with
+        batches of its own: gradients are summed, so models that were equal stay so.
 
         Args:
             progress: share of the training, in [0, 1], by which the share that "rigl" moves falls
@@ -259,7 +260,9 @@ class MovingMask:
             layers, self.config.accumulator_dtype, self.config.accumulator_device, "sum"
         )
         with borrowed(model, self.config.seed):
-            statistics = stream_gradients(model, layers, batches, loss_fn, sums.add)
+            statistics = processes.together(
+                lambda: stream_gradients(model, layers, batches, loss_fn, sums.add), layers, sums
+            )
         statistics.check(layers, True)
         scores = {name: self._growth(sums.sums.pop(name), kept[name].pattern) for name in trained}
         groups = [[name] for name in trained]
