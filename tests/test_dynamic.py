@@ -20,7 +20,7 @@ class Training:
     """A sparse MLP trained by Adam on its flat values, with a mask that moves."""
 
     def __init__(self, strategy, *, block_shape=(1, 1), dtype=torch.float32, **settings):
-        self.base = mlp(dtype=dtype).eval()
+        self.base, self.dtype = mlp(dtype=dtype).eval(), dtype
         self.model = copy.deepcopy(self.base)
         settings = {"block_shape": block_shape, "density": 0.2, **settings}
         self.config = mlp_config(**settings)
@@ -31,13 +31,13 @@ class Training:
         self.optimizer = torch.optim.Adam([self.flat], lr=0.05)
 
     def steps(self, count=3):
-        for batch in pair_batches(count, dtype=self.flat.dtype, seed=7):
+        for batch in pair_batches(count, dtype=self.dtype, seed=7):
             pair_loss(self.model, batch).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
     def move(self, progress=0.0, seed=1):
-        batches = pair_batches(3, dtype=self.flat.dtype, seed=seed)
+        batches = pair_batches(3, dtype=self.dtype, seed=seed)
         move = self.mask.update(self.model, batches, pair_loss, progress=progress)
         old, self.flat = self.flat, FlatValues(self.model).parameter
         moments = self.mask.strategy == "rigl"
@@ -65,10 +65,11 @@ def test_places_finds_indices_in_sorted_ones_and_says_what_is_missing():
 @pytest.mark.parametrize("block_shape", BLOCKS)
 @pytest.mark.parametrize("strategy", ["merge", "rigl"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_adapter_of_a_moved_mask_gives_the_trained_weights_on_the_original_base(
-    strategy, scope, block_shape, tmp_path
+    strategy, scope, block_shape, dtype, tmp_path
 ):
-    training = Training(strategy, scope=scope, block_shape=block_shape)
+    training = Training(strategy, scope=scope, block_shape=block_shape, dtype=dtype)
     moved = 0
     for turn in range(3):
         training.steps()
@@ -81,7 +82,7 @@ def test_the_adapter_of_a_moved_mask_gives_the_trained_weights_on_the_original_b
     load_adapter(fresh, tmp_path / "adapter")
     for name, layer in sparse_layers(fresh).items():
         assert torch.equal(layer.weight, expected[name]), name
-    x = pair_batches(1, seed=3)[0][0]
+    x = pair_batches(1, dtype=dtype, seed=3)[0][0]
     assert torch.equal(fresh(x), training.model(x))
 
 
@@ -210,6 +211,28 @@ def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest(scope, 
             others += scores[untrained].tolist()
         if grown and others:
             assert min(grown) >= max(others) * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("block_shape", BLOCKS)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 0.3), (0.5, 0.15), (1.0, 0.0)])
+def test_rigl_drops_the_annealed_share(progress, share, scope, block_shape):
+    """What is dropped, and what grew in its place, is at its base value; all others have moved."""
+
+    def at_base():
+        values = [layer.values for layer in sparse_layers(training.model).values()]
+        return [int((v == 0).reshape(len(v), -1).all(1).sum()) for v in values]
+
+    training = Training("rigl", scope=scope, block_shape=block_shape)
+    training.steps()
+    units = [pattern.indices.numel() for pattern in training.patterns().values()]
+    assert at_base() == [0, 0]
+    move = training.move(progress=progress)
+    if scope == "layer":
+        assert at_base() == [round(share * count) for count in units]
+    else:
+        assert sum(at_base()) == round(share * sum(units))
+    assert (move.moved > 0) == (share > 0)
 
 
 def test_rigl_keeps_the_moments_of_those_that_stay():
