@@ -161,13 +161,20 @@ class Device:
                 multiprocessors=seen.multi_processor_count,
                 memory_gib=round(seen.total_memory / 2**30, 1),
                 l2_mb=round(seen.L2_cache_size / 1e6, 1),
-                **_reported(),
+                **_reported(str(getattr(seen, "uuid", ""))),
             )
         return facts
 
 
-def _reported() -> dict[str, str]:
-    """Driver, clocks and power limit as the card is found; nothing of it is ever set."""
+def _reported(uuid: str) -> dict[str, str]:
+    """Driver, clocks and power limit as the card is found; nothing of it is ever set.
+
+    Args:
+        uuid: as torch tells it. Numbers are no names: nvidia-smi counts all cards, torch those of
+            CUDA_VISIBLE_DEVICES.
+    """
+    if not uuid:
+        return {}
     fields = {
         "driver": "driver_version",
         "sm_mhz_now": "clocks.sm",
@@ -178,7 +185,12 @@ def _reported() -> dict[str, str]:
     query = f"--query-gpu={','.join(fields.values())}"
     try:
         done = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader,nounits", "--id=0"],
+            [
+                "nvidia-smi",
+                query,
+                "--format=csv,noheader,nounits",
+                f"--id=GPU-{uuid.removeprefix('GPU-')}",
+            ],
             capture_output=True,
             text=True,
             timeout=20,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 from .journal import ROOT, fingerprint
 
 FOLDER = ROOT / "build" / "gpu"
-STAMP = FOLDER / "stamp.json"
+_LINES, _WIDTH = 8, 160  # of an error that is kept
 
 _PROBE = """
 import importlib.util, json, os, sys
@@ -31,18 +32,23 @@ print(json.dumps({
     "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else 0,
     "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     "xdist": importlib.util.find_spec("xdist") is not None,
+    "timeout": importlib.util.find_spec("pytest_timeout") is not None,
 }))
 """
 _IMPORTS = "import torch, speft_kernels._C, speft_kernels.triton_kernels"
 _SITES = "import json, site, sys; print(json.dumps([p for p in sys.path if 'site-packages' in p]))"
 
-# Runs a command, tells its exit status, and writes its output where the caller wants it.
-Run = Callable[[Sequence[str], Mapping[str, str]], int]
+# Runs a command; tells its exit status, None where it was out of time, and its output.
+Run = Callable[[Sequence[str], Mapping[str, str]], tuple[int | None, str]]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the Python that was named finds here; `gpu` is None where there is none."""
+    """What the Python that was named finds here; `gpu` is None where there is none.
+
+    Attributes:
+        xdist, timeout: whether these plugins of pytest are there.
+    """
 
     torch: str
     gpu: str | None
@@ -50,6 +56,7 @@ class Machine:
     memory_gib: float
     cores: int
     xdist: bool
+    timeout: bool
 
     @property
     def archs(self) -> str:
@@ -83,35 +90,76 @@ def installed(python: str) -> bool:
     return subprocess.run(command, cwd="/", capture_output=True).returncode == 0
 
 
-def install(archs: str, run: Run) -> str | None:
-    """Return the Python that has the package, built from the present sources; None where it cannot
-    be built.
+@dataclass(frozen=True)
+class Built:
+    """What was built.
+
+    Attributes:
+        python: the Python that has the package; None where it could not be built.
+        error: of the compiler, where the package was built without the CUDA kernels, or not at all.
+    """
+
+    python: str | None
+    error: str = ""
+
+
+def install(archs: str, run: Run, folder: Path = FOLDER) -> Built:
+    """Build the package from the present sources; where that fails, without the CUDA kernels, so
+    that one file that does not compile costs one backend and not the whole run.
+
+    Args:
+        run: as `Run`. A build that is out of time is given up: its objects are kept, and the next
+            run goes on with them.
     """
     wanted = {"sources": fingerprint("build"), "archs": archs, "with": sys.executable}
-    if (python := _stamped(wanted)) is not None:
-        return python
-    own = FOLDER / "venv" / "bin" / "python"
-    for python in (sys.executable, str(own)):
-        if python == str(own) and not _environment(own):
-            return None
-        # pip serves another environment than its own: that one needs none.
-        pip = [sys.executable, "-m", "pip", "--python", python, "install"]
-        flags = ["--no-build-isolation", "--no-deps", "--no-input", "--no-index"]
-        ended = run([*pip, *flags, "-e", str(ROOT)], {"SPEFT_CUDA_ARCHS": archs})
-        if ended == 0 and installed(python):
-            FOLDER.mkdir(parents=True, exist_ok=True)
-            STAMP.write_text(json.dumps({**wanted, "python": python}), "utf-8")
-            return python
-    return None
+    stamp = folder / "stamp.json"
+    if (built := _stamped(stamp, wanted)) is not None:
+        return built
+    own = folder / "venv" / "bin" / "python"
+    error = ""
+    for more in ({"SPEFT_CUDA_ARCHS": archs}, {"SPEFT_BUILD_CUDA": "0"}):
+        for python in (sys.executable, str(own)):
+            if python == str(own) and not _environment(own):
+                continue
+            # pip serves another environment than its own: that one needs none.
+            pip = [sys.executable, "-m", "pip", "--python", python, "install"]
+            flags = ["--no-build-isolation", "--no-deps", "--no-input", "--no-index"]
+            ended, said = run([*pip, *flags, "-e", str(ROOT)], more)
+            if ended == 0 and installed(python):
+                if error:
+                    _remove_older_kernels()
+                folder.mkdir(parents=True, exist_ok=True)
+                text = json.dumps({**wanted, "python": python, "error": error})
+                stamp.write_text(text, "utf-8")
+                return Built(python, error)
+            if ended is None:
+                return Built(None, "out of time; what was compiled is kept for the next run")
+            error = error or _errors(said) or f"pip ended with {ended}"
+    return Built(None, error)
 
 
-def _stamped(wanted: Mapping[str, str]) -> str | None:
+def _remove_older_kernels(package: Path = ROOT / "speft_kernels") -> None:
+    """Those of an earlier build would be measured as if they were these sources'."""
+    for path in package.glob("_cuda.*so"):
+        path.unlink()
+
+
+def _errors(said: str) -> str:
+    """The lines that name an error, else the last ones, of a compiler's output."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"\berror\b|FAILED", line, re.IGNORECASE)]
+    # pip says first and last that something has failed; what it is stands between.
+    told = [line for line in named if "subprocess-exited" not in line] or lines[-_LINES:]
+    return "\n".join(line[:_WIDTH] for line in told[:_LINES])
+
+
+def _stamped(stamp: Path, wanted: Mapping[str, str]) -> Built | None:
     try:
-        stamp = json.loads(STAMP.read_text("utf-8"))
+        kept = json.loads(stamp.read_text("utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
-    python = str(stamp.pop("python", ""))
-    return python if stamp == wanted and installed(python) else None
+    built = Built(str(kept.pop("python", "")), str(kept.pop("error", "")))
+    return built if kept == wanted and built.python and installed(built.python) else None
 
 
 def _environment(python: Path) -> bool:

@@ -49,8 +49,7 @@ def build(out: Path, device: str, sources: Callable[[str], str] = fingerprint) -
             stages[entry["stage"]] = {**kept, "sources": entry["sources"]}
         elif entry["kind"] != "machine":
             stages.setdefault(entry["stage"], {"status": "not ended", "sources": entry["sources"]})
-    complete = all(stages.get(stage, {}).get("status") == "complete" for stage in STAGES)
-    status = DRY if device == "cpu" else "complete" if complete else "in part"
+    status = DRY if device == "cpu" else _verdict(stages)
     own = ("kind", "stage", "sources", "device")
     facts = {
         kind: {name: value for name, value in entry.items() if name not in own}
@@ -67,6 +66,13 @@ def build(out: Path, device: str, sources: Callable[[str], str] = fingerprint) -
         "columns": list(COLUMNS),
         "cases": [_case(entry) for entry in _last_of_each(entries)],
     }
+
+
+def _verdict(stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which stages are not complete, and how they ended: the others are none the worse for it."""
+    others = {stage: stages.get(stage, {}).get("status", "not run") for stage in STAGES}
+    lacking = [f"{stage} ({how})" for stage, how in others.items() if how != "complete"]
+    return f"complete but for {', '.join(lacking)}" if lacking else "complete"
 
 
 def _last_of_each(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -180,6 +186,11 @@ def _stages(record: Mapping[str, Any]) -> str:
         for stage, facts in record["stages"].items()
     ]
     parts = [_markdown(("stage", "status", "seconds", "sources"), rows)]
+    parts += [
+        f"{stage}: {' / '.join(facts['detail'].splitlines())}\n"
+        for stage, facts in record["stages"].items()
+        if facts.get("detail")
+    ]
     if tests := record.get("tests"):
         counts = ", ".join(
             f"{tests[name]} {name}" for name in ("passed", "failed", "skipped") if name in tests

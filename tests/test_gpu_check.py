@@ -1,0 +1,141 @@
+"""What `scripts/gpu_check.sh` does about a machine that lacks something: a compiler that fails, a
+plugin, time.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from speft_kernels.bench.gpu import check, device, install, journal, record
+from speft_kernels.bench.gpu.journal import Journal
+
+ROOT = Path(__file__).resolve().parents[1]
+H200 = install.Machine("2.11.0", "H200", (9, 0), 139.0, 16, False, True)
+
+COMPILERS_WORDS = """
+ERROR: Command errored out
+  [1/9] compile csrc/cuda/block_grad.cu
+  csrc/cuda/block_grad.cu(12): error: identifier "wgmma" is undefined
+  FAILED: [code=2] _cuda/cuda/block_grad.cu.o
+"""
+
+
+@pytest.fixture
+def session(tmp_path):
+    return check.Session(tmp_path, H200, False, float("inf"))
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """Commands of pip, answered by a function of their environment; nothing is installed."""
+    monkeypatch.setattr(install, "_environment", lambda own: False)
+    monkeypatch.setattr(install, "_remove_older_kernels", lambda: None)
+    monkeypatch.setattr(install, "installed", lambda python: True)
+    asked = []
+
+    def answering(answer):
+        def run(command, more):
+            asked.append(more)
+            return answer(more)
+
+        return run
+
+    return asked, answering
+
+
+def test_a_file_that_nvcc_refuses_costs_the_cuda_backend_alone(tmp_path, pip):
+    asked, answering = pip
+    run = answering(lambda more: (0, "") if "SPEFT_BUILD_CUDA" in more else (1, COMPILERS_WORDS))
+    built = install.install("90a", run, tmp_path)
+    assert asked == [{"SPEFT_CUDA_ARCHS": "90a"}, {"SPEFT_BUILD_CUDA": "0"}]
+    assert built.python == sys.executable
+    assert 'block_grad.cu(12): error: identifier "wgmma" is undefined' in built.error
+    # Known from then on, and not taken for a build of all.
+    assert install.install("90a", run, tmp_path) == built
+    assert len(asked) == 2
+
+
+def test_what_does_not_build_at_all_says_why(tmp_path, pip):
+    _, answering = pip
+    run = answering(lambda more: (1, "first\nno compiler found"))
+    assert install.install("90a", run, tmp_path) == install.Built(None, "first\nno compiler found")
+
+
+def test_a_build_that_is_out_of_time_is_not_taken_for_one_that_fails(tmp_path, pip):
+    asked, answering = pip
+    built = install.install("90a", answering(lambda more: (None, "[3/9] compile")), tmp_path)
+    assert built.python is None
+    assert "out of time" in built.error
+    assert len(asked) == 1
+
+
+def test_kernels_of_an_older_build_are_removed(tmp_path):
+    for name in ("_cuda.cpython-312.so", "_cuda_host.cpython-312.so", "_C.cpython-312.so"):
+        (tmp_path / name).touch()
+    install._remove_older_kernels(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"_cuda_host.cpython-312.so", "_C.cpython-312.so"}
+
+
+def test_stages_go_on_without_the_cuda_kernels_and_the_record_says_so(session, monkeypatch, capsys):
+    built = install.Built(sys.executable, "a.cu(1): error: no")
+    monkeypatch.setattr(install, "install", lambda archs, run: built)
+    monkeypatch.setattr(session, "_command", lambda *_, again: ([sys.executable, "-c", ""], {}))
+    for stage in check.STAGES:
+        session.run(stage, force=False)
+    found = session.write()
+    assert found["stages"]["build"]["status"] == "failed"
+    assert found["stages"]["kernels"]["status"] == found["stages"]["step"]["status"] == "complete"
+    assert "sanitize: not run, since the CUDA kernels were not built" in capsys.readouterr().out
+    assert found["status"] == "complete but for build (failed), sanitize (not run)"
+    assert "build: without the CUDA kernels, everything else goes on: a.cu(1): error: no" in (
+        session.out / record.TABLE
+    ).read_text(encoding="utf-8")
+
+
+def test_what_the_build_says_is_read_out_of_its_own_part_of_the_log(session):
+    (session.out / "build.log").write_text("an older error\n")
+    command = [sys.executable, "-c", "print('a.cu: error'); raise SystemExit(3)"]
+    assert session._install_run(command, {}) == (3, "a.cu: error\n")
+
+
+def test_a_stage_that_is_not_complete_is_named_and_blames_no_other(tmp_path):
+    for stage in check.STAGES:
+        status = "out of time" if stage == "sanitize" else "complete"
+        Journal(tmp_path / journal.NAME, stage, "abc", "H200").add("stage", status=status)
+    found = record.build(tmp_path, "H200", lambda stage: "abc")
+    assert found["status"] == "complete but for sanitize (out of time)"
+    Journal(tmp_path / journal.NAME, "sanitize", "abc", "H200").add("stage", status="complete")
+    assert record.build(tmp_path, "H200", lambda stage: "abc")["status"] == "complete"
+
+
+def test_the_suite_is_collected_where_pytest_timeout_is_missing(session):
+    """Its limit in pyproject.toml is an unknown option then."""
+    collected = {}
+    for has_plugin in (False, True):
+        session.machine = replace(H200, timeout=has_plugin)
+        command, _ = session._command("test", sys.executable, 100.0, again=False)
+        without = ["-p", "no:timeout", "--collect-only", "-k", "an_index_beyond_int32"]
+        done = subprocess.run([*command, *without], cwd=ROOT, capture_output=True, text=True)
+        collected[has_plugin] = done.returncode
+    assert collected == {False: 0, True: 4}  # 4: pytest refuses its command line
+
+
+def test_the_default_folder_is_one_that_git_ignores():
+    assert check.OUT.parts[: len(ROOT.parts) + 1] == (*ROOT.parts, "build")
+    assert "build/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_the_card_is_asked_for_by_its_own_name(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "$@" > $(dirname $0)/called\necho 580.1, 1980\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert device._reported("12-34") == {"driver": "580.1", "sm_mhz_now": "1980"}
+    assert (tmp_path / "called").read_text().split()[-1] == "--id=GPU-12-34"
+    assert device._reported("") == {}
