@@ -38,6 +38,7 @@ from speft_kernels.testing import clustering_of, realistic_pattern
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+MOST_BYTES = 500_000  # of a record: what pre-commit's check for large files takes by default
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,9 @@ def representatives():
     chosen = {}
     for spec in [*cases.kernel_specs(), *cases.step_specs()]:
         of = spec.projection if spec.operation in ("topk_salience", "quantized", "step") else ""
-        chosen.setdefault((spec.operation, spec.mask, spec.tokens == MOST_TOKENS, of), spec)
-    return [spec for spec in chosen.values() if spec != Spec("step", "8B")]
+        if spec.operation != "step" or (of, spec.backend) == ("1B", "torch"):
+            chosen.setdefault((spec.operation, spec.mask, spec.tokens == MOST_TOKENS, of), spec)
+    return list(chosen.values())
 
 
 @pytest.mark.parametrize(
@@ -181,13 +183,13 @@ def test_a_device_that_is_lost_ends_the_process_and_costs_one_case(tmp_path, mon
     monkeypatch.setattr(cases, "setup", lambda *_: lost)
     monkeypatch.setattr(Device, "is_lost", lambda _: True)
     command = ["step", str(tmp_path), "--device", "cpu"]
-    assert run.main(command) == check.RESTART
-    assert run.main(command) == check.RESTART
-    assert run.main(command) == 0  # both cases have had their turn
+    for _ in cases.step_specs():
+        assert run.main(command) == check.RESTART
+    assert run.main(command) == 0  # all cases have had their turn
     found = record.build(tmp_path, "cpu", lambda stage: journal.fingerprint("step"))
     assert [case["error"] for case in found["cases"]] == [
         "DeviceLostError: case, ours: RuntimeError: wild access"
-    ] * 2
+    ] * len(cases.step_specs())
 
 
 def test_floors_and_memory_are_compared_with():
@@ -282,7 +284,7 @@ def test_the_committed_record_is_what_it_says():
     """Either nothing was ever measured, and it says so, or the table is that of the record."""
     found = json.loads((RESULTS / record.JSON).read_text(encoding="utf-8"))
     assert (RESULTS / record.TABLE).read_text(encoding="utf-8") == record.table(found)
-    assert (RESULTS / record.JSON).stat().st_size < 200_000
+    assert (RESULTS / record.JSON).stat().st_size < MOST_BYTES
     if found["cases"]:
         assert found["status"] != record.DRY
     else:
@@ -311,8 +313,9 @@ def entry_of_a_case(spec, ratio):
 
 
 def test_a_record_of_every_case_is_small_enough_to_commit(tmp_path):
-    specs = [*cases.kernel_specs(), *cases.step_specs()]
-    for stage, chosen in (("kernels", specs[:-2]), ("step", specs[-2:])):
+    kernels, steps = cases.kernel_specs(), cases.step_specs()
+    specs = [*kernels, *steps]
+    for stage, chosen in (("kernels", kernels), ("step", steps)):
         book = Journal(tmp_path / journal.NAME, stage, "abc", "H200")
         book.add("machine", gpu="NVIDIA H200", commit="0123456789ab")
         book.add("light", bytes_per_second=4.3e12, operations_per_second=7.9e14)
@@ -326,10 +329,11 @@ def test_a_record_of_every_case_is_small_enough_to_commit(tmp_path):
     found = record.build(tmp_path, "H200", lambda stage: "abc")
     record.write(tmp_path, found)
     assert json.loads((tmp_path / record.JSON).read_text(encoding="utf-8")) == found
-    assert (tmp_path / record.JSON).stat().st_size < 200_000
+    assert (tmp_path / record.JSON).stat().st_size < MOST_BYTES
     table = (tmp_path / record.TABLE).read_text(encoding="utf-8")
     assert len(table) < 100_000
-    assert found["status"] == "in part"  # no build, no end of the tests
+    lacking = "build (not run), test (not ended), sanitize (not run)"
+    assert found["status"] == f"complete but for {lacking}"
     assert found["tests"]["failures"] == {"a::b[c]": "it | failed"}
     assert len(found["cases"]) == len(specs)
     # The first case of either stage misses its goal.
@@ -441,7 +445,7 @@ def test_every_kernel_of_triton_is_watched():
 @pytest.fixture
 def probed(monkeypatch):
     """A machine without a GPU."""
-    machine = install.Machine("2.11.0", None, None, 0.0, 2, False)
+    machine = install.Machine("2.11.0", None, None, 0.0, 2, False, True)
     monkeypatch.setattr(install, "probe", lambda python: machine)
 
 
@@ -469,7 +473,7 @@ def test_stages_are_listed_and_unknown_ones_refused(probed, capsys):
     ("capability", "archs"), [((8, 0), "80"), ((9, 0), "90a"), ((10, 0), "100a"), (None, "")]
 )
 def test_the_targets_are_those_of_the_gpu(capability, archs):
-    assert install.Machine("2.11.0", "a GPU", capability, 80.0, 2, True).archs == archs
+    assert install.Machine("2.11.0", "a GPU", capability, 80.0, 2, True, True).archs == archs
 
 
 def test_a_python_without_torch_is_named(tmp_path):
@@ -482,7 +486,7 @@ def test_a_python_without_torch_is_named(tmp_path):
 @pytest.fixture
 def session(tmp_path, monkeypatch):
     """A session whose stages are scripts, and which has nothing to build."""
-    machine = install.Machine("2.11.0", "H200", (9, 0), 139.0, 16, False)
+    machine = install.Machine("2.11.0", "H200", (9, 0), 139.0, 16, False, True)
     found = check.Session(tmp_path, machine, False, float("inf"), True, sys.executable)
 
     def scripted(*scripts):

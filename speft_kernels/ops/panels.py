@@ -18,6 +18,8 @@ from ..parts import Parts
 # parts as there are threads (512 tokens: other bits with 1, 2 and 3 threads); and what is widened
 # stays small.
 STRETCH_TOKENS, STRETCH_ELEMENTS = 256, 1 << 20
+# On a GPU, where each stretch is a launch that the host pays for: 128 MiB of float32 at most.
+CUDA_STRETCH = (1 << 20, 1 << 25)
 
 # Elements of the hot lines copied at a time; as many as the panel has where that is more. So a copy
 # serves several stretches: one for each takes up to a fifth more time.
@@ -91,7 +93,8 @@ def _stretches(matrix: Tensor, tokens: int, width: int) -> Iterator[tuple[slice,
     """Yield stretches of tokens, and `[tokens, C]`, what `matrix`, which may be packed, holds of
     them; `width` is of the widest operand.
     """
-    step = max(16, min(STRETCH_TOKENS, STRETCH_ELEMENTS // width))
+    most, elements = CUDA_STRETCH if matrix.is_cuda else (STRETCH_TOKENS, STRETCH_ELEMENTS)
+    step = max(16, min(most, elements // width))
     if matrix.dim() == 2:
         for start in range(0, tokens, step):
             some = slice(start, min(start + step, tokens))

@@ -94,6 +94,7 @@ class Spec:
     Attributes:
         projection: a key of `Scale.projections`; for other operations what their module says.
         mask: "realistic", "uniform", or blocks as "16x16".
+        backend: the one of ours that takes part; "" for all.
     """
 
     operation: str
@@ -101,6 +102,7 @@ class Spec:
     tokens: int = 0
     mask: str = "realistic"
     density: float = 0.005
+    backend: str = ""
 
 
 class Workbench:

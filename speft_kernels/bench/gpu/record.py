@@ -84,6 +84,7 @@ def _case(entry: Mapping[str, Any]) -> dict[str, Any]:
     if "error" in entry:
         spec = entry["spec"]
         name = f"{spec['projection']}, {spec['tokens']} tokens, {spec['mask']} {spec['density']}"
+        name += f", {spec['backend']}" if spec["backend"] else ""
         return {"operation": spec["operation"], "case": name, "error": entry["error"]}
     names = ("operation", "case", "rounds", "calls", "tokens", "sides", "ratios", "left_out")
     return {name: entry[name] for name in names if entry[name]}

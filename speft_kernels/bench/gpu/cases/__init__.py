@@ -15,6 +15,7 @@ PROJECTIONS = ("q", "gate", "down", "k")
 TOKENS = (MOST_TOKENS, 512, 16, 1)
 DENSITIES = (0.005, 0.001, 0.01, 0.05)
 BLOCKS = ("16x16", "32x32", "64x64")
+BACKENDS = ("triton", "cuda", "torch")
 
 
 def setup(spec: Spec, bench: Workbench) -> GpuCase:
@@ -30,7 +31,8 @@ def kernel_specs() -> list[Spec]:
 
 
 def step_specs() -> list[Spec]:
-    return [Spec("step", "8B"), Spec("step", "1B")]
+    """A case for each backend, the two with kernels first: torch's way is bound by the host."""
+    return [Spec("step", size, backend=b) for b in BACKENDS for size in ("8B", "1B")]
 
 
 def _goals() -> Iterator[Spec]:

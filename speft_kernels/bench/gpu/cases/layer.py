@@ -29,6 +29,7 @@ from .sampled_grad import exact_entries, is_goal
 FROZEN = "frozen linear"
 GOAL, GOAL_DENSITY = 1.10, 0.005
 LORA_RANK = 16
+LORA = f"PEFT LoRA r={LORA_RANK}"
 
 
 @contextmanager
@@ -106,7 +107,9 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
             continue
         sides.append(_served(made, backend))
     sides.append(side(FROZEN, _One(weight), work=_work(dy, x, 0)))
-    for name, adapt in peft_layers(pattern.nnz, n, k).items():
+    adapters, absent = peft_layers(pattern.nnz, n, k)
+    left_out.update(absent)
+    for name, adapt in adapters.items():
         if not goals and "LoRA" not in name:
             continue  # their masks take seconds to draw, and they take longer than all else
         try:
@@ -150,28 +153,36 @@ def _work(dy: Tensor, x: Tensor, entries: int) -> Work:
     )
 
 
-def peft_layers(entries: int, n: int, k: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
+Adapters = dict[str, Callable[[nn.Module], nn.Module]]
+
+
+def peft_layers(entries: int, n: int, k: int) -> tuple[Adapters, dict[str, str]]:
     """Name -> what adapts a model with a module `linear`, by PEFT's LoRA as it comes (its own
     weights in float32) and in bf16, SHiRA and Super-Tuning; the latter two with about `entries`
-    trained. None where PEFT is not installed.
+    trained. And name -> why it cannot be had.
     """
+    names = (LORA, f"{LORA}, bf16", "PEFT SHiRA", "PEFT Super-Tuning")
     try:
         import peft
-    except ImportError:
-        return {}
+    except ImportError as error:
+        return {}, dict.fromkeys(names, reason(error))
     where: dict[str, Any] = {"target_modules": ["linear"]}
     lora, rank = peft.LoraConfig(r=LORA_RANK, **where), max(1, round(entries / (n + k)))
-    found: dict[str, Callable[[nn.Module], nn.Module]] = {
-        f"PEFT LoRA r={LORA_RANK}": partial(_adapted, config=lora),
-        f"PEFT LoRA r={LORA_RANK}, bf16": partial(
-            _adapted, config=lora, autocast_adapter_dtype=False
-        ),
-        "PEFT SHiRA": partial(_adapted, config=peft.ShiraConfig(r=rank, random_seed=0, **where)),
+    found: Adapters = {
+        LORA: partial(_adapted, config=lora),
+        f"{LORA}, bf16": partial(_adapted, config=lora, autocast_adapter_dtype=False),
     }
-    if hasattr(peft, "SupertuningConfig"):  # not in the oldest PEFT that this package supports
-        sparse = peft.SupertuningConfig(sparsity=1 - entries / (n * k), **where)
-        found["PEFT Super-Tuning"] = partial(_adapted, config=sparse)
-    return found
+    absent = {}
+    for name, config, settings in (
+        ("PEFT SHiRA", "ShiraConfig", {"r": rank, "random_seed": 0}),
+        ("PEFT Super-Tuning", "SupertuningConfig", {"sparsity": 1 - entries / (n * k)}),
+    ):
+        if hasattr(peft, config):
+            adapter = getattr(peft, config)(**settings, **where)
+            found[name] = partial(_adapted, config=adapter)
+        else:
+            absent[name] = f"PEFT {peft.__version__} has no {config}"
+    return found, absent
 
 
 def _adapted(model: nn.Module, config: Any, **settings: Any) -> nn.Module:

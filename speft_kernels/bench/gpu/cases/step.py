@@ -7,9 +7,9 @@ keeps about 1.2 GB a layer (norms in float32 268 MB, attention 270, the MLP's pr
 in all, LoRA's float32 copies of its inputs another 1.3 GB a layer, logits and loss 17 GB, weights
 16 GB: 115 GB at most (arithmetic).
 
-All sides stand in the memory at once, over one set of frozen weights, so that their steps can be
-interleaved. The memory of a side is that of the weights, of what only it keeps between steps, and
-what a step adds at its peak.
+A case has one of our backends. All its sides stand in the memory at once, over one set of frozen
+weights, so that their steps can be interleaved. The memory of a side is that of the weights, of
+what only it keeps between steps, and what a step adds at its peak.
 
 Masks are clustered as measured. One is drawn for each projection and turned to other rows and
 columns in each layer. Layers that read one input share fewer columns than measured masks do: q, k
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ....model import sparse_layers
+from ....ops import registry
 from ....pattern import SparsePattern
 from ...checks import close
 from ...harness import Work, WrongResultError
@@ -36,11 +37,10 @@ from ...trainers import Prepare, Trainer, speft
 from ..bounds import summation_bound
 from ..problems import Spec, Workbench, rotated
 from ..timing import GpuCase, GpuSide, reason
-from .layer import LORA_RANK, served_by
+from .layer import LORA, LORA_RANK, served_by
 from .sampled_grad import exact_entries
 
 FLOOR = "frozen floor"
-LORA = f"PEFT LoRA r={LORA_RANK}"
 LORA_BF16 = f"{LORA}, bf16"
 # Of LoRA's time, for the 8B model; its memory is not to be exceeded.
 GOAL, GOAL_MODEL = 0.80, "8B"
@@ -54,11 +54,19 @@ PROJECTIONS = {
     "down_proj": "down",
 }
 BATCHES = 2
-SECONDS = 60.0
+# Of the timed steps of a case, by the model's size: six cases fit into the stage.
+SECONDS = {"8B": 40.0, "1B": 20.0}
 
 
 def setup(spec: Spec, bench: Workbench) -> GpuCase:
-    """`spec.projection` is the model's size."""
+    """`spec.projection` is the model's size, and `spec.backend` the one that takes part: a slow one
+    costs its own case. The peers are measured beside each.
+
+    Raises:
+        BackendError: the backend does not serve the device.
+    """
+    for operation in ("sampled_grad", "keep_columns", "write_delta"):
+        registry.resolve(operation, bench.device.torch, torch.bfloat16, spec.backend)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT and transformers about each other
         return _setup(spec, bench)
@@ -76,9 +84,7 @@ def _setup(spec: Spec, bench: Workbench) -> GpuCase:
         for _ in range(BATCHES)
     ]
     batches = [{"input_ids": tokens, "labels": tokens} for tokens in drawn]
-    prepares: dict[str, Prepare] = {FLOOR: _frozen}
-    backends = bench.backends("sampled_grad", "keep_columns", "write_delta")
-    prepares.update((f"SPEFT {backend}", speft(patterns)) for backend in backends)
+    prepares: dict[str, Prepare] = {FLOOR: _frozen, f"SPEFT {spec.backend}": speft(patterns)}
     prepares[LORA] = partial(_lora, names=list(patterns))
     prepares[LORA_BF16] = partial(_lora, names=list(patterns), autocast_adapter_dtype=False)
 
@@ -112,11 +118,12 @@ def _setup(spec: Spec, bench: Workbench) -> GpuCase:
     ]
     return GpuCase(
         "step",
-        f"Llama {spec.projection}, {batch} x {length} tokens, realistic {100 * spec.density:g}%",
+        f"Llama {spec.projection}, {batch} x {length} tokens, {spec.mask} "
+        f"{100 * spec.density:g}%, {spec.backend}",
         sides,
         left_out,
         calls=3,
-        seconds=SECONDS,
+        seconds=SECONDS[spec.projection],
         own_bytes=own,
         memory_goals={LORA: 1.0, LORA_BF16: 1.0} if spec.projection == GOAL_MODEL else {},
         tokens=batch * length,
