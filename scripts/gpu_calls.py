@@ -10,27 +10,32 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from speft_kernels.triton_kernels._fused_settings import FusedLaunch, shape_of
+from speft_kernels.triton_kernels._fused_settings import FusedLaunch, Shape, shape_of
+from speft_kernels.triton_kernels._topk_select import DigitLaunch, RunLaunch
 from speft_kernels.triton_kernels.block_grad import EntryLaunch, TileLaunch, uses_dot
 from speft_kernels.triton_kernels.block_grad import block_grad as block_grad_host
 from speft_kernels.triton_kernels.effective_weight import RowLaunch
+from speft_kernels.triton_kernels.keep_columns import PackLaunch
 from speft_kernels.triton_kernels.keep_columns import keep_columns as keep_columns_host
-from speft_kernels.triton_kernels.launch import Launch, Machine
+from speft_kernels.triton_kernels.launch import MACHINES, Launch, Machine
 from speft_kernels.triton_kernels.sampled_grad import StripLaunch
 from speft_kernels.triton_kernels.sampled_grad import sampled_grad as sampled_grad_host
 from speft_kernels.triton_kernels.sparse_delta_matmul import (
     sparse_delta_matmul as sparse_delta_matmul_host,
 )
+from speft_kernels.triton_kernels.topk_salience import ChunkLaunch, SampleLaunch
 from speft_kernels.triton_kernels.topk_salience import topk_salience as topk_salience_host
 from speft_kernels.triton_kernels.write_delta import WriteLaunch
 from speft_kernels.triton_kernels.write_delta import write_delta as write_delta_host
 
+from speft_kernels.costs import DEFAULTS
 from speft_kernels.strips import GROUP_STRIPS, STRIP_ROWS, Strips
 
 
@@ -44,11 +49,14 @@ class Call:
 
     Attributes:
         candidates: the settings that a tuning run would try in place of the default, for a machine.
+        archs: the GPUs that it is compiled for: one, where an address or a metric makes the
+            difference, and none of the settings.
     """
 
     name: str
     run: Callable[[], object]
     candidates: Callable[[Machine], Iterable[Launch]] = _none
+    archs: tuple[int, ...] = tuple(MACHINES)
 
 
 CALLS: dict[str, Callable[[], Iterator[Call]]] = {}
@@ -61,6 +69,14 @@ def calls_of(function: Callable[[], Iterator[Call]]) -> Callable[[], Iterator[Ca
 
 SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"fp32": torch.float32, **SIXTEEN_BITS}
+# For calls that differ in their addresses or metric from others, and in no settings.
+ONE_GPU = {"archs": (90,)}
+
+
+def odd(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """As a slice that begins one element into longer rows of an odd length."""
+    length = shape[-1] + 2 - shape[-1] % 2
+    return torch.empty(*shape[:-1], length + 1, dtype=dtype)[..., 1 : 1 + shape[-1]]
 
 
 @contextlib.contextmanager
@@ -88,7 +104,13 @@ def keep_columns() -> Iterator[Call]:
     for name, dtype in DTYPES.items():
         x = torch.empty(8192, 4096, dtype=dtype)
         kept = torch.empty(1, 983, 8192, dtype=dtype)
-        yield Call(name, lambda x=x, kept=kept: keep_columns_host(x, columns, kept))
+        yield Call(
+            name,
+            lambda x=x, kept=kept: keep_columns_host(x, columns, kept),
+            lambda machine: PackLaunch.candidates(),
+        )
+    kept = torch.empty(3, 983, 77, dtype=torch.bfloat16)
+    yield Call("bf16, odd", lambda: keep_columns_host(odd(200, 4096), columns, kept), **ONE_GPU)
 
 
 @calls_of
@@ -129,6 +151,7 @@ def sampled_grad() -> Iterator[Call]:
         kept: bool = True,
         tokens: int = 8192,
         rows: int = 4096,
+        new: Callable[..., torch.Tensor] = torch.empty,
     ) -> None:
         blocks, (inside, gathered) = rows // STRIP_ROWS, entries
         strips = Strips(
@@ -143,8 +166,8 @@ def sampled_grad() -> Iterator[Call]:
             entry_col=torch.empty(gathered, dtype=torch.int32),
             slot=torch.empty(sum(entries), dtype=torch.int32),
         )
-        x = torch.empty((1, 983, tokens) if kept else (tokens, 4096), dtype=dtype)
-        dy = torch.empty(tokens, rows, dtype=dtype)
+        x = torch.empty(1, 983, tokens, dtype=dtype) if kept else new(tokens, 4096, dtype=dtype)
+        dy = new(tokens, rows, dtype=dtype)
         sampled_grad_host(dy, x, strips, torch.empty(sum(entries)), True)
 
     def candidates(machine: Machine, size: int) -> Iterable[Launch]:
@@ -164,6 +187,9 @@ def sampled_grad() -> Iterator[Call]:
             in_tf32(call) if name == "tf32" else call,
             functools.partial(candidates, size=dtype.itemsize),
         )
+    for tokens in (8192, 1001):
+        call = functools.partial(run, torch.bfloat16, 9, (84_000, 1600), False, tokens, new=odd)
+        yield Call(f"bf16, odd, {tokens} tokens", call, **ONE_GPU)
 
 
 @calls_of
@@ -189,6 +215,12 @@ def block_grad() -> Iterator[Call]:
 
     sides = ((4, 4), (5, 3), (16, 16), (32, 32), (64, 64), (128, 4096), (1, 64), (64, 1))
     cases = [("bf16", block) for block in sides] + [("fp16", (128, 128))]
+    parts = (16, 32, 128)
+    cases += [("bf16", block) for block in itertools.product(parts, parts)]
+    cases += [("bf16", block) for block in ((32, 64), (64, 32), (64, 128), (128, 64))]
+    cases += [("fp32", (32, 32)), ("tf32", (32, 32))]
+    cases += [("tf32", block) for block in ((1, 32), (1, 128), (32, 1), (64, 1), (128, 1))]
+    cases = list(dict.fromkeys(cases))
     cases += [("fp32", block) for block in ((1, 64), (16, 16), (64, 64))]
     cases += [("tf32", block) for block in ((1, 64), (16, 16), (128, 128))]
     for name, block in cases:
@@ -202,8 +234,12 @@ def block_grad() -> Iterator[Call]:
             )
             named = f"{name}, {blocks} of {block[0]} x {block[1]}"
             yield Call(named, in_tf32(call) if name == "tf32" else call, tried)
-    odd = functools.partial(run, torch.bfloat16, (8, 8), 1000, kept=8 * 101)
-    yield Call("bf16, 1000 of 8 x 8, x kept in 101 groups", odd)
+    grouped = functools.partial(run, torch.bfloat16, (8, 8), 1000, kept=8 * 101)
+    yield Call("bf16, 1000 of 8 x 8, x kept in 101 groups", grouped)
+    # Splits decide how many sums the second stage adds at a time.
+    for tokens in (4096, 16384, 32768):
+        split = functools.partial(run, torch.bfloat16, (16, 16), 1, tokens)
+        yield Call(f"bf16, 1 of 16 x 16, {tokens} tokens", split)
     # The JIT makes a constant of an argument that is 1.
     for block in ((8, 8), (1, 1)):
         one = functools.partial(run, torch.bfloat16, block, 1, 1, *block)
@@ -211,7 +247,7 @@ def block_grad() -> Iterator[Call]:
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """A call of `sparse_delta_matmul` over a base of `bits` (0: of x's dtype; None: no base)."""
 
     dtype: torch.dtype
@@ -222,21 +258,26 @@ class _Product:
     out_features: int = 4096
     in_features: int = 4096
     bias: bool = False
+    odd: bool = False
 
     def __str__(self) -> str:
         dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
         base = {None: "no base", 0: "W"}.get(self.bits, f"W of {self.bits} bits")
         groups = f" in groups of {self.group}" if self.group else ""
         shape = f"{self.out_features} x {self.in_features}"
-        rest = (" twin" if self.twin else "") + (" bias" if self.bias else "")
+        rest = "".join(f" {name}" for name in ("twin", "bias", "odd") if getattr(self, name))
         return f"{dtype}, {self.tokens} tokens, {base}{groups}, {shape}{rest}"
+
+    @property
+    def new(self) -> Callable[..., torch.Tensor]:
+        return odd if self.odd else torch.empty
 
     def base(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         rows, columns = self.out_features, self.in_features
         if self.bits is None:
             return None, None
         if self.bits == 0:
-            return torch.empty(rows, columns, dtype=self.dtype), None
+            return self.new(rows, columns, dtype=self.dtype), None
         width, integer = (columns, torch.int8) if self.bits == 8 else (columns // 4, torch.int16)
         kept = torch.float32 if self.dtype == torch.float16 else self.dtype
         scales = torch.empty(rows, columns // (self.group or columns), dtype=kept)
@@ -245,7 +286,7 @@ class _Product:
     def arguments(self) -> tuple[torch.Tensor, int]:
         sides = (self.out_features, self.in_features)
         inside, outside = sides if self.twin else sides[::-1]
-        return torch.empty(self.tokens, inside, dtype=self.dtype), outside
+        return self.new(self.tokens, inside, dtype=self.dtype), outside
 
     def run(self) -> None:
         (x, out), (weight, scales) = self.arguments(), self.base()
@@ -260,41 +301,59 @@ class _Product:
         sparse_delta_matmul_host(
             *(x, weight, scales, bias, torch.empty(nnz)),
             *(lines(self.out_features), lines(self.in_features)),
-            *(torch.empty(nnz, dtype=torch.int64), out, self.twin),
+            *(torch.empty(nnz, dtype=torch.int64), out, self.twin, DEFAULTS["cuda"].fused_tokens),
         )
 
-    def candidates(self, machine: Machine) -> Iterable[Launch]:
+    def shape(self) -> Shape:
+        """What its settings are chosen for."""
         (x, out), (weight, scales) = self.arguments(), self.base()
-        return FusedLaunch.candidates(shape_of(x, weight, scales, out, self.twin), machine)
+        return shape_of(x, weight, scales, out, self.twin)
+
+    def candidates(self, machine: Machine) -> Iterable[Launch]:
+        return FusedLaunch.candidates(self.shape(), machine)
 
 
-def _candidates_in_tf32(product: _Product, machine: Machine) -> Iterable[Launch]:
+def _candidates_in_tf32(product: Product, machine: Machine) -> Iterable[Launch]:
     with tf32():
         return list(product.candidates(machine))
+
+
+SPLIT = {"out_features": 1024}  # few outputs, whose sums are split
 
 
 @calls_of
 def sparse_delta_matmul() -> Iterator[Call]:
     """Tokens that make a tile of 16, 32 and 64; programs without and with splits; all bases."""
-    some, half = functools.partial(_Product, torch.bfloat16), torch.float16
-    products = [_Product(d, tokens) for d in DTYPES.values() for tokens in (1, 32, 64)]
-    products += [_Product(dtype, 16, twin=True) for dtype in DTYPES.values()]
+    some, half = functools.partial(Product, torch.bfloat16), torch.float16
+    products = [Product(d, tokens) for d in DTYPES.values() for tokens in (1, 32, 64)]
+    products += [Product(dtype, 16, twin=True) for dtype in DTYPES.values()]
     products += [some(16, bias=True), some(16, out_features=14336), some(64, twin=True)]
     products += [some(16, out_features=1024), some(3, out_features=5, in_features=7)]
     products += [some(1, out_features=1, in_features=1), some(1, out_features=1, twin=True)]
-    products += [_Product(dtype, tokens, None) for dtype in DTYPES.values() for tokens in (16, 64)]
+    products += [Product(dtype, tokens, None) for dtype in DTYPES.values() for tokens in (16, 64)]
     for bits in (8, 4):
         products += [some(tokens, bits, group) for tokens in (16, 64) for group in (None, 128)]
         products += [some(16, bits, 128, twin=True), some(64, bits, twin=True)]
-        products += [some(16, bits, out_features=14336), _Product(half, 16, bits, 32)]
-        products += [_Product(half, 64, bits, 128), _Product(torch.float32, 16, bits, 32)]
+        products += [some(16, bits, out_features=14336), Product(half, 16, bits, 32)]
+        products += [Product(half, 64, bits, 128), Product(torch.float32, 16, bits, 32)]
+        products += [some(32, bits)]
+    products += [some(16, 8, 32, out_features=8192, in_features=2048), some(32, 8, twin=True)]
+    products += [some(tokens, 8, 32, twin=True) for tokens in (32, 64)]
     for product in products:
         yield Call(str(product), product.run, product.candidates)
-    for product in (
-        _Product(torch.float32, tokens, twin=twin) for tokens in (16, 64) for twin in (0, 1)
-    ):
+    for product in (some(1, odd=True), some(16, odd=True, twin=True), some(16, bias=True, **SPLIT)):
+        yield Call(str(product), product.run, product.candidates, **ONE_GPU)
+    wide = functools.partial(Product, torch.float32)
+    products = [wide(tokens, twin=twin) for tokens in (16, 32, 64) for twin in (0, 1)]
+    products += [wide(tokens, 8) for tokens in (16, 32, 64)]
+    products += [wide(tokens, 4) for tokens in (16, 32, 64)]
+    products += [wide(16, out_features=8192, in_features=2048)]
+    products += [wide(tokens, 8, twin=True) for tokens in (16, 32, 64)]
+    for product in products:
         tried = functools.partial(_candidates_in_tf32, product)
-        yield Call(f"{product} in tf32", in_tf32(product.run), tried)
+        # Settings of their own have the twins of a quantized weight on the oldest GPU alone.
+        archs = (80,) if product.bits and product.twin else tuple(MACHINES)
+        yield Call(f"{product} in tf32", in_tf32(product.run), tried, archs)
 
 
 @calls_of
@@ -302,22 +361,35 @@ def effective_weight() -> Iterator[Call]:
     """Of a weight in each form, and of the delta alone. The number of rows decides nothing, and
     torch multiplies by what is written: few.
     """
-    some = functools.partial(_Product, tokens=200, out_features=16)
+    some = functools.partial(Product, tokens=200, out_features=16)
     products = [some(dtype, bits=bits) for dtype in DTYPES.values() for bits in (0, None)]
     for bits in (8, 4):
         products += [some(torch.bfloat16, bits=bits, group=group) for group in (None, 128)]
     products += [some(torch.bfloat16, bits=None, twin=True), some(torch.bfloat16, in_features=7)]
+    products += [some(torch.bfloat16, bits=4, in_features=columns) for columns in (384, 896)]
     for product in products:
         yield Call(str(product), product.run, lambda machine: RowLaunch.candidates())
 
 
 @calls_of
 def topk_salience() -> Iterator[Call]:
-    """Many entries together, and few of each matrix; a metric whose scores are signed, and not."""
+    """Many entries and few, ranked together and apart; scores that are signed and not, of one
+    operand and of both; few, some and many entries of a chunk that are set aside.
+    """
 
-    def run(dtype: torch.dtype, metric: str, rows: int, matrices: int, together: bool) -> None:
-        weights = [torch.empty(rows, 4096, dtype=dtype) for _ in range(matrices)]
-        k = rows * 4096 // 200
+    def run(
+        dtype: torch.dtype,
+        metric: str,
+        rows: int,
+        matrices: int,
+        together: bool,
+        density: float = 0.005,
+        aligned: bool = True,
+    ) -> None:
+        sizes = rows * 4096
+        flat = [torch.empty(sizes + 1, dtype=dtype)[not aligned :] for _ in range(matrices)]
+        weights = [one[:sizes].view(rows, 4096) for one in flat]
+        k = int(rows * 4096 * density)
         ks = [k * matrices] if together else [k] * matrices
         topk_salience_host(weights, weights, ks, together, metric)
 
@@ -327,4 +399,25 @@ def topk_salience() -> Iterator[Call]:
     ):
         call = functools.partial(run, DTYPES[name], metric, rows, matrices, together)
         how = "together" if together else "apart"
-        yield Call(f"{name}, {metric}, {matrices} of {rows} x 4096 {how}", call)
+        yield Call(
+            f"{name}, {metric}, {matrices} of {rows} x 4096 {how}",
+            call,
+            lambda machine: itertools.chain(
+                *(SampleLaunch.candidates(), ChunkLaunch.candidates()),
+                *(DigitLaunch.candidates(), RunLaunch.candidates()),
+            ),
+        )
+    # More entries of a chunk are set aside, which the two kernels that go through them see alone.
+    for density in (0.05, 0.3):
+        many = functools.partial(run, torch.bfloat16, "snip", 1 << 15, 4, True, density)
+        yield Call(f"bf16, snip, {density:.0%} of 4 of {1 << 15} x 4096 together", many)
+    for name, metric, rows, together in (
+        ("fp16", "raw", 2048, False),
+        ("bf16", "gradient", 2048, True),
+        ("fp32", "magnitude", 256, True),
+    ):
+        aligned = name != "fp16"
+        other = functools.partial(run, DTYPES[name], metric, rows, 2, together, aligned=aligned)
+        how = "together" if together else "apart"
+        where = "" if aligned else ", odd addresses"
+        yield Call(f"{name}, {metric}, 2 of {rows} x 4096 {how}{where}", other, **ONE_GPU)

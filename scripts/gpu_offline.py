@@ -2,8 +2,8 @@
 not here, and say what came out: registers, spills, shared memory, matrix and memory instructions.
 
 Exits with 1 where a kernel spills, multiplies without the tensor cores that its operands allow, or
-takes more shared memory than the GPU has; and where a kernel is launched by no call of
-`gpu_calls.py`.
+takes more shared memory than the GPU has; and where no call of `gpu_calls.py` launches a kernel, or
+reaches settings that are chosen for some problem (`gpu_settings.py`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ if os.environ.pop("TRITON_INTERPRET", None):
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from gpu_calls import CALLS, Call
+from gpu_settings import missing
 from gpu_variant import GRID_LIMITS, Report, Variant, compile_variant, specialise
-from speft_kernels.triton_kernels.launch import MACHINES, Recorded, recording
+from speft_kernels.triton_kernels.launch import MACHINES, Launch, Recorded, recording
 
 from speft_kernels import triton_kernels
 
@@ -53,9 +54,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
     began = time.monotonic()
-    variants, problems = collect(options.only, options.archs, options.candidates)
+    chosen: set[tuple[int, Launch]] = set()
+    variants, problems = collect(options.only, options.archs, options.candidates, chosen)
     if not options.candidates:
         problems += unreached(options.only, variants)
+        if set(options.only) == set(CALLS):
+            problems += missing(chosen)
     reports = compile_all(variants, options.jobs)
     print("\n".join(table(reports)))
     if options.json:
@@ -72,17 +76,28 @@ def main() -> int:
 
 
 def collect(
-    operations: Iterable[str], archs: Iterable[int], candidates: bool = False
+    operations: Iterable[str],
+    archs: Iterable[int],
+    candidates: bool = False,
+    chosen: set[tuple[int, Launch]] | None = None,
 ) -> tuple[list[Variant], list[str]]:
-    """Return what the calls launch, each variant once, and what is wrong with the launches."""
+    """Return what the calls launch, each variant once, and what is wrong with the launches.
+
+    Args:
+        chosen: where to put the arch and the settings of each launch.
+    """
     found: dict[str, Variant] = {}
     problems = []
     for arch in archs:
         for operation in operations:
             for call in CALLS[operation]():
+                if arch not in call.archs:
+                    continue
                 name = f"{operation} {call.name}"
                 for launched in launches(call, arch, candidates):
                     variant = specialise(launched, arch)
+                    if chosen is not None:
+                        chosen.add((arch, launched.settings))
                     found.setdefault(variant.key, variant).calls.append(name)
                     if any(n > limit for n, limit in zip(launched.grid, GRID_LIMITS, strict=False)):
                         problems.append(f"{title(variant)}: its grid {launched.grid} is too large")

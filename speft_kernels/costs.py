@@ -1,4 +1,5 @@
-"""What the work of `sampled_grad` costs on a device: the constants of the plan's cost model.
+"""What the work of `sampled_grad` costs on a device: the constants of the plan's cost model; and
+where `sparse_delta_matmul` changes its way.
 
 The defaults were measured on the machines named beside them; `speft tune` measures this one's and
 keeps them in a file per user, which is read from then on.
@@ -11,8 +12,9 @@ import json
 import math
 import os
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +33,8 @@ class Costs:
         gather: a multiply-add of a gathered entry.
         pack: an element of a used column of x or dy, transposed for tiles and gathering.
         call: what a panel costs beside its multiply-adds.
+        fused_tokens: no cost, but the tokens up to which Triton's `sparse_delta_matmul` adds the
+            entries while it reads W; for more it writes W + D, which the vendor's GEMM reads.
     """
 
     panel: float
@@ -39,8 +43,13 @@ class Costs:
     gather: float
     pack: float
     call: float
+    # By arithmetic: W + D written out moves three times the bytes of W, read, written, and read by
+    # the product; the fused kernel reads W once for each 64 tokens: equal at 192.
+    fused_tokens: int = 128
 
     def __post_init__(self) -> None:
+        if type(self.fused_tokens) is not int or self.fused_tokens < 1:
+            raise ValueError(f"fused_tokens must be a positive int, got {self.fused_tokens!r}")
         for name, value in asdict(self).items():
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"cost {name!r} must be a positive number of seconds, got {value}")
@@ -71,8 +80,15 @@ def costs_of(device: torch.device) -> Costs:
 def machine_key(device: torch.device) -> str:
     """What a measurement holds for: the processor and its threads, or the GPU."""
     if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return f"cuda: {_gpu(index)}"
     return f"{device.type}: {processor()}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def _gpu(index: int) -> str:
+    # Kept: some products of one token are issued in the time that torch takes to look it up.
+    return torch.cuda.get_device_name(index)
 
 
 def cache_file() -> Path:
@@ -100,16 +116,22 @@ def _measured() -> dict[str, Costs]:
     return _read(cache_file())
 
 
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of Costs; one that a file of an older version lacks has its default."""
+    return {
+        field.name: values[field.name]
+        for field in fields(Costs)
+        if field.default is MISSING or field.name in values
+    }
+
+
 def _read(path: Path) -> dict[str, Costs]:
     """The costs in a file; a file that cannot be used is said so, and the defaults hold."""
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        names = [field.name for field in fields(Costs)]
-        return {
-            key: Costs(**{name: values[name] for name in names}) for key, values in content.items()
-        }
+        return {key: Costs(**_known(values)) for key, values in content.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(
             f"the measured costs in {path} cannot be used ({type(error).__name__}: {error}); the "

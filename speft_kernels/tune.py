@@ -1,6 +1,7 @@
-"""Measuring the constants of the plan's cost model on this machine (`costs.py`).
+"""Measuring the constants of the plan's cost model on this machine (`costs.py`), and on a GPU where
+`sparse_delta_matmul` changes its way.
 
-Each constant is the slope between two patterns that differ in one kind of work alone, on the
+Each cost is the slope between two patterns that differ in one kind of work alone, on the
 backend that serves the device: the least of alternating calls (other processes only add to a
 time), with a pass over other memory before each, because in a training step nothing finds its
 operands in the nearest cache. A slope that noise has turned around says nothing: the default holds.
@@ -8,19 +9,26 @@ operands in the nearest cache. A slope that noise has turned around says nothing
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _triton, ops
 from .costs import DEFAULTS, Costs
+from .ops.sparse_delta_matmul import triton_ways
 from .pattern import SparsePattern
 from .plan import SparsityPlan
+from .testing import realistic_pattern
 
 ROUNDS = 15
+# Where both ways of Triton's `sparse_delta_matmul` are timed.
+CROSSOVER_TOKENS = (32, 64, 128, 192, 256)
+LEAD = 2e-3  # seconds for which the device is kept busy until the host has issued a product
 FLUSH_BYTES = 64 << 20
 
 
@@ -85,7 +93,50 @@ def calibrate(device: torch.device | str = "cpu", rounds: int = ROUNDS) -> Costs
         "call": seconds["short panel"] - 256 * tokens * (read + 8 * wide * panel),
     }
     default = DEFAULTS.get(device.type, DEFAULTS["cpu"])
-    return replace(default, **{name: value for name, value in found.items() if value > 0})
+    kept: dict[str, Any] = {name: value for name, value in found.items() if value > 0}
+    if device.type == "cuda" and _triton.missing() is None:
+        kept["fused_tokens"] = crossover(ways_at(device, rounds))
+    return replace(default, **kept)
+
+
+def crossover(seconds: Mapping[int, Mapping[str, float]]) -> int:
+    """The most tokens up to which reading W once is the faster way at every number measured; half
+    of the fewest where it is at none, because there W is all that is read.
+
+    Args:
+        seconds: tokens -> way -> seconds.
+    """
+    fused = min(seconds) // 2
+    for tokens, ways in sorted(seconds.items()):
+        if ways["W read once"] > ways["W + D written"]:
+            break
+        fused = tokens
+    return fused
+
+
+def ways_at(device: torch.device, rounds: int = ROUNDS) -> dict[int, dict[str, float]]:
+    """Tokens -> way -> seconds of Triton's `sparse_delta_matmul`, 4096 x 4096 in bf16, 0.5 %: of
+    the device alone, because launching takes the host longer than either product takes the device.
+    """
+    from .bench.gpu.device import Device
+
+    clock = Device(str(device))
+    pattern = realistic_pattern((4096, 4096), 0.005).to(device)
+    weight = clock.randn(*pattern.shape)
+    values = clock.randn(pattern.nnz, dtype=torch.float32)
+    seconds = {}
+    for tokens in CROSSOVER_TOKENS:
+        ways = triton_ways(clock.randn(tokens, pattern.shape[1]), weight, values, pattern)
+        for way in ways.values():
+            way()  # compiles
+        spent: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, way in ways.items():
+                read = clock.timed(way, LEAD)
+                clock.synchronize()
+                spent[name].append(read().device)
+        seconds[tokens] = {name: statistics.median(some) for name, some in spent.items()}
+    return seconds
 
 
 def _grid(rows: int, cols: int) -> SparsePattern:

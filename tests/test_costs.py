@@ -11,10 +11,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from speft_kernels import SparsityPlan, costs, tune
+from speft_kernels import SparsityPlan, _triton, costs, ops, tune
 from speft_kernels.cli import main
 from speft_kernels.costs import DEFAULTS, Costs, costs_of, machine_key, remember
 from speft_kernels.machine import processor
+from speft_kernels.ops.sparse_delta_matmul import triton_ways
 from speft_kernels.testing import uniform_pattern
 
 CPU = torch.device("cpu")
@@ -152,11 +153,12 @@ def test_costs_are_positive_numbers(name, value):
 
 def test_calibrate_measures_positive_costs():
     measured = tune.calibrate("cpu", rounds=2)
-    assert list(asdict(measured)) == NAMES
+    assert list(asdict(measured)) == [*NAMES, "fused_tokens"]
     # Two rounds are noisy: some slopes may be far off, but not all, and none is a microsecond;
     # a call is the share of a panel that does not grow.
     found = asdict(measured)
     assert 0 < found.pop("call") < 1
+    assert found.pop("fused_tokens") == DEFAULTS["cpu"].fused_tokens
     assert all(0 < value < 1e-6 for value in found.values()), measured
     assert sum(value > 1e-13 for value in found.values()) >= 3, measured
 
@@ -258,3 +260,73 @@ def test_the_installed_command_measures_and_keeps(cache):
     assert run.returncode == 0, run.stderr
     assert list(printed_costs(run.stdout)) == NAMES
     assert (cache / "costs.json").exists()
+
+
+# The way of sparse_delta_matmul
+
+
+def times(*faster):
+    """Of both ways, at numbers of tokens of which the fused one is the faster."""
+    counts = tune.CROSSOVER_TOKENS
+    return {n: {"W read once": 1.0 if n in faster else 3.0, "W + D written": 2.0} for n in counts}
+
+
+@pytest.mark.parametrize(
+    ("faster", "expected"),
+    [((32, 64), 64), ((32, 64, 128, 192, 256), 256), ((), 16), ((32, 128, 192), 32)],
+)
+def test_the_crossover_is_where_reading_once_was_last_the_faster_way(faster, expected):
+    assert tune.crossover(times(*faster)) == expected
+
+
+def test_a_gpus_calibration_has_the_measured_crossover(monkeypatch):
+    """Injected: there is no GPU to measure."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(tune, "_case", lambda *_: None)
+    monkeypatch.setattr(tune, "_alternate", lambda cases, *_: dict.fromkeys(cases, 1.0))
+    monkeypatch.setattr(tune, "ways_at", lambda device, rounds: times(32, 64))
+    monkeypatch.setattr(tune._triton, "missing", lambda: None)
+    assert tune.calibrate(gpu).fused_tokens == 64
+    monkeypatch.setattr(tune._triton, "missing", lambda: "no Triton")
+    assert tune.calibrate(gpu).fused_tokens == DEFAULTS["cuda"].fused_tokens == 128
+
+
+def test_the_measured_crossover_decides_the_way(monkeypatch):
+    """On either side of it, both ways give the product."""
+    pytest.importorskip("triton")
+    if not _triton.interpreting():
+        pytest.skip("Triton's interpreter is off")
+    from speft_kernels.triton_kernels import sparse_delta_matmul as kernels
+
+    pattern = uniform_pattern((32, 48), 0.1)
+    x, weight, values = torch.randn(6, 48), torch.randn(32, 48), torch.randn(pattern.nnz)
+    written, compute = [], kernels.times_effective_weight
+
+    def note(*args):
+        written.append(args[0].shape[0])
+        return compute(*args)
+
+    monkeypatch.setattr(kernels, "times_effective_weight", note)
+    exact = ops.sparse_delta_matmul(x, weight, values, pattern, backend="reference")
+    for fused_tokens, wanted in ((128, []), (6, []), (5, [6])):
+        remember(CPU, replace(SOME, fused_tokens=fused_tokens))
+        y = ops.sparse_delta_matmul(x, weight, values, pattern, backend="triton")
+        assert written == wanted
+        torch.testing.assert_close(y, exact)
+    written.clear()
+    for name, way in triton_ways(x, weight, values, pattern).items():
+        torch.testing.assert_close(way(), exact)
+        assert bool(written) == (name == "W + D written")
+
+
+def test_a_file_of_an_older_version_has_the_default_crossover(cache):
+    older = asdict(SOME)
+    del older["fused_tokens"]
+    write(cache, {machine_key(CPU): older})
+    assert costs_of(CPU) == SOME
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "many"])
+def test_a_crossover_is_a_number_of_tokens(value):
+    with pytest.raises(ValueError, match="fused_tokens must be a positive int"):
+        replace(SOME, fused_tokens=value)

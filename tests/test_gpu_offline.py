@@ -283,3 +283,26 @@ def test_problems_fail_the_command_and_missing_calls_are_named(tmp_path):
         assert missing in done.stdout
     assert "spills: 8 bytes of stack" in done.stderr
     assert "write_delta: gpu_calls.py has no calls of it" in done.stderr
+
+
+def test_settings_that_no_call_reaches_are_named(tmp_path):
+    """Those of calls that set aside many entries, taken out."""
+    script = """
+        import gpu_offline, gpu_settings
+        from gpu_calls import CALLS
+        chosen = set()
+        gpu_offline.collect(CALLS, [80, 90, 100], chosen=chosen)
+        print(len(gpu_settings.missing(chosen)))
+        fewer = {one for one in chosen if getattr(one[1], "block", 0) != 1024 or one[0] != 90}
+        print(*gpu_settings.missing(fewer), sep="\\n")
+    """
+    done = run(tmp_path, textwrap.dedent(script))
+    assert done.returncode == 0, done.stderr
+    none, *named = done.stdout.splitlines()
+    assert none == "0"
+    assert {line.split("(")[0].rsplit(" ", 1)[1] for line in named} == {
+        "RunLaunch",
+        "WriteLaunch",
+        "RowLaunch",
+    }
+    assert all("on sm_90 with" in line and "block=1024" in line for line in named)

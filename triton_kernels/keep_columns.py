@@ -7,6 +7,7 @@ K = 4096, C = 983, bf16: 67 + 16 MB, 19 us at 4.3 TB/s. There is no arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
@@ -20,6 +21,21 @@ from .launch import Launch, launch
 class PackLaunch(Launch):
     block_c: int = 64
     block_t: int = 64
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether a thread holds 8 to 32 elements of the tile, on its way through shared memory."""
+        return 8 <= self.block_c * self.block_t // (32 * self.num_warps) <= 32
+
+    @classmethod
+    def candidates(cls) -> Iterator[PackLaunch]:
+        """All that is worth trying: sides of 64 to 256 bytes in 16 bits."""
+        for block_c in (32, 64, 128):
+            for block_t in (32, 64, 128):
+                for num_warps in (2, 4, 8):
+                    settings = cls(num_warps, block_c=block_c, block_t=block_t)
+                    if settings.is_valid:
+                        yield settings
 
     @classmethod
     def default(cls) -> PackLaunch:

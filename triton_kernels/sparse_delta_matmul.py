@@ -37,10 +37,6 @@ from .effective_weight import (
 )
 from .launch import INTERPRETING, Launch, dot, launch, machine, precision
 
-# For more tokens W + D is written out. That moves three times the bytes of W, which are read,
-# written, and read by the product. The fused kernel reads W once for each 64 tokens: equal at 192,
-# by arithmetic.
-FUSED_TOKENS = 128
 # For more tokens the used columns of x are transposed first: a launch more, 2 us, against a sector
 # of 32 bytes for each entry and token. Those of 16 tokens are 43 MB in the shape above, 6 us, which
 # W's 8 hide; those of 32 they do not.
@@ -66,6 +62,7 @@ def sparse_delta_matmul(
     order: Tensor,
     out_features: int,
     twin: bool,
+    fused_tokens: int,
 ) -> Tensor:
     """Return `x @ (W + D)^T + b`, or `x @ (W + D)` for the twin; without a weight of D alone.
 
@@ -78,9 +75,10 @@ def sparse_delta_matmul(
         by_row, by_column: the entries so sorted, `speft_kernels.compact.CompactIndices`.
         order: int64 `[nnz]`; `values[order]` are sorted by (column, row).
         out_features: of the result.
+        fused_tokens: for more tokens W + D is written out.
     """
     lines, place = (by_column, order) if twin else (by_row, None)
-    if x.shape[0] <= FUSED_TOKENS:
+    if x.shape[0] <= fused_tokens:
         return _few(x, weight, scales, bias, values, lines, place, out_features, twin)
     if weight is None:
         return times_dense_delta(x, values, lines, place, out_features)

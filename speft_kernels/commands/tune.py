@@ -32,8 +32,13 @@ def run(args: argparse.Namespace) -> int:
     costs = calibrate(device)
     print(f"{machine_key(device)}: picoseconds, measured (default)")
     for name, seconds in asdict(costs).items():
+        if name == "fused_tokens":
+            continue
         default = getattr(DEFAULTS[args.device], name)
         print(f"  {name:8} {seconds * 1e12:14,.1f} ({default * 1e12:,.1f})")
+    if args.device == "cuda":
+        default = DEFAULTS["cuda"].fused_tokens
+        print(f"sparse_delta_matmul reads W once up to {costs.fused_tokens} tokens ({default})")
     if args.dry_run:
         print("nothing kept")
         return 0

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .. import _cuda_native, _native, _triton
 from ..compact import CompactIndices
+from ..costs import costs_of
 from ..pattern import SparsePattern
 from ..plan import plan_of
 from ..quantized import PIECE_BYTES, QuantizedWeight
@@ -321,13 +322,36 @@ def _cpu(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> None:
 
 @registry.implement("sparse_delta_matmul", "triton", _triton.DTYPES)
 def _in_triton(
-    x: Tensor, base: Base, delta: Delta, bias: Tensor | None, out_features: int, twin: bool
+    x: Tensor,
+    base: Base,
+    delta: Delta,
+    bias: Tensor | None,
+    out_features: int,
+    twin: bool,
+    fused_tokens: int | None = None,
 ) -> Tensor:
+    if fused_tokens is None:
+        fused_tokens = costs_of(x.device).fused_tokens
     weight, scales = (base.data, base.scales) if isinstance(base, QuantizedWeight) else (base, None)
     return _triton.kernels("sparse_delta_matmul").sparse_delta_matmul(
         *(_native.rows_contiguous(x), weight, scales, bias, delta.values.contiguous()),
-        *(delta.by_row, delta.by_column, delta.order, out_features, twin),
+        *(delta.by_row, delta.by_column, delta.order, out_features, twin, fused_tokens),
     )
+
+
+def triton_ways(
+    x: Tensor, weight: Tensor, values: Tensor, pattern: SparsePattern
+) -> dict[str, Callable[[], Tensor]]:
+    """The two ways in which Triton's kernels make `x @ (W + D)^T`, whatever the number of tokens:
+    for those who measure where the one overtakes the other.
+    """
+    values, (csr, csc, *_) = delta_arguments(values, pattern, x, weight, "triton")
+    delta = Delta(values, CompactIndices(*csr), CompactIndices(*csc[:-1]), csc[-1])
+    run = partial(_in_triton, x, weight, delta, None, pattern.shape[0], False)
+    return {
+        "W read once": partial(run, fused_tokens=x.shape[0]),
+        "W + D written": partial(run, fused_tokens=0),
+    }
 
 
 _BASES = {torch.int8: 2, torch.int16: 3}  # csrc/cuda/kernels.h

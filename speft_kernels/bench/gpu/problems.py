@@ -14,6 +14,7 @@ from ...errors import BackendError
 from ...ops import registry
 from ...pattern import SparsePattern
 from ...testing import realistic_pattern, uniform_pattern
+from ...tune import CROSSOVER_TOKENS
 from .device import Device
 
 Shape = tuple[int, int]
@@ -42,7 +43,7 @@ class Scale:
 # Public sizes of Llama-3-8B and of Llama-3.2-1B.
 LLAMA = Scale(
     {"q": (4096, 4096), "k": (1024, 4096), "gate": (14336, 4096), "down": (4096, 14336)},
-    {count: count for count in (1, 16, 512, MOST_TOKENS)},
+    {count: count for count in (1, 16, *CROSSOVER_TOKENS, 512, MOST_TOKENS)},
     4096,
     {
         "8B": {
@@ -77,7 +78,7 @@ _TINY_MODEL = {
 }
 TINY = Scale(
     {"q": (128, 128), "k": (64, 128), "gate": (192, 128), "down": (128, 192)},
-    {1: 1, 16: 3, 512: 18, MOST_TOKENS: 40},
+    {1: 1, 16: 3, 512: 18, MOST_TOKENS: 40, **{n: 4 + n // 32 for n in CROSSOVER_TOKENS}},
     48,
     {
         "8B": {**_TINY_MODEL, "tie_word_embeddings": False},

@@ -1,7 +1,9 @@
 """`sparse_delta_matmul` in bf16: beside the frozen layer's product, which it cannot beat, a copy of
 W with the delta added, and torch's sparse product added to the dense one.
 
-On few tokens W has to be read, and nothing else counts: the floor is that.
+On few tokens W has to be read, and nothing else counts: the floor is that. Between few and many
+Triton's kernels are timed both ways, with the entries added while W is read, and with W + D written
+out (`Costs.fused_tokens`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .... import ops
+from ....ops.sparse_delta_matmul import triton_ways
+from ....tune import CROSSOVER_TOKENS
 from ...checks import close, flat
 from ...harness import Work
 from ..bounds import summation_bound
@@ -21,6 +25,7 @@ from ..problems import MOST_TOKENS, Spec, Workbench
 from ..timing import Floor, GpuCase, GpuSide
 
 FROZEN = "x @ W alone"
+CSR = "torch.sparse CSR, added"
 # Of the vendor's product on the most tokens; of reading W once on the fewest.
 PRODUCT_GOAL, READING_GOAL, FEW_TOKENS = 1.05, 1.15, 16
 GOAL_MASK = ("realistic", 0.005)
@@ -31,16 +36,17 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
     _, x = bench.operands(spec)
     (n, k), tokens = pattern.shape, x.shape[0]
     weight, places = bench.device.randn(n, k), pattern.entry_indices.long()
-    values = bench.device.randn(pattern.nnz, dtype=torch.float32)
+    values = bench.device.randn(*pattern.values_shape, dtype=torch.float32)
+    entries = values.view(-1)
 
     @functools.cache
     def sparse() -> Tensor:
         starts = torch.searchsorted(pattern.rows.long(), torch.arange(n + 1, device=x.device))
-        return torch.sparse_csr_tensor(starts, pattern.cols.long(), values.to(x.dtype), (n, k))
+        return torch.sparse_csr_tensor(starts, pattern.cols.long(), entries.to(x.dtype), (n, k))
 
     def copied() -> Tensor:
         effective = weight.clone()
-        effective.view(-1).index_add_(0, places, values.to(weight.dtype))
+        effective.view(-1).index_add_(0, places, entries.to(weight.dtype))
         return F.linear(x, effective)
 
     def added() -> Tensor:
@@ -48,7 +54,7 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
 
     wide = weight.double()
     plain = x.double() @ wide.t()
-    wide.view(-1)[places] += values.double()
+    wide.view(-1)[places] += entries.double()
     exact = x.double() @ wide.t()
     del wide
     # The sum, rounded to bf16 after the dense part, in the delta or in W + D, and at the end; each
@@ -68,7 +74,15 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
     )
     few, most = spec.tokens <= FEW_TOKENS, spec.tokens == MOST_TOKENS
     sides = []
-    for backend in bench.backends("sparse_delta_matmul"):
+    backends = bench.backends("sparse_delta_matmul")
+    if "triton" in backends and spec.tokens in CROSSOVER_TOKENS:
+        ways = triton_ways(x, weight, values, pattern)
+        sides = [
+            GpuSide(f"triton, {way}", run, True, work, check=partial(check, wanted=exact))
+            for way, run in ways.items()
+        ]
+        backends.remove("triton")
+    for backend in backends:
         goal = backend != "torch" and (spec.mask, spec.density) == GOAL_MASK
         sides.append(
             GpuSide(
@@ -89,6 +103,10 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
             check=partial(check, wanted=plain),
         ),
         GpuSide("copy of W + D", copied, check=partial(check, wanted=exact)),
-        GpuSide("torch.sparse CSR, added", added, check=partial(check, wanted=exact)),
     ]
-    return GpuCase("sparse_delta_matmul", bench.title(spec), sides)
+    left_out = {}
+    if pattern.is_block:
+        left_out[CSR] = "the entries of blocks are in no order of rows"
+    else:
+        sides.append(GpuSide(CSR, added, check=partial(check, wanted=exact)))
+    return GpuCase("sparse_delta_matmul", bench.title(spec), sides, left_out)
