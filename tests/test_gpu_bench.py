@@ -35,6 +35,7 @@ from speft_kernels.bench.gpu.problems import MOST_TOKENS, TINY, Spec, Workbench,
 from speft_kernels.bench.gpu.timing import Floor, GpuCase, GpuSide, measure
 from speft_kernels.bench.harness import WrongResultError
 from speft_kernels.testing import clustering_of, realistic_pattern
+from speft_kernels.tune import CROSSOVER_TOKENS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -88,7 +89,7 @@ def test_the_goals_come_first_and_every_case_once():
     }
     with_goals = [spec for spec in specs if spec.tokens in (MOST_TOKENS, 16, 1, 0)][:25]
     assert set(specs[:25]) == set(with_goals)
-    assert {spec.tokens for spec in specs} == {0, *cases.TOKENS}
+    assert {spec.tokens for spec in specs} == {0, *cases.TOKENS, *CROSSOVER_TOKENS}
     assert {spec.density for spec in specs} == set(cases.DENSITIES)
 
 
@@ -313,9 +314,10 @@ def entry_of_a_case(spec, ratio):
 
 
 def test_a_record_of_every_case_is_small_enough_to_commit(tmp_path):
-    kernels, steps = cases.kernel_specs(), cases.step_specs()
-    specs = [*kernels, *steps]
-    for stage, chosen in (("kernels", kernels), ("step", steps)):
+    stages = {"kernels": cases.kernel_specs(), "step": cases.step_specs()}
+    stages["matrix"] = cases.matrix_specs()
+    specs = [spec for some in stages.values() for spec in some]
+    for stage, chosen in stages.items():
         book = Journal(tmp_path / journal.NAME, stage, "abc", "H200")
         book.add("machine", gpu="NVIDIA H200", commit="0123456789ab")
         book.add("light", bytes_per_second=4.3e12, operations_per_second=7.9e14)
@@ -331,13 +333,14 @@ def test_a_record_of_every_case_is_small_enough_to_commit(tmp_path):
     assert json.loads((tmp_path / record.JSON).read_text(encoding="utf-8")) == found
     assert (tmp_path / record.JSON).stat().st_size < MOST_BYTES
     table = (tmp_path / record.TABLE).read_text(encoding="utf-8")
-    assert len(table) < 100_000
-    lacking = "build (not run), test (not ended), sanitize (not run)"
+    assert len(table) < MOST_BYTES // 2
+    lacking = "build (not run), test (not ended), sanitize (not run), tune (not run)"
     assert found["status"] == f"complete but for {lacking}"
     assert found["tests"]["failures"] == {"a::b[c]": "it | failed"}
     assert len(found["cases"]) == len(specs)
-    # The first case of either stage misses its goal.
-    assert f"Goals: {len(specs) - 2} of {len(specs)} met" in table
+    # The first case of either stage misses its goal; the matrix has none.
+    having = len(specs) - len(stages["matrix"])
+    assert f"Goals: {having - 2} of {having} met" in table
     assert "| sampled_grad, x | 0.5 |" in table
     assert "663,857" in table  # 8192 tokens in 12.34 ms
     assert "failed: `a::b[c]`" in table
@@ -458,7 +461,8 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(probed, tmp_path, capsys):
 def test_stages_are_listed_and_unknown_ones_refused(probed, capsys):
     assert check.main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["build", "test", "kernels", "step", "sanitize"]
+    assert listed == ["build", "test", "kernels", "step", "sanitize", "matrix", "tune"]
+    assert tuple(listed) == record.STAGES == tuple(check.LIMITS)
     for words, message in (
         (["kernel"], "unknown stage 'kernel'. Did you mean 'kernels'?"),
         (["out", "stepp"], "unknown stage 'stepp'"),

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import time
 from types import SimpleNamespace
 
+import pytest
+import torch
+
+from speft_kernels import _triton
 from speft_kernels.bench.gpu import cases, journal, record, run
 from speft_kernels.bench.gpu.cases.layer import LORA, peft_layers
 from speft_kernels.bench.gpu.device import Device
 from speft_kernels.bench.gpu.journal import Journal
 from speft_kernels.bench.gpu.problems import MOST_TOKENS, TINY, Spec, Workbench
+from speft_kernels.bench.gpu.timing import GpuCase, GpuSide, measure
+from speft_kernels.costs import DEFAULTS
 from speft_kernels.ops import panels
+from speft_kernels.tune import CROSSOVER_TOKENS
 
 
 def test_without_peft_its_layers_are_left_out_and_the_reason_is_kept(monkeypatch):
@@ -64,3 +73,74 @@ def test_panels_on_a_gpu_take_few_stretches_of_bounded_size():
     assert (stretches[0].start, stretches[-1].stop) == (0, 8192)
     dy.is_cuda = False
     assert len(list(panels._stretches(dy, 14336))) == 113
+
+
+def test_both_ways_of_few_tokens_are_timed_around_the_crossover(tmp_path):
+    assert {spec.tokens for spec in cases.kernel_specs()} >= set(CROSSOVER_TOKENS)
+    assert min(CROSSOVER_TOKENS) < DEFAULTS["cuda"].fused_tokens < max(CROSSOVER_TOKENS)
+    bench = Workbench(Device("cpu"), TINY)
+    book = Journal(tmp_path / journal.NAME, "kernels", "abc", "cpu")
+    run._measure(Spec("sparse_delta_matmul", "k", 128), bench, book)
+    (entry,) = book.entries("case")
+    ours = {name for name, values in entry["sides"].items() if values[0]}
+    both = {"triton, W read once", "triton, W + D written"}
+    assert ours == {"torch"} | (both if _triton.missing() is None else set())
+
+
+def test_the_matrix_is_all_that_is_asked_for_and_not_yet_measured():
+    known, rest = cases.kernel_specs(), cases.matrix_specs()
+    assert not set(known) & set(rest)
+    found = {*known, *rest}
+    for projection, tokens, density, mask in itertools.product(
+        ("q", "k", "gate", "down"),
+        (1, 16, 512, 8192),
+        (0.001, 0.005, 0.01, 0.05),
+        ("realistic", "uniform", "16x16"),
+    ):
+        gradient = "block_grad" if mask == "16x16" else "sampled_grad"
+        for operation in (gradient, "sparse_delta_matmul", "layer"):
+            assert Spec(operation, projection, tokens, mask, density) in found
+
+
+@pytest.mark.parametrize("operation", ["sparse_delta_matmul", "layer"])
+def test_a_case_of_the_matrix_goes_through_and_is_short_in_the_record(
+    operation, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Workbench, "backends", lambda *_, **__: ["torch"])
+    book = Journal(tmp_path / journal.NAME, "matrix", "abc", "cpu")
+    spec = Spec(operation, "k", 16, "16x16", 0.05)
+    assert spec in cases.matrix_specs()
+    run._measure(spec, Workbench(Device("cpu"), TINY), book)
+    (case,) = record.build(tmp_path, "cpu", lambda stage: "abc")["cases"]
+    assert "error" not in case
+    assert len(case["sides"]) >= 3
+    assert "ratios" not in case
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_the_time_until_the_host_waits_stands_beside_that_of_the_call(waits, tmp_path):
+    numbers = torch.arange(3)
+
+    def call():
+        time.sleep(0.01)
+        numbers.tolist()
+        time.sleep(0.03)
+
+    sides = [GpuSide("ours", call, ours=True, waits=waits), GpuSide("peer", lambda: None)]
+    case = GpuCase("topk_salience", "case", sides)
+    measured = measure(case, Device("cpu"))
+    book = Journal(tmp_path / journal.NAME, "kernels", "abc", "cpu")
+    book.add("case", spec=vars(Spec("topk_salience", "x")), **run.entry_of(case, measured))
+    found = record.build(tmp_path, "cpu", lambda stage: "abc")
+    assert ("until the host waits" in record.table(found)) == waits
+    assert set(measured.until_wait) == ({"ours"} if waits else set())
+    if waits:
+        whole = measured.result.timings["ours"].median
+        assert 0.01 <= measured.until_wait["ours"] <= whole - 0.03
+    assert torch.Tensor.tolist is torch._C.TensorBase.tolist
+
+
+def test_topk_is_timed_until_it_waits():
+    bench = Workbench(Device("cpu"), TINY)
+    for side in cases.setup(Spec("topk_salience", "float32"), bench).sides:
+        assert side.waits == side.ours

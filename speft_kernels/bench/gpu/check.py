@@ -32,14 +32,19 @@ from .journal import NAME, ROOT, Journal, fingerprint
 OUT = ROOT / "build" / "gpu_check"
 KEPT = ROOT / "benchmarks" / "results"
 
-# Seconds that a stage may take; those before the last are to fit into half an hour.
-LIMITS = {"build": 300, "test": 470, "kernels": 470, "step": 470, "sanitize": 470}
+# Seconds that a stage may take; those up to the steps are to fit into half an hour.
+LIMITS = {
+    **{"build": 300, "test": 470, "kernels": 470, "step": 470},
+    **{"sanitize": 470, "matrix": 470, "tune": 300},
+}
 STAGES = {
     "build": "compile the package for this GPU and install it in place",
     "test": "the GPU suite: pytest -m gpu tests/gpu",
     "kernels": "each operation and one layer against their peers, the goals first",
     "step": "training steps of Llama models of 8B and 1B against the frozen model and LoRA",
     "sanitize": "the GPU kernels on small tensors under compute-sanitizer",
+    "matrix": "the kernels at all tokens, densities and masks that the stage kernels leaves out",
+    "tune": "the Triton kernels' settings that are worth trying, beside the default ones",
 }
 # How `run.py` and the tests' plugin end a process whose device is lost, or whose time is up.
 RESTART, OUT_OF_TIME = 75, 3
@@ -218,7 +223,7 @@ class Session:
         dry = {"SPEFT_GPU_DRY_RUN": "1", "TRITON_INTERPRET": "1"} if self.dry else {}
         if stage != "test":
             device = ["--device", "cpu" if self.dry else "cuda", "--key", self.device]
-            run = ["sanitize"] if stage == "sanitize" else ["run", stage]
+            run = {"sanitize": ["sanitize"], "tune": ["tuning"]}.get(stage, ["run", stage])
             module = [python, "-W", "ignore", "-m", f"speft_kernels.bench.gpu.{run[0]}", *run[1:]]
             return [*module, str(self.out), *device, "--seconds", f"{seconds:.0f}"], dry
         spread = ["-n", str(self.workers)] if self.workers else []

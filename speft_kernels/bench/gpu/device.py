@@ -6,15 +6,17 @@ dry run goes through every line that a run on a GPU goes through, but for those 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,10 +30,18 @@ _SPIN_CLOCK = 2e9
 
 @dataclass(frozen=True)
 class Spent:
-    """One timed call: seconds on the device, and seconds until the host had issued it."""
+    """One timed call.
+
+    Attributes:
+        device: seconds on the device.
+        host: seconds until the host had issued the call, or waited for its numbers.
+        until_wait: seconds on the device until the host waited; None where it did not, or where
+            nobody asked.
+    """
 
     device: float
     host: float
+    until_wait: float | None = None
 
 
 class Device:
@@ -71,27 +81,62 @@ class Device:
         """
         self._flushed.sum()
 
-    def timed(self, call: Callable[[], object], lead: float) -> Callable[[], Spent]:
+    def timed(
+        self, call: Callable[[], object], lead: float, waits: bool = False
+    ) -> Callable[[], Spent]:
         """Issue one call with cold caches; what is returned tells its time once the device is done.
 
         Args:
             lead: seconds by which the host may be ahead: the device is kept busy for as long, so
                 that the time of a call of many small kernels is not that of launching them.
+            waits: the call reads numbers that the device has computed. What follows is then issued
+                to a device that does nothing, so the time until there is told, too.
         """
         if not self.is_cuda:
             start = time.perf_counter()
-            call()
+            with self._marking(waits, time.perf_counter) as seen:
+                call()
             spent = time.perf_counter() - start
-            return lambda: Spent(spent, spent)
+            until = seen[0] - start if seen else None
+            return lambda: Spent(spent, spent, until)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.make_cold()
         torch.cuda._sleep(int(lead * _SPIN_CLOCK))
         begin.record()
         start = time.perf_counter()
-        call()
-        host = time.perf_counter() - start
+
+        def mark() -> tuple[torch.cuda.Event, float]:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event, time.perf_counter() - start
+
+        with self._marking(waits, mark) as marks:
+            call()
+        host = marks[0][1] if marks else time.perf_counter() - start
         end.record()
-        return lambda: Spent(begin.elapsed_time(end) / 1e3, host)
+
+        def read() -> Spent:
+            until = begin.elapsed_time(marks[0][0]) / 1e3 if marks else None
+            return Spent(begin.elapsed_time(end) / 1e3, host, until)
+
+        return read
+
+    @contextlib.contextmanager
+    def _marking(self, waits: bool, mark: Callable[[], Any]) -> Iterator[list[Any]]:
+        """Collect a mark whenever the host is about to read a tensor of this device by `tolist`."""
+        marks: list[Any] = []
+        if not waits:
+            yield marks
+            return
+        read = Tensor.tolist
+
+        def marked(tensor: Tensor) -> Any:
+            if tensor.device.type == self.torch.type:
+                marks.append(mark())
+            return read(tensor)
+
+        with mock.patch.object(Tensor, "tolist", marked):
+            yield marks
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated(self.torch) if self.is_cuda else 0

@@ -16,14 +16,14 @@ from ...files import replaced
 from .journal import NAME, fingerprint, read
 
 JSON, TABLE = "gpu.json", "gpu.md"
-STAGES = ("build", "test", "kernels", "step", "sanitize")
+STAGES = ("build", "test", "kernels", "step", "sanitize", "matrix", "tune")
 NOT_YET = "not yet run on a GPU"
 DRY = "a dry run on a CPU: no figure means anything"
 
-# What the list of a side holds, in `sides` of a case.
+# What the list of a side holds, in `sides` of a case; the last where its call waits for the device.
 COLUMNS = (
     *("ours", "ms", "light_ms", "bytes", "operations", "host_us", "peak_mb", "trained"),
-    *("saved_bytes", "input_bytes"),
+    *("saved_bytes", "input_bytes", "ms_until_wait"),
 )
 _FAILURES_KEPT = 40  # with their messages; of the others only the number
 
@@ -63,6 +63,7 @@ def build(out: Path, device: str, sources: Callable[[str], str] = fingerprint) -
         **facts,
         "tests": _tests(entries),
         "sanitizer": _sanitizer(entries),
+        "tuned": _tuned(entries),
         "columns": list(COLUMNS),
         "cases": [_case(entry) for entry in _last_of_each(entries)],
     }
@@ -86,7 +87,10 @@ def _case(entry: Mapping[str, Any]) -> dict[str, Any]:
         name = f"{spec['projection']}, {spec['tokens']} tokens, {spec['mask']} {spec['density']}"
         name += f", {spec['backend']}" if spec["backend"] else ""
         return {"operation": spec["operation"], "case": name, "error": entry["error"]}
+    names: tuple[str, ...]
     names = ("operation", "case", "rounds", "calls", "tokens", "sides", "ratios", "left_out")
+    if entry["stage"] == "matrix":  # hundreds of cases without a goal: the times tell the ratios
+        names = ("operation", "case", "rounds", "calls", "sides", "left_out")
     return {name: entry[name] for name in names if entry[name]}
 
 
@@ -125,6 +129,24 @@ def _sanitizer(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         of_tool[entry["outcome"]] = of_tool.get(entry["outcome"], 0) + 1
         if entry["outcome"] != "passed":
             of_tool.setdefault("messages", {})[operation] = entry["message"]
+    return found
+
+
+def _tuned(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each problem the default settings, the best of those tried, and how many were tried."""
+    problems: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for entry in entries:
+        if entry["kind"] == "tuned":
+            problems.setdefault(entry["problem"], {})[entry["settings"]] = entry
+    found = []
+    for problem, tried in problems.items():
+        right = [entry for entry in tried.values() if "ms" in entry]
+        facts: dict[str, Any] = {"problem": problem, "tried": len(tried)}
+        facts["failed"] = len(tried) - len(right)
+        if right:
+            best = min(right, key=lambda entry: entry["ms"] / entry["default_ms"])
+            facts |= {name: best[name] for name in ("default", "default_ms", "ms", "settings")}
+        found.append(facts)
     return found
 
 
@@ -168,7 +190,7 @@ def table(record: Mapping[str, Any]) -> str:
     parts += [_machine(record), _stages(record), _goals(record), _steps(record), _ours(record)]
     operations = dict.fromkeys(case["operation"] for case in record["cases"])
     parts += [_operation(record, operation) for operation in operations if operation != "step"]
-    parts.append(_not_measured(record))
+    parts += [_settings(record), _not_measured(record)]
     return "\n".join(part for part in parts if part)
 
 
@@ -229,7 +251,7 @@ def _steps(record: Mapping[str, Any]) -> str:
         if case["operation"] != "step" or "sides" not in case:
             continue
         for name, values in case["sides"].items():
-            side = dict(zip(COLUMNS, values, strict=True))
+            side = _named(values)
             rows.append(
                 (
                     case["case"],
@@ -253,7 +275,7 @@ def _ours(record: Mapping[str, Any]) -> str:
     for case in record["cases"]:
         times: dict[str, float] = {}
         for name, values in case.get("sides", {}).items():
-            side = dict(zip(COLUMNS, values, strict=True))
+            side = _named(values)
             backend = name.removeprefix("SPEFT ").split(",")[0]
             if side["ours"]:
                 times[backend] = min(side["ms"], times.get(backend, side["ms"]))
@@ -283,14 +305,28 @@ def _operation(record: Mapping[str, Any], operation: str) -> str:
         cells = []
         for name in names:
             values = case["sides"].get(name)
-            side = dict(zip(COLUMNS, values, strict=True)) if values else None
-            share = _share(side) if side else ""
-            cells.append(f"{side['ms']:.4g}" + (f" ({share})" if share else "") if side else "")
+            cells.append(_time(_named(values)) if values else "")
         rows.append((case["case"], *cells))
     if not rows:
         return ""
     title = f"## {operation}, ms (share of the speed of light)"
     return f"{title}\n\n{_markdown(('case', *names), rows)}"
+
+
+def _settings(record: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            *(one["problem"], f"{one['tried']}, {one['failed']} failed"),
+            *(one["default"], f"{one['default_ms']:.4g}", one["settings"], f"{one['ms']:.4g}"),
+            f"{one['ms'] / one['default_ms']:.3f}",
+        )
+        for one in record.get("tuned", ())
+        if "ms" in one
+    ]
+    if not rows:
+        return ""
+    head = ("problem", "tried", "default", "ms", "best of the tried", "ms", "ratio")
+    return f"## Settings beside the default ones\n\n{_markdown(head, rows)}"
 
 
 def _not_measured(record: Mapping[str, Any]) -> str:
@@ -309,6 +345,17 @@ def _not_measured(record: Mapping[str, Any]) -> str:
         for (operation, side, why), count in reasons.items()
     ]
     return "## Not measured\n\n" + "\n".join(failed) + "\n" if failed else ""
+
+
+def _named(values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(COLUMNS, values, strict=False))
+
+
+def _time(side: Mapping[str, Any]) -> str:
+    share = _share(side)
+    until = side.get("ms_until_wait")
+    waited = f", {until:.4g} until the host waits" if until is not None else ""
+    return f"{side['ms']:.4g}" + (f" ({share})" if share else "") + waited
 
 
 def _share(side: Mapping[str, Any]) -> str:

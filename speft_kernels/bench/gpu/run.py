@@ -25,12 +25,16 @@ from .journal import NAME, Journal, fingerprint
 from .problems import LLAMA, TINY, Spec, Workbench
 from .timing import DeviceLostError, GpuCase, Measured, measure, reason
 
-STAGES = {"kernels": cases.kernel_specs, "step": cases.step_specs}
+STAGES = {
+    "kernels": cases.kernel_specs,
+    "step": cases.step_specs,
+    "matrix": cases.matrix_specs,
+}
 OUT_OF_TIME, RESTART = 3, 75
 # A case is not begun with less time than this left, in seconds.
-LEAST_TIME = {"kernels": 10.0, "step": 60.0}
+LEAST_TIME = {"kernels": 10.0, "step": 60.0, "matrix": 10.0}
 # One that takes longer hangs.
-LONGEST_CASE = {"kernels": 120.0, "step": 330.0}
+LONGEST_CASE = {"kernels": 120.0, "step": 330.0, "matrix": 120.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     left = _not_yet(specs, journal)
     if len(left) < len(specs):
         print(f"{len(specs) - len(left)} of {len(specs)} cases are there already", flush=True)
-    if options.stage == "kernels":
+    if options.stage != "step":
         bench.draw(_masks(left, bench))
     for number, spec in enumerate(left):
         if time.monotonic() > deadline - LEAST_TIME[options.stage]:
@@ -72,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _watchdog(seconds: float) -> Iterator[None]:
+def watchdog(seconds: float) -> Iterator[None]:
     """End this process if the block takes longer: a kernel that hangs lets nothing else end it."""
     timer = threading.Timer(seconds, os._exit, (RESTART,))
     timer.daemon = True
@@ -109,7 +113,7 @@ def _measure(spec: Spec, bench: Workbench, journal: Journal) -> None:
     start = time.monotonic()
     journal.add("begin", spec=asdict(spec))
     try:
-        with _watchdog(LONGEST_CASE[journal.stage]):
+        with watchdog(LONGEST_CASE[journal.stage]):
             case = cases.setup(spec, bench)
             measured = measure(case, bench.device)
     except Exception as error:
@@ -125,11 +129,13 @@ def _measure(spec: Spec, bench: Workbench, journal: Journal) -> None:
 
 def entry_of(case: GpuCase, measured: Measured) -> dict[str, Any]:
     """What the journal keeps of a case. By side: ours or not, ms, ms at the speed of light, bytes,
-    operations, host's microseconds, peak in MB, entries trained, bytes saved, bytes of inputs.
+    operations, host's microseconds, peak in MB, entries trained, bytes saved, bytes of inputs, and
+    ms until the host waited, where it did.
     """
     sides = {}
     for side in measured.result.case.sides:
         timing, work, saved = measured.result.timings[side.name], side.work, side.saved
+        waited = measured.until_wait.get(side.name)
         sides[side.name] = [
             int(side.ours),
             short(timing.median * 1e3),
@@ -141,6 +147,7 @@ def entry_of(case: GpuCase, measured: Measured) -> dict[str, Any]:
             side.trained,
             None if saved is None else saved.bytes,
             None if saved is None else saved.inputs,
+            *([] if waited is None else [short(waited * 1e3)]),
         ]
     return {
         "operation": case.operation,

@@ -42,10 +42,12 @@ class GpuSide(Side):
 
     Args:
         check: takes what `run` returned; raises WrongResultError when it is wrong.
+        waits: a call waits for the device. Its time until then is measured besides.
     """
 
     check: Callable[[Any], None] | None = None
     floors: Sequence[Floor] = ()
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,15 @@ class GpuCase:
 @dataclass(frozen=True)
 class Measured:
     """What is known of a case. By side: seconds of the host for a call, and the most bytes
-    allocated during one: its own, and those by which the call rises above what is there before it.
+    allocated during one: its own, and those by which the call rises above what is there before it;
+    and, where the call waits for the device, seconds of the device until then.
     """
 
     result: Result
     left_out: Mapping[str, str]
     host: Mapping[str, float]
     peaks: Mapping[str, int]
+    until_wait: Mapping[str, float]
     verdicts: Sequence[Verdict]
 
 
@@ -133,7 +137,12 @@ def measure(case: GpuCase, device: Device) -> Measured:
         ),
     ]
     host = {name: statistics.median(s.host for s in some) for name, some in spent.items()}
-    return Measured(result, left_out, host, peaks, verdicts)
+    waited = {
+        name: statistics.median(s.until_wait for s in some if s.until_wait is not None)
+        for name, some in spent.items()
+        if any(s.until_wait is not None for s in some)
+    }
+    return Measured(result, left_out, host, peaks, waited, verdicts)
 
 
 def reason(error: BaseException) -> str:
@@ -152,7 +161,7 @@ def _tried(side: GpuSide, device: Device) -> tuple[Spent, int]:
     outputs.clear()
     peak = device.peak(side.run)
     device.synchronize()
-    read = device.timed(side.run, 0.0)
+    read = device.timed(side.run, 0.0, side.waits)
     device.synchronize()
     return read(), peak
 
@@ -172,7 +181,7 @@ def _rounds(
     for _ in range(rounds):
         for side in sides:
             lead = _lead(expected[side.name])
-            readings = [device.timed(side.run, lead) for _ in range(calls)]
+            readings = [device.timed(side.run, lead, side.waits) for _ in range(calls)]
             device.synchronize()
             spent[side.name] += [read() for read in readings]
     return spent

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 
+from ....tune import CROSSOVER_TOKENS
 from ..problems import MOST_TOKENS, Spec, Workbench
 from ..timing import GpuCase
 
@@ -30,6 +31,12 @@ def kernel_specs() -> list[Spec]:
     return list(dict.fromkeys([*_goals(), *_around_the_goals(), *_the_rest()]))
 
 
+def matrix_specs() -> list[Spec]:
+    """What `kernel_specs` leaves out of all tokens, densities and masks, for every projection."""
+    known = set(kernel_specs())
+    return [spec for spec in dict.fromkeys(_matrix()) if spec not in known]
+
+
 def step_specs() -> list[Spec]:
     """A case for each backend, the two with kernels first: torch's way is bound by the host."""
     return [Spec("step", size, backend=b) for b in BACKENDS for size in ("8B", "1B")]
@@ -48,6 +55,8 @@ def _goals() -> Iterator[Spec]:
 def _around_the_goals() -> Iterator[Spec]:
     yield Spec("write_delta", "layers")
     yield from (Spec("quantized", form, 16) for form in ("int8", "int4"))
+    for tokens in CROSSOVER_TOKENS:
+        yield Spec("sparse_delta_matmul", "q", tokens)
     for projection in PROJECTIONS:
         yield Spec("keep_columns", projection, MOST_TOKENS)
         for block in BLOCKS:
@@ -79,3 +88,14 @@ def _the_rest() -> Iterator[Spec]:
             yield Spec("keep_columns", projection, tokens)
     for density in DENSITIES:
         yield Spec("write_delta", "layers", density=density)
+
+
+def _matrix() -> Iterator[Spec]:
+    for density in DENSITIES:
+        for tokens in TOKENS:
+            for projection in PROJECTIONS:
+                for mask in ("realistic", "uniform", BLOCKS[0]):
+                    # Of blocks the gradient is `block_grad`.
+                    gradient = "block_grad" if mask in BLOCKS else "sampled_grad"
+                    for operation in (gradient, "sparse_delta_matmul", "layer"):
+                        yield Spec(operation, projection, tokens, mask, density)

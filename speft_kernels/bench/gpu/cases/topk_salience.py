@@ -1,5 +1,8 @@
 """`topk_salience` over (w, g) against `torch.topk` over a materialised score, and against reading w
 and g once.
+
+A call of ours ends with numbers that the host waits for, and with what it does with them; its time
+until then is that of the selecting kernels alone.
 """
 
 from __future__ import annotations
@@ -69,6 +72,7 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
                 {TOPK: TOPK_GOAL} if goal else {},
                 check=check,
                 floors=[Floor("reading w and g once", operands, READING_GOAL if goal else None)],
+                waits=True,
             )
         )
     # Not sorted, which nobody asks for here and which takes longer. In bf16 its scores are rounded
