@@ -23,6 +23,7 @@ from pathlib import Path
 
 import triton
 from gpu_variant import instructions, matrix_instructions, widths
+from offline_report import Compiled, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc" / "cuda"
@@ -83,6 +84,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archs", nargs="+", default=list(ARCHS), metavar="ARCH")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--report", type=Path, help="write a summary by kernel to this file")
     options = parser.parse_args()
     setup = runpy.run_path(str(ROOT / "setup.py"), run_name="speft_setup")
     nvcc = setup["find_nvcc"]()
@@ -109,6 +111,13 @@ def main() -> int:
             problems += [f"{title}: {problem}" for problem in kernel.problems()]
     if not problems:
         problems = [f"{name}: no file has a kernel like that" for name in WANTED.keys() - seen]
+    if options.report:
+        rows = (
+            short(kernel) for result in results if not isinstance(result, str) for kernel in result
+        )
+        version = re.search(r"release ([\d.]+)", _output(nvcc, "--version"))
+        compiler = f"nvcc {version[1]}" if version else "nvcc"
+        write_report(options.report, "The CUDA kernels' machine code", compiler, rows)
     seconds = time.monotonic() - began
     print(f"\n{count} CUDA kernels in {seconds:.0f} s, {len(problems)} problems")
     for problem in problems:
@@ -146,6 +155,15 @@ def demangled(name: str) -> str:
     text = re.sub(r"\(anonymous namespace\)::|speft::cuda::|speft::", "", text)
     text = re.sub(r"\((\w+)\)(\d)", r"\1\2", text)  # an enumerator among the arguments
     return text.removeprefix("void ").split("(")[0]
+
+
+def short(kernel: Kernel) -> Compiled:
+    found = instructions(kernel.sass)
+    loads = [bits for by in widths(found, _LOADS).values() for bits in by]
+    return Compiled(
+        *(kernel.name.split("<")[0], kernel.arch, kernel.registers, kernel.stack, None),
+        *(frozenset(matrix_instructions(found)), max(loads, default=0)),
+    )
 
 
 def row(kernel: Kernel) -> str:

@@ -28,9 +28,11 @@ if os.environ.pop("TRITON_INTERPRET", None):
 # What Triton 3.9 does by default; left unset it warns that 3.10 will not.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import triton
 from gpu_calls import CALLS, Call
 from gpu_settings import missing
 from gpu_variant import GRID_LIMITS, Report, Variant, compile_variant, specialise
+from offline_report import Compiled, write_report
 from speft_kernels.triton_kernels.launch import MACHINES, Launch, Recorded, recording
 
 from speft_kernels import triton_kernels
@@ -51,6 +53,7 @@ def main() -> int:
         "nothing: tuning is there to find them",
     )
     parser.add_argument("--json", type=Path, help="record every variant in this file")
+    parser.add_argument("--report", type=Path, help="write a summary by kernel to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
     began = time.monotonic()
@@ -64,6 +67,9 @@ def main() -> int:
     print("\n".join(table(reports)))
     if options.json:
         options.json.write_text(json.dumps([record(report) for report in reports], indent=1) + "\n")
+    if options.report:
+        compiler = f"Triton {triton.__version__}"
+        write_report(options.report, "The Triton kernels' machine code", compiler, short(reports))
     for report in reports:
         for problem in report.problems():
             if not (options.candidates and problem.startswith("spills")):
@@ -158,6 +164,15 @@ def compile_all(variants: list[Variant], jobs: int) -> list[Report]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         return list(pool.map(compile_variant, variants))
+
+
+def short(reports: Iterable[Report]) -> Iterator[Compiled]:
+    for report in reports:
+        widest = max((bits for by in report.loads.values() for bits in by), default=0)
+        yield Compiled(
+            *(report.variant.kernel, str(report.variant.arch), report.registers, report.stack),
+            *(report.shared, frozenset(report.matrix), widest),
+        )
 
 
 def title(variant: Variant) -> str:
