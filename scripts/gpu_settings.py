@@ -75,9 +75,10 @@ def outcomes(machine: Machine) -> Iterator[Outcome]:
         yield AddLaunch.default(parts), f"block_grad in {parts} splits"
     yield EntryLaunch.default(), "an entry of block_grad"
     for size, fast in ((2, True), (4, True), (4, False)):
-        for groups in (0.5, 1, 1.5, 2, 2.5, 4, 9, 40):
-            settings = StripLaunch.default(size, size == 4 and fast, groups, machine)
-            yield settings, f"sampled_grad of {size} bytes with {groups} groups a block"
+        for groups, aligned in itertools.product((0.5, 1, 1.5, 2, 2.5, 4, 9, 40), (True, False)):
+            settings = StripLaunch.default(size, size == 4 and fast, groups, aligned, machine)
+            rows = "aligned rows" if aligned else "rows"
+            yield settings, f"{rows} of {size} bytes with {groups} groups a block"
         yield GatherLaunch.default(size), f"a gathered entry of {size} bytes"
     for (_, columns), (bits, _) in itertools.product(LAYERS, BASES):
         width = columns // 4 if bits == 4 else columns

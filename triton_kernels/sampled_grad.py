@@ -79,18 +79,22 @@ class StripLaunch(Launch):
                             yield settings
 
     @classmethod
-    def default(cls, itemsize: int, tf32: bool, groups: float, machine: Machine) -> StripLaunch:
+    def default(
+        cls, itemsize: int, tf32: bool, groups: float, aligned: bool, machine: Machine
+    ) -> StripLaunch:
         """Tiles as wide as registers allow, for each step reads `128 + 64 groups` lines.
 
         Args:
             groups: of a block of rows, on average: no wider than these.
+            aligned: rows of dy begin at multiples of 16 bytes; else each element has an address,
+                and the widest tiles would spill with steps of 64 tokens.
         """
         if itemsize == 4:  # without tensor cores a tile is held and multiplied in registers
             return cls(8, 2, 1, 32) if not tf32 else cls(8, 3, 2 if groups > 1 else 1, 32)
         if machine.capability[0] == 8:  # 256 strips would spill: mma.sync keeps operands there too
             return cls(8, 3, 2 if groups > 1 else 1, 64)
         if groups > 2:
-            return cls(8, 3, 4, 64)
+            return cls(8, 3, 4, 64 if aligned else 32)
         return cls(8, 4, 2 if groups > 1 else 1, 64)
 
 
@@ -131,7 +135,10 @@ def sampled_grad(dy: Tensor, x: Tensor, strips: Any, out: Tensor, accumulate: bo
     here, itemsize = machine(dy.device), dy.element_size()
     blocks = strips.block_groups.numel() - 1
     mode = precision(dy.dtype)
-    wide = StripLaunch.default(itemsize, mode == "tf32", num_groups / max(blocks, 1), here)
+    groups = num_groups / max(blocks, 1)
+    # As Triton's JIT sees it.
+    aligned = dy.data_ptr() % 16 == 0 and dy.stride(0) % 16 == 0
+    wide = StripLaunch.default(itemsize, mode == "tf32", groups, aligned, here)
     thin = GatherLaunch.default(itemsize)
     inside, gathered = strips.entry_at.numel(), strips.entry_row.numel()
     programs = triton.cdiv(num_groups, wide.groups) + triton.cdiv(gathered, thin.block_e)
