@@ -28,7 +28,6 @@ def write_report(file: Path, title: str, compiler: str, rows: Iterable[Compiled]
         groups[row.kernel, row.arch].append(row)
     count = sum(map(len, groups.values()))
     lines = [f"# {title}", "", f"{count} variants, compiled without a GPU by {compiler}. ", ""]
-    lines[2] += ""
     lines[2] += "Of each kernel and target the most that any of its variants takes: registers and "
     lines[2] += "bytes of stack of a thread, bytes of shared memory of a block (where the compiler "
     lines[2] += "knows), bits of a load."
