@@ -89,12 +89,17 @@ def columns_of(operand: Tensor, positions: Tensor, tokens: slice) -> Tensor:
     return blocks.index_select(0, positions).flatten(1)[:, inside]
 
 
+def stretch(width: int, on_cuda: bool) -> int:
+    """Tokens multiplied at a time where the widest operand has `width` columns."""
+    tokens, elements = CUDA_STRETCH if on_cuda else (STRETCH_TOKENS, STRETCH_ELEMENTS)
+    return max(16, min(tokens, elements // width))
+
+
 def _stretches(matrix: Tensor, tokens: int, width: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield stretches of tokens, and `[tokens, C]`, what `matrix`, which may be packed, holds of
     them; `width` is of the widest operand.
     """
-    most, elements = CUDA_STRETCH if matrix.is_cuda else (STRETCH_TOKENS, STRETCH_ELEMENTS)
-    step = max(16, min(most, elements // width))
+    step = stretch(width, matrix.is_cuda)
     if matrix.dim() == 2:
         for start in range(0, tokens, step):
             some = slice(start, min(start + step, tokens))
