@@ -20,6 +20,7 @@ from kernels import (
 
 from speft_kernels import SparsePattern, ops
 from speft_kernels.bench.checks import rounding_bound
+from speft_kernels.costs import DEFAULTS
 from speft_kernels.ops.sparse_delta_matmul import Delta, delta_arguments
 from speft_kernels.plan import plan_of
 from speft_kernels.testing import uniform_pattern
@@ -441,7 +442,7 @@ def launches_of(machine, tokens, out_features, in_features, dtype=torch.bfloat16
     with recording(MACHINES[machine]) as launched:
         sparse_delta_matmul(
             *(x, weight, None, None, torch.empty(nnz), plan.csr, *plan.csc),
-            *(in_features if twin else out_features, twin),
+            *(in_features if twin else out_features, twin, DEFAULTS["cuda"].fused_tokens),
         )
     return launched
 
