@@ -112,9 +112,8 @@ def main() -> int:
     if not problems:
         problems = [f"{name}: no file has a kernel like that" for name in WANTED.keys() - seen]
     if options.report:
-        rows = (
-            short(kernel) for result in results if not isinstance(result, str) for kernel in result
-        )
+        kernels = [kernel for some in results if not isinstance(some, str) for kernel in some]
+        rows = [short(kernel) for kernel in kernels if not kernel.name.startswith("cub::")]
         version = re.search(r"release ([\d.]+)", _output(nvcc, "--version"))
         compiler = f"nvcc {version[1]}" if version else "nvcc"
         write_report(options.report, "The CUDA kernels' machine code", compiler, rows)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from speft_kernels.machine import commit
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -27,10 +29,12 @@ def write_report(file: Path, title: str, compiler: str, rows: Iterable[Compiled]
     for row in rows:
         groups[row.kernel, row.arch].append(row)
     count = sum(map(len, groups.values()))
-    lines = [f"# {title}", "", f"{count} variants, compiled without a GPU by {compiler}. ", ""]
-    lines[2] += "Of each kernel and target the most that any of its variants takes: registers and "
-    lines[2] += "bytes of stack of a thread, bytes of shared memory of a block (where the compiler "
-    lines[2] += "knows), bits of a load."
+    about = (
+        f"{count} variants of commit {commit()}, compiled without a GPU by {compiler}. Of each "
+        "kernel and target the most that any of its variants takes: registers and bytes of stack "
+        "of a thread, bytes of shared memory of a block (where the compiler knows), bits of a load."
+    )
+    lines = [f"# {title}", "", about, ""]
     columns = ("kernel", "sm", "variants", "registers", "stack", "shared", "matrix", "load")
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     by_name_and_target = sorted(groups.items(), key=lambda one: (one[0][0], len(one[0][1]), one[0]))

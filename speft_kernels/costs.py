@@ -21,6 +21,9 @@ import torch
 from .files import write_json
 from .machine import processor
 
+# Where `speft tune` and the GPU check time both ways of Triton's `sparse_delta_matmul`.
+CROSSOVER_TOKENS = (32, 64, 128, 192, 256)
+
 
 @dataclass(frozen=True)
 class Costs:

@@ -19,15 +19,13 @@ import torch
 from torch import Tensor
 
 from . import _triton, ops
-from .costs import DEFAULTS, Costs
+from .costs import CROSSOVER_TOKENS, DEFAULTS, Costs
 from .ops.sparse_delta_matmul import triton_ways
 from .pattern import SparsePattern
 from .plan import SparsityPlan
 from .testing import realistic_pattern
 
 ROUNDS = 15
-# Where both ways of Triton's `sparse_delta_matmul` are timed.
-CROSSOVER_TOKENS = (32, 64, 128, 192, 256)
 LEAD = 2e-3  # seconds for which the device is kept busy until the host has issued a product
 FLUSH_BYTES = 64 << 20
 

@@ -13,7 +13,7 @@ import torch
 
 from speft_kernels import SparsityPlan, _triton, costs, ops, tune
 from speft_kernels.cli import main
-from speft_kernels.costs import DEFAULTS, Costs, costs_of, machine_key, remember
+from speft_kernels.costs import CROSSOVER_TOKENS, DEFAULTS, Costs, costs_of, machine_key, remember
 from speft_kernels.machine import processor
 from speft_kernels.ops.sparse_delta_matmul import triton_ways
 from speft_kernels.testing import uniform_pattern
@@ -267,7 +267,7 @@ def test_the_installed_command_measures_and_keeps(cache):
 
 def times(*faster):
     """Of both ways, at numbers of tokens of which the fused one is the faster."""
-    counts = tune.CROSSOVER_TOKENS
+    counts = CROSSOVER_TOKENS
     return {n: {"W read once": 1.0 if n in faster else 3.0, "W + D written": 2.0} for n in counts}
 
 

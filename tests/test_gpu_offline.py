@@ -306,3 +306,21 @@ def test_settings_that_no_call_reaches_are_named(tmp_path):
         "RowLaunch",
     }
     assert all("on sm_90 with" in line and "block=1024" in line for line in named)
+
+
+def test_the_report_has_the_most_that_any_variant_takes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from offline_report import Compiled, write_report
+
+    rows = [
+        Compiled("multiply", "90a", 128, 0, None, frozenset({"HMMA"}), 64),
+        Compiled("multiply", "90a", 96, 8, None, frozenset({"LDSM"}), 128),
+        Compiled("multiply", "80", 255, 0, 4096, frozenset(), 0),
+    ]
+    write_report(tmp_path / "report.md", "Title", "a compiler", rows)
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# Title\n\n3 variants of commit ")
+    assert text.splitlines()[-2:] == [
+        "| `multiply` | 80 | 1 | 255 | 0 | 4,096 |  |  |",
+        "| `multiply` | 90a | 2 | 128 | 8 |  | HMMA LDSM | 128 |",
+    ]

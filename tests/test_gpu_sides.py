@@ -17,9 +17,8 @@ from speft_kernels.bench.gpu.device import Device
 from speft_kernels.bench.gpu.journal import Journal
 from speft_kernels.bench.gpu.problems import MOST_TOKENS, TINY, Spec, Workbench
 from speft_kernels.bench.gpu.timing import GpuCase, GpuSide, measure
-from speft_kernels.costs import DEFAULTS
+from speft_kernels.costs import CROSSOVER_TOKENS, DEFAULTS
 from speft_kernels.ops import panels
-from speft_kernels.tune import CROSSOVER_TOKENS
 
 
 def test_without_peft_its_layers_are_left_out_and_the_reason_is_kept(monkeypatch):

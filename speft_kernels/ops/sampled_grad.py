@@ -27,7 +27,7 @@ from . import _checks, registry
 from ._library import is_plain, operation
 from .keep_columns import in_cuda as keep_columns_in_cuda
 from .keep_columns import unpack
-from .panels import add_panels, columns_of
+from .panels import STRETCH_TOKENS, add_panels, columns_of
 
 # Tiles that the torch backend multiplies at a time; and elements of what it copies of the used
 # columns, or of the lines of these tiles: 16 MB in float32.
@@ -178,7 +178,7 @@ def _torch(dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumul
     if not parts.rows.numel():
         return
     widest = max(parts.cols.numel(), TILES_AT_ONCE * TILE)
-    step = max(PANEL_ROWS, STRETCH_ELEMENTS // widest)
+    step = max(STRETCH_TOKENS, STRETCH_ELEMENTS // widest)
     for start in range(0, dy.shape[0], step):
         _add_stretch(dy, x, slice(start, min(start + step, dy.shape[0])), parts, out)
 

@@ -224,8 +224,8 @@ class Session:
         if stage != "test":
             device = ["--device", "cpu" if self.dry else "cuda", "--key", self.device]
             run = {"sanitize": ["sanitize"], "tune": ["tuning"]}.get(stage, ["run", stage])
-            module = [python, "-W", "ignore", "-m", f"speft_kernels.bench.gpu.{run[0]}", *run[1:]]
-            return [*module, str(self.out), *device, "--seconds", f"{seconds:.0f}"], dry
+            module = [python, "-W", "ignore", "-m", f"speft_kernels.bench.gpu.{run[0]}"]
+            return [*module, str(self.out), *run[1:], *device, "--seconds", f"{seconds:.0f}"], dry
         spread = ["-n", str(self.workers)] if self.workers else []
         pytest = [python, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         more = {"SPEFT_GPU_JOURNAL": str(self.out / NAME), "SPEFT_GPU_KEY": self.device, **dry}

@@ -6,6 +6,7 @@ run reads the journal and goes on. Nothing here imports torch.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -31,6 +32,16 @@ def fingerprint(stage: str, root: Path = ROOT) -> str:
             digest.update(path.relative_to(root).as_posix().encode() + b"\0")
             digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def stage_parser(module: str) -> argparse.ArgumentParser:
+    """What every process of a stage is called with."""
+    parser = argparse.ArgumentParser(prog=f"python -m speft_kernels.bench.gpu.{module}")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="time for the stage")
+    parser.add_argument("--key", default="cpu", help="name of the device in the journal")
+    return parser
 
 
 @dataclass(frozen=True)

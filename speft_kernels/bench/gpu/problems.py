@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...costs import CROSSOVER_TOKENS
 from ...errors import BackendError
 from ...ops import registry
 from ...pattern import SparsePattern
 from ...testing import realistic_pattern, uniform_pattern
-from ...tune import CROSSOVER_TOKENS
 from .device import Device
 
 Shape = tuple[int, int]

@@ -7,7 +7,6 @@ the device unusable: a new process goes on with the next case.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
@@ -16,12 +15,11 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from . import cases
 from .device import Device
-from .journal import NAME, Journal, fingerprint
+from .journal import NAME, Journal, fingerprint, stage_parser
 from .problems import LLAMA, TINY, Spec, Workbench
 from .timing import DeviceLostError, GpuCase, Measured, measure, reason
 
@@ -38,12 +36,8 @@ LONGEST_CASE = {"kernels": 120.0, "step": 330.0, "matrix": 120.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m speft_kernels.bench.gpu.run")
+    parser = stage_parser("run")
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="time for the stage")
-    parser.add_argument("--key", default="cpu", help="name of the device in the journal")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.seconds
     device = Device(options.device)

@@ -8,7 +8,6 @@ unavailable: that is no fault of ours. Nothing here imports torch.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -16,9 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from .journal import NAME, ROOT, Journal, fingerprint
+from .journal import NAME, ROOT, Journal, fingerprint, stage_parser
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 OPERATIONS = (
@@ -45,12 +43,7 @@ _REFUSED = ("Device not supported", "Failed to initialize")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m speft_kernels.bench.gpu.sanitize")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="time for the stage")
-    parser.add_argument("--key", default="cpu", help="name of the device in the journal")
-    options = parser.parse_args(arguments)
+    options = stage_parser("sanitize").parse_args(arguments)
     deadline = time.monotonic() + options.seconds
     journal = Journal(options.out / NAME, "sanitize", fingerprint("sanitize"), options.key)
     known = {(e["tool"], e["operation"]) for e in journal.entries("sanitizer")}

@@ -9,13 +9,11 @@ put down as failed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -23,7 +21,7 @@ from ... import _triton
 from ...strips import GROUP_STRIPS, STRIP_ROWS
 from . import cases
 from .device import Device
-from .journal import NAME, Journal, fingerprint
+from .journal import NAME, Journal, fingerprint, stage_parser
 from .problems import LLAMA, MOST_TOKENS, TINY, Spec, Workbench
 from .run import OUT_OF_TIME, RESTART, short, watchdog
 from .timing import DeviceLostError, GpuCase, GpuSide, measure
@@ -92,12 +90,7 @@ def problems() -> list[Problem]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m speft_kernels.bench.gpu.tuning")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="time for the stage")
-    parser.add_argument("--key", default="cpu", help="name of the device in the journal")
-    options = parser.parse_args(arguments)
+    options = stage_parser("tuning").parse_args(arguments)
     deadline = time.monotonic() + options.seconds
     device = Device(options.device)
     bench = Workbench(device, LLAMA if device.is_cuda else TINY)

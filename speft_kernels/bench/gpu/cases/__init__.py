@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 
-from ....tune import CROSSOVER_TOKENS
+from ....costs import CROSSOVER_TOKENS
 from ..problems import MOST_TOKENS, Spec, Workbench
 from ..timing import GpuCase
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .... import ops
+from ....costs import CROSSOVER_TOKENS
 from ....ops.sparse_delta_matmul import triton_ways
-from ....tune import CROSSOVER_TOKENS
 from ...checks import close, flat
 from ...harness import Work
 from ..bounds import summation_bound
