@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
 
 namespace py = pybind11;
 using speft::CompactIndices;
@@ -91,14 +92,15 @@ PYBIND11_MODULE(_C, m) {
         released);
     m.def(
         "block_grad",
-        [](Ptr dy, int64_t dy_stride, Ptr x, int64_t x_stride, int64_t tokens, Ptr block_rows,
-           Ptr block_cols, int64_t num_blocks, int64_t height, int64_t width, Ptr out,
-           bool accumulate, int dtype, int threads) {
-            speft::block_grad(at<void>(dy), dy_stride, at<void>(x), x_stride, tokens,
+        [](Ptr dy, int64_t dy_stride, int64_t out_features, Ptr x, int64_t x_stride, int64_t tokens,
+           Ptr block_rows, Ptr block_cols, int64_t num_blocks, int64_t height, int64_t width,
+           Ptr out, bool accumulate, int dtype, int threads) {
+            speft::block_grad(at<void>(dy), dy_stride, out_features, at<void>(x), x_stride, tokens,
                               at<int32_t>(block_rows), at<int32_t>(block_cols), num_blocks, height,
                               width, at<void>(out), accumulate, DType(dtype), threads);
         },
         released);
+    m.def("release_scratch", [] { speft::ScratchCache::of_this_thread().clear(); });
     m.def(
         "topk_salience",
         [](Ptr weights, Ptr grads, Ptr sizes, int64_t num_matrices, int64_t k, int metric,

@@ -1,6 +1,8 @@
 """What training costs in memory, by counting: what backward keeps, and what is never built."""
 
 import copy
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from speft_kernels import (
     ops,
 )
 from speft_kernels.bench import masks
+from speft_kernels.bench.cases import layer as crowded
 from speft_kernels.bench.memory import saved_for_backward
 from speft_kernels.costs import DEFAULTS
 from speft_kernels.plan import plan_of
@@ -111,36 +114,21 @@ def test_no_tensor_of_the_weights_shape_in_forward_or_backward(kind, density, mo
     assert seen.numel == n * k  # the check sees what it is there for
 
 
-def test_backward_of_a_dense_layer_needs_one_panel(memory_high_water):
+def test_backward_of_a_dense_layer_needs_one_panel():
     """25 % of a weight of 36 MB: beside the gradient of the values, 9 MB, nothing of its size.
 
     Stated in csrc/cpu/sampled_grad.cpp and parts.py: sums of at most 8 MiB, for each of two threads
     a chunk of dy (256 KiB) and the columns of one block of x (512 KiB), and a panel of at most
-    4 MiB. A dense gradient would be 36 MB.
+    4 MiB. The layer that trains whole shows that a gradient of 36 MB would be seen.
     """
-    torch.set_num_threads(2)
-    n = k = 3072
-    pattern = uniform_pattern((n, k), 0.25)
-    assert plan_of(pattern).whole.entry_row.numel() > 0
-    layer = layer_of(pattern)
-    x = torch.randn(64, k, requires_grad=True)
-    frozen = nn.Linear(k, n)
-    frozen.requires_grad_(False)
-    dy = torch.randn(64, n)
-
-    def backward(module):
-        def run():
-            x.grad = None
-            for parameter in module.parameters():
-                parameter.grad = None
-            module(x).backward(dy)
-
-        return run
-
-    floor = memory_high_water(backward(frozen))
-    ours = memory_high_water(backward(layer))
-    gradient = 4 * pattern.nnz
-    assert ours - floor <= gradient + (8 << 20) + 2 * (768 << 10) + (4 << 20)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        grown = process.submit(crowded.extra_peaks, 2).result()
+    if grown is None:
+        pytest.skip("this system does not let a process reset its peak memory")
+    ours, dense = grown
+    gradient = 4 * round(crowded.DENSITY * crowded.SIZE**2)
+    assert 0.9 * gradient <= ours <= gradient + (8 << 20) + 2 * (768 << 10) + (4 << 20)
+    assert dense >= 0.9 * 4 * crowded.SIZE**2  # all but what the heap had free
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -160,6 +148,33 @@ def test_scratch_of_block_grad_is_bounded(memory_high_water, density, blocks, pa
     # Stated in csrc/cpu/token_sum.h, panel.h and block_grad.cpp: sums of at most 8 MiB, for each of
     # two threads 1 MiB of used columns, 16 bytes a block, and 1 MiB for the allocator.
     assert grown <= (8 << 20) + 2 * (1 << 20) + 16 * pattern.num_blocks + (1 << 20)
+
+
+def test_the_high_water_mark_sees_what_a_call_frees_again(memory_high_water):
+    for size in (1 << 20, 8 << 20):
+        grown = memory_high_water(lambda size=size: torch.zeros(size, dtype=torch.uint8))
+        assert 0.9 * size <= grown <= size + (1 << 20)
+
+
+@pytest.mark.parametrize("part", ["tiles", "gather", "blocks"])
+@pytest.mark.parametrize("density", [0.12, 0.25])
+def test_the_sums_of_a_small_weight_stay_below_its_size(memory_high_water, density, part):
+    """For a weight of 4 MB, of which 8 MB of sums would be twice as many elements."""
+    torch.set_num_threads(2)
+    n = k = 1024
+    if part == "blocks":
+        plan = plan_of(uniform_blocks((n, k), (16, 16), density))
+    else:
+        plan = plan_with(part, uniform_pattern((n, k), density))
+    pattern = plan.pattern
+    dy, x, out = torch.randn(2048, n), torch.randn(2048, k), torch.empty(pattern.values_shape)
+    compute = ops.block_grad if pattern.is_block else ops.sampled_grad
+    settings = {"plan": plan, "out": out, "backend": "cpu"}
+    compute(dy, x, pattern, **settings)  # builds the parts
+    grown = memory_high_water(lambda: compute(dy, x, pattern, **settings))
+    # Stated in csrc/cpu/token_sum.h; beside the sums, for each of two threads, a chunk of dy
+    # (256 KiB) and a block of x (512 KiB), or 1 MiB of used columns; 1 MiB for the allocator.
+    assert grown <= 4 * n * k + 2 * (1 << 20) + (1 << 20)
 
 
 def full_lines(side, n, k):

@@ -119,8 +119,8 @@ void fill_slab(const Operand<T>& operand, int64_t first, Range tokens, int64_t c
 }
 
 template <class T>
-void run(const Operand<T>& dy, const Operand<T>& x, int64_t tokens, int64_t num_blocks,
-         Accumulator<T>* out, bool accumulate, int threads) {
+void run(const Operand<T>& dy, const Operand<T>& x, int64_t out_features, int64_t tokens,
+         int64_t num_blocks, Accumulator<T>* out, bool accumulate, int threads) {
     using Acc = Accumulator<T>;
     constexpr int lanes = VectorOf<Acc>::lanes;
     const int64_t block_height = dy.groups.size, block_width = x.groups.size;
@@ -159,23 +159,24 @@ void run(const Operand<T>& dy, const Operand<T>& x, int64_t tokens, int64_t num_
         }
         worker.barrier();
     };
-    sum_over_tokens(tokens, stretch, num_blocks * block_entries, out, accumulate, threads,
-                    make_slabs, add_block);
+    sum_over_tokens(tokens, stretch, num_blocks * block_entries, out_features * x.groups.columns(),
+                    out, accumulate, threads, make_slabs, add_block);
 }
 
 }  // namespace
 
-void block_grad(const void* dy, int64_t dy_stride, const void* x, int64_t x_stride, int64_t tokens,
-                const int32_t* block_rows, const int32_t* block_cols, int64_t num_blocks,
-                int64_t block_height, int64_t block_width, void* out, bool accumulate, DType dtype,
-                int threads) {
+void block_grad(const void* dy, int64_t dy_stride, int64_t out_features, const void* x,
+                int64_t x_stride, int64_t tokens, const int32_t* block_rows,
+                const int32_t* block_cols, int64_t num_blocks, int64_t block_height,
+                int64_t block_width, void* out, bool accumulate, DType dtype, int threads) {
     dispatch(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         run(Operand<T>{static_cast<const T*>(dy), dy_stride,
                        Groups(block_rows, num_blocks, block_height)},
             Operand<T>{static_cast<const T*>(x), x_stride,
                        Groups(block_cols, num_blocks, block_width)},
-            tokens, num_blocks, static_cast<Accumulator<T>*>(out), accumulate, threads);
+            out_features, tokens, num_blocks, static_cast<Accumulator<T>*>(out), accumulate,
+            threads);
     });
 }
 

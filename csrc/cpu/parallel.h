@@ -64,9 +64,13 @@ class ScratchCache {
         static thread_local ScratchCache cache;
         return cache;
     }
-    ~ScratchCache() {
+    ~ScratchCache() { clear(); }
+
+    void clear() {
         for (const Block& block : blocks_)
             std::free(block.memory);
+        blocks_.clear();
+        kept_ = 0;
     }
 
     // `bytes` of memory, aligned for vectors. Throws std::bad_alloc.

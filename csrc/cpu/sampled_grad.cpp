@@ -16,12 +16,12 @@
 #include "kernels.h"
 #include "panel.h"
 #include "parallel.h"
+#include "token_sum.h"
 
 namespace speft {
 namespace {
 
 constexpr int64_t kChunkBytes = 256 << 10;  // of dy packed at a time: a fifth of a 1.25 MB L2
-constexpr int64_t kSplitBytes = 8 << 20;    // of sums, all splits together
 constexpr int64_t kMostSplits = 16;
 constexpr int64_t kTasks = 32;       // wanted: many enough to even out the threads
 constexpr int64_t kRowsInPart = 64;  // at least: a part packs the whole of x where that is not kept
@@ -241,18 +241,19 @@ void add_block(const Problem<T>& problem, Panels<T>& panels, int64_t block, Rang
 // Tokens are cut into splits and used rows into parts, in numbers that depend on the problem alone.
 // A task sums one part over one split, in one order, whichever thread takes it: the result does not
 // depend on threads. The splits are summed into buffers in the order of the plan, which are added
-// in order after the threads have met, once. Where the buffers would be large there is one split; a
+// in order after the threads have met, once. Where there is no room for two there is one split; a
 // task then adds to `out` itself, and nothing is met for.
 template <class T>
 void run(const Problem<T>& problem, Accumulator<T>* out, bool accumulate, int threads) {
     using Acc = Accumulator<T>;
     const SampledEntries& plan = problem.plan;
     const int64_t sums_of_split = plan.num_entries + plan.num_tiles * kTileEntries;
-    const int64_t splits = std::max<int64_t>(
-        1, std::min({problem.blocks(), kMostSplits,
-                     kSplitBytes / std::max<int64_t>(1, sums_of_split * int64_t(sizeof(Acc)))}));
-    // A part packs what it reads of x, all of it, unless that came packed.
-    const int64_t tasks = problem.packed == nullptr && splits > 1 ? splits : kTasks;
+    const int64_t splits = token_splits<Acc>(problem.blocks(), kMostSplits, sums_of_split,
+                                             problem.dy.columns * plan.num_cols);
+    // A part packs what it reads of x, all of it, unless that came packed: more parts than one only
+    // to make up for splits that had no room.
+    const int64_t tasks =
+        problem.packed == nullptr && splits > 1 ? std::min(problem.blocks(), kMostSplits) : kTasks;
     const int64_t parts =
         std::max<int64_t>(1, std::min((tasks + splits - 1) / splits, plan.num_rows / kRowsInPart));
     const bool direct = splits == 1;
