@@ -9,11 +9,12 @@ from typing import Any
 
 from .errors import ConfigError, nearest
 from .salience.custom import Score, name_of
-from .salience.metrics import check_salience
+from .salience.metrics import METRICS, check_salience
 
 ALL_LINEAR = "all-linear"
 _CHOICES = {
     "scope": ("layer", "global"),
+    "selection": ("top", "sample"),
     "mode": ("resident", "additive"),
     "accumulate": ("sum", "absolute", "square"),
     "accumulator_dtype": ("float32", "weight"),
@@ -33,6 +34,8 @@ class SpeftConfig:
             "package.module:function", which is imported when scoring starts.
         scope: "layer" gives every matrix the same density, "global" ranks the entries of all of
             them together.
+        selection: "top" takes the entries that score highest; "sample" draws without replacement,
+            each time with a chance in proportion to the score: between "top" and `random`.
         target_modules: "all-linear", or names of linear layers: full names, dotted suffixes
             ("query", "attention.self.query") or regular expressions that match the full name.
             "all-linear" is every `nn.Linear` but the output head.
@@ -55,7 +58,7 @@ class SpeftConfig:
         grasp_sign: "paper" ranks by -w (H g), "code" by +w (H g) as the paper's authors' code does.
         grasp_temperature: metric "grasp" divides the logits by it, wherever the loss goes through
             `torch.nn.functional.cross_entropy`; 1 leaves them. 200 is the authors' code's.
-        seed: seed of whatever is random in the warm-up and in scoring.
+        seed: seed of whatever is random in the warm-up, in scoring and in drawing.
 
     Raises:
         ConfigError: a value is out of range or unknown.
@@ -64,6 +67,7 @@ class SpeftConfig:
     density: float = 0.005
     salience: str | Score = "gradient"
     scope: str = "layer"
+    selection: str = "top"
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: Sequence[str] = ()
     block_shape: tuple[int, int] = (1, 1)
@@ -87,6 +91,12 @@ class SpeftConfig:
             raise ConfigError(
                 f"accumulate={self.accumulate!r} is for metrics of the plain gradient; salience "
                 f"{self.salience!r} has nothing of the kind to accumulate"
+            )
+        known = METRICS.get(self.salience) if isinstance(self.salience, str) else None
+        if self.selection == "sample" and known is not None and known.signed:
+            raise ConfigError(
+                "selection='sample' takes scores as chances, so none may be below zero; those of "
+                f"salience {self.salience!r} are signed"
             )
         if self.target_modules != ALL_LINEAR:
             object.__setattr__(

@@ -1,4 +1,4 @@
-"""Every metric over scopes, blocks and accumulators; folding of batches; masks at random."""
+"""Every metric over scopes, blocks and accumulators; folding of batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from speft_kernels.errors import ConfigError, SalienceError
 from speft_kernels.model import SpeftConfig, score_and_select
 from speft_kernels.salience import METRICS
-from speft_kernels.salience.uniform import draw
 
 # Every metric, scope and block shape
 
@@ -115,63 +114,6 @@ def test_metrics_of_data_need_some(metric: str) -> None:
             score_and_select(mlp(), config, batches, pair_loss)
 
 
-# Random
-
-
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("density", [0.001, 0.03, 0.26, 0.9])
-def test_random_counts_are_exact_and_the_order_of_layers_is_nothing(
-    scope: str, density: float
-) -> None:
-    places = {"b": 1000, "a": 37, "c": 5000}
-    chosen = draw(places, density, scope, 3)
-    again = draw(dict(reversed(places.items())), density, scope, 3)
-    assert set(chosen) == set(places)
-    assert all(torch.equal(chosen[name], again[name]) for name in places)
-    for name, indices in chosen.items():
-        assert torch.equal(indices, indices.unique())
-        assert not len(indices) or (indices.min() >= 0 and indices.max() < places[name])
-        if scope == "layer":
-            assert len(indices) == max(1, round(density * places[name]))
-    if scope == "global":
-        assert sum(map(len, chosen.values())) == round(density * 6037)
-    other = draw(places, density, scope, 4)
-    assert any(not torch.equal(chosen[name], other[name]) for name in places)
-
-
-def test_random_layers_of_one_size_draw_on_their_own() -> None:
-    chosen = draw({"a": 1000, "b": 1000}, 0.1, "layer", 0)
-    assert not torch.equal(chosen["a"], chosen["b"])
-
-
-@pytest.mark.parametrize("density", [0.1, 0.5])
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_random_is_uniform(density: float, scope: str) -> None:
-    # Both ways of drawing. 2000 draws of 60 places: a place's count has a standard deviation below
-    # sqrt(2000 / 4) = 22.4; five of them are exceeded by one in 1.7 million, of 120 counts here.
-    counts = torch.zeros(60)
-    for seed in range(2000):
-        chosen = draw({"a": 40, "b": 20}, density, scope, seed)
-        counts[:40] += torch.bincount(chosen["a"], minlength=40)
-        counts[40:] += torch.bincount(chosen["b"], minlength=20)
-    assert (counts - 2000 * density).abs().max() < 5 * (2000 * density * (1 - density)) ** 0.5
-
-
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("block_shape", [(1, 1), (2, 5)])
-def test_random_masks(scope: str, block_shape: tuple[int, int]) -> None:
-    config = SpeftConfig(
-        density=0.2, salience="random", scope=scope, seed=5, block_shape=block_shape
-    )
-    patterns, report = score_and_select(chain(), config)
-    blocks = 400 // (block_shape[0] * block_shape[1])
-    assert sum(p.num_blocks for p in patterns.values()) == round(0.2 * blocks)
-    assert (report.metric, report.batches, report.accumulator_bytes) == ("random", 0, 0)
-    assert patterns == score_and_select(chain(), config, [object()])[0]
-    other = SpeftConfig(**{**config.to_dict(), "seed": 6})
-    assert patterns != score_and_select(chain(), other)[0]
-
-
 # Folding of batches
 
 
@@ -218,6 +160,7 @@ def test_accumulate_is_for_plain_gradients(salience: str, accumulate: str) -> No
     ("setting", "value", "message"),
     [
         ("accumulate", "mean", "accumulate must be one of"),
+        ("selection", "best", "selection must be one of"),
         ("grasp_sign", "minus", "grasp_sign must be one of"),
         ("grasp_temperature", 0, "grasp_temperature must be above 0"),
         ("grasp_temperature", "hot", "grasp_temperature must be a finite number"),

@@ -16,7 +16,8 @@ GROUPS = {
         "pooling",
     ),
     "what trains": (
-        *("method", "density", "salience", "scope", "target_modules", "exclude_modules"),
+        *("method", "density", "salience", "scope", "selection", "target_modules"),
+        "exclude_modules",
         *("block_shape", "mode", "scoring_examples", "scoring_batches", "accumulate"),
         *("accumulator_dtype", "accumulator_device", "grasp_sign", "grasp_temperature"),
         *("dynamic", "dynamic_every", "dynamic_share", "dynamic_until", "head_warmup_steps"),

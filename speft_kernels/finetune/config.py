@@ -77,6 +77,11 @@ class RunConfig:
     density: float = option(0.005, "share of the target weights that train", above=0, below=1)
     salience: str = option("gradient", "score that chooses the weights, or a function MODULE:NAME")
     scope: str = option("layer", "rank each matrix by itself, or all together")
+    selection: str = option(
+        "top",
+        "train what scores highest, or draw with chances in proportion to the scores",
+        choices=("top", "sample"),
+    )
     target_modules: tuple[str, ...] | str = option(
         "all-linear", "layers to adapt: names, suffixes or regular expressions"
     )
@@ -244,6 +249,7 @@ class RunConfig:
             density=self.density,
             salience=self.salience,
             scope=self.scope,
+            selection=self.selection,
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
             block_shape=self.block_shape,

@@ -52,6 +52,11 @@ class Metric:
         return self.statistic != "none"
 
     @property
+    def signed(self) -> bool:
+        """Whether scores fall below zero, by design of the metric."""
+        return self.ranked_as == "force"
+
+    @property
     def needs_data(self) -> bool:
         """Whether collecting it takes batches."""
         return self.statistic in _WITH_DATA

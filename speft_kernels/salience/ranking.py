@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import SalienceError
 from .custom import check_score
+from .draw import sampling_keys, uniform
 from .metrics import Metric
-from .uniform import draw
 
 if TYPE_CHECKING:
     from ..config import SpeftConfig
@@ -37,12 +37,16 @@ def choose(
     if metric.score is None:
         bh, bw = config.block_shape
         sizes = {name: layer.weight.numel() // (bh * bw) for name, layer in layers.items()}
-        return draw(sizes, config.density, config.scope, config.seed)
+        return uniform(sizes, config.density, config.scope, config.seed)
     groups = [[name] for name in layers] if config.scope == "layer" else [list(layers)]
     chosen: dict[str, Tensor] = {}
     for group in groups:
         pairs = {name: _operands(metric, layers[name], gradients.get(name)) for name in group}
-        fused = metric.ranked_as is not None and config.block_shape == (1, 1)
+        fused = (
+            metric.ranked_as is not None
+            and config.block_shape == (1, 1)
+            and config.selection == "top"
+        )
         if fused and _uniform(pairs.values()):
             ranked_by = metric.ranked_as
         else:
@@ -53,6 +57,8 @@ def choose(
             dtype, device = _common(pairs.values())
             for name in group:
                 score = _block_scores(metric, pairs[name], config.block_shape, dtype, name)
+                if config.selection == "sample":
+                    score = sampling_keys(score, config.seed, name)
                 pairs[name] = (None, score.to(device))
                 gradients.pop(name, None)
         places = sum((g if g is not None else _present(w)).numel() for w, g in pairs.values())

@@ -1,4 +1,6 @@
-"""Metric "random": entries or blocks drawn uniformly, without a score for each."""
+"""Drawing: uniformly, without a score for each entry (metric "random"), or with chances in
+proportion to the scores (`SpeftConfig.selection`).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..errors import SalienceError
+
 # Up to this share the places are drawn one by one; beyond, a permutation of all is no larger.
 _SPARSE = 0.25
 
 
-def draw(places: Mapping[str, int], density: float, scope: str, seed: int) -> dict[str, Tensor]:
+def uniform(places: Mapping[str, int], density: float, scope: str, seed: int) -> dict[str, Tensor]:
     """Return each layer's sorted int64 indices, in host memory: a uniform sample of its places.
 
     Exactly `max(1, round(density * places))` of each layer in scope "layer", of all together in
@@ -31,6 +35,30 @@ def draw(places: Mapping[str, int], density: float, scope: str, seed: int) -> di
         found[name] = chosen[low:high] - start
         start += places[name]
     return found
+
+
+# The exponential distribution falls below once in 2^32 draws; a quotient by zero is no number.
+_LEAST = 2.0**-32
+
+
+def sampling_keys(scores: Tensor, seed: int, name: str) -> Tensor:
+    """Return keys whose k largest are a sample of k places without replacement, each draw with
+    chances in proportion to the scores of what is left; a score of zero comes last.
+
+    A key is the score over an exponential variable (Efraimidis and Spirakis, "Weighted random
+    sampling with a reservoir", 2006). That of a layer depends on the seed, its name and its shape
+    alone, so keys of several layers can be ranked together, or each by itself.
+
+    Raises:
+        SalienceError: a score is below zero; the message names the layer.
+    """
+    if bool((scores < 0).any()):
+        raise SalienceError(
+            f"layer {name!r} has scores below zero, which are no chances to draw by; take "
+            "selection='top' or a score that is not signed"
+        )
+    waits = torch.empty(scores.shape).exponential_(generator=_generator(seed, f"{name} drawn"))
+    return scores / waits.clamp_(min=_LEAST).to(scores)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
