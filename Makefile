@@ -1,6 +1,7 @@
 # The commands a person needs. Each brings .venv and the compiled kernels up to date first.
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
@@ -35,8 +36,11 @@ build: $(STAMP)  ## compile what changed in csrc
 demo: build  ## fine-tune a real model sparsely on this computer
 	$(BIN)/speft finetune
 
-test: build  ## run the test suite
-	$(BIN)/python -m pytest $(ARGS)
+# A file's tests share what is slow to make, so a file stays in one process. A thread each: teams of
+# two processes that wait for each other on the same cores are slower than one.
+test: export OMP_NUM_THREADS ?= 1
+test: build  ## run the test suite, two processes at a time
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 gpu-offline: $(STAMP)  ## compile the GPU kernels for GPUs that are not here, and judge the machine code
 	$(BIN)/python scripts/gpu_offline.py $(ARGS)
