@@ -149,6 +149,7 @@ def test_lists_span_the_grid_and_ids_name_runs_on_any_machine(study, study_file,
         ("seeds: [0, 1, 2]", "seeds: [0.5]", "seeds = .0.5. must be a list of numbers"),
         ("seeds: [0, 1, 2]", "search_seeds: 2", "search_seeds = 2 must lie between 1 and 1"),
         ("seeds: [0, 1, 2]", "search: up", "search = 'up' is not one of all, climb"),
+        ("seeds: [0, 1, 2]", "search_slack: -1", "search_slack = -1 must be a number from 0 on"),
         ("epochs: 1", "epoch: 1", "setting 'epoch' is unknown. Did you mean 'epochs'"),
         ("epochs: 1", "seed: 1", "'seed' is set by the study itself"),
         ("validation: 0.25", "clip: 1", "validation .or eval. is missing"),
@@ -194,6 +195,7 @@ def test_the_best_rate_is_that_of_the_mean_validation_and_a_lower_loss_is_better
     ("validation", "searched"),
     [
         ({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.2, 5: 0.9}, {2, 3, 4}),  # the middle one is a peak
+        ({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.295, 5: 0.9}, {2, 3, 4, 5}),  # within the slack of it
         ({1: 0.1, 2: 0.3, 3: 0.2, 4: 0.1, 5: 0.0}, {1, 2, 3, 4}),
         ({1: 0.4, 2: 0.3, 3: 0.2, 4: 0.1, 5: 0.0}, {1, 2, 3, 4}),  # up to the end of the list
         ({1: 0.0, 2: 0.1, 3: 0.2, 4: 0.3, 5: 0.2}, {2, 3, 4, 5}),
@@ -205,7 +207,9 @@ def test_the_best_rate_is_that_of_the_mean_validation_and_a_lower_loss_is_better
 def test_a_search_that_climbs_leaves_out_what_lies_beyond_a_worse_rate(
     study_file, place, fake, monkeypatch, validation, searched
 ):
-    text = STUDY.replace("lr: [1e-2, 3e-2]", "lr: [3, 1, 5, 2, 4]\nsearch: climb")
+    text = STUDY.replace(
+        "lr: [1e-2, 3e-2]", "lr: [3, 1, 5, 2, 4]\nsearch: climb\nsearch_slack: 0.01"
+    )
     text = text.replace("  sparse: {{salience: [snip, random]}}\n", "")
     study = read_study(study_file(text), data=str(place))
     write = write_result

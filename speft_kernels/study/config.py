@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ _KEYS = {
     "seeds": "seeds of the runs at the best rate",
     "search_seeds": "how many of the seeds every rate runs with",
     "search": "'all' rates, or 'climb' from the middle one",
+    "search_slack": "how far below the best validation a climb still goes on",
 }
 SEARCHES = ("all", "climb")
 # What a study sets itself, for each run.
@@ -81,6 +83,8 @@ class Study:
         methods: label -> settings; an entry with lists in the file is several here.
         rates: label -> the learning rates that are searched.
         climb: search from the middle rate on, and only as far as validation improves.
+        slack: a rate whose validation is so little below the best counts as the best where a climb
+            looks for further rates: differences as small come from chance.
     """
 
     name: str
@@ -92,6 +96,7 @@ class Study:
     seeds: tuple[int, ...]
     search_seeds: int
     climb: bool
+    slack: float
 
     @property
     def cells(self) -> list[tuple[str, str]]:
@@ -121,6 +126,7 @@ class Study:
             "seeds": list(self.seeds),
             "search_seeds": self.search_seeds,
             "search": "climb" if self.climb else "all",
+            "search_slack": self.slack,
         }
 
 
@@ -178,6 +184,9 @@ def _study(loaded: Any, output: str | None, data: str | None) -> Study:
     how = loaded.get("search", SEARCHES[0])
     if how not in SEARCHES:
         raise ConfigError(f"search = {how!r} is not one of {', '.join(SEARCHES)}")
+    slack = loaded.get("search_slack", 0.0)
+    if isinstance(slack, bool) or not isinstance(slack, int | float) or not 0 <= slack < math.inf:
+        raise ConfigError(f"search_slack = {slack!r} must be a number from 0 on")
     where = output or loaded.get("output")
     if not isinstance(where, str) or not where:
         raise ConfigError("output, the study's folder, is missing")
@@ -191,6 +200,7 @@ def _study(loaded: Any, output: str | None, data: str | None) -> Study:
         seeds=seeds,
         search_seeds=search,
         climb=how == "climb",
+        slack=float(slack),
     )
 
 

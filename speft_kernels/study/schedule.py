@@ -15,7 +15,7 @@ def due(study: Study, finished: Mapping[str, Row], failed: Collection[str] = ())
     Method by method as the study lists them: the search of each task, and the repeats as soon as
     the search has ended. So a study that is stopped early is complete for its first methods.
     A search that climbs asks for the middle rate and its neighbours, and then, as long as the best
-    rate has a neighbour that was not tried, for that one.
+    rate, or one within the study's slack of it, has a neighbour that was not tried, for that one.
 
     Args:
         finished: the rows there are, by id.
@@ -50,8 +50,8 @@ def _climbed(
             break
         rows = _comparable(search, finished, failed)
         # Where all diverged, only a lower rate may do.
-        best = ordered.index(best_rate(rows)) if rows else min(asked)
-        further = {best - 1, best + 1} & set(range(len(ordered))) - asked
+        good = [ordered.index(lr) for lr in _good_rates(rows, study.slack)] or [min(asked)]
+        further = {i + step for i in good for step in (-1, 1)} & set(range(len(ordered))) - asked
         if not further:
             break
         asked |= further
@@ -73,9 +73,20 @@ def best_rate(rows: Iterable[Row]) -> float:
     Args:
         rows: of one cell; every rate with the same seeds.
     """
+    means = _means(rows)
+    return max(means, key=means.__getitem__)
+
+
+def _good_rates(rows: Iterable[Row], slack: float) -> list[float]:
+    """The rates whose mean validation is at most `slack` worse than the best one's."""
+    means = _means(rows)
+    return [lr for lr, mean in means.items() if mean >= max(means.values()) - slack]
+
+
+def _means(rows: Iterable[Row]) -> dict[float, float]:
+    """Rate, rising -> its mean validation, so signed that higher is better."""
     by_rate: dict[float, list[float]] = {}
-    sign = 1.0
     for row in rows:
-        sign = 1.0 if row.higher_is_better else -1.0
-        by_rate.setdefault(row.lr, []).append(row.validation)
-    return max(sorted(by_rate), key=lambda lr: sign * statistics.mean(by_rate[lr]))
+        value = row.validation if row.higher_is_better else -row.validation
+        by_rate.setdefault(row.lr, []).append(value)
+    return {lr: statistics.mean(by_rate[lr]) for lr in sorted(by_rate)}
