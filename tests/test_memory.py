@@ -222,6 +222,16 @@ def test_scratch_of_panels_does_not_grow_with_tokens(side, packed, dtype):
     assert grown <= (1 << 20) + (3 << 20)
 
 
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_panels_of_a_small_weight_stay_below_its_size(side):
+    n = k = 256
+    plan = plan_with(side, full_lines(side, n, k))
+    grown = scratch_of_sampled_grad(plan, 16384, False, "cpu")
+    # A panel of a quarter of the weight, and beside it three as large at most, of hot lines; or its
+    # entries, with places of twice their size.
+    assert grown <= 4 * n * k
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("part", ["tiles", "gather"])
 def test_scratch_of_the_torch_backend_does_not_grow_with_tokens(part, packed):

@@ -21,9 +21,10 @@ STRETCH_TOKENS, STRETCH_ELEMENTS = 256, 1 << 20
 # On a GPU, where each stretch is a launch that the host pays for: 128 MiB of float32 at most.
 CUDA_STRETCH = (1 << 20, 1 << 25)
 
-# Elements of the hot lines copied at a time; as many as the panel has where that is more. So a copy
-# serves several stretches: one for each takes up to a fifth more time.
-COPIED_ELEMENTS = 1 << 18
+# Elements of the hot lines copied at a time; as many as the panel has where that is more, and three
+# times as many at most, so fewer than the weight has. A copy serves several stretches: one for each
+# takes up to a fifth more time.
+COPIED_ELEMENTS, COPIED_PANELS = 1 << 18, 3
 
 # Entries sampled at a time: their places and values take 3 MB, those of a full panel would take
 # three times the panel itself.
@@ -64,7 +65,8 @@ def _add(
 
 
 def _multiply_all(panel: Tensor, thin: Tensor, lines: Tensor, wide: Tensor, tokens: int) -> None:
-    at_once = max(COPIED_ELEMENTS // lines.numel(), panel.shape[1])
+    length = panel.shape[1]
+    at_once = min(max(COPIED_ELEMENTS // lines.numel(), length), COPIED_PANELS * length)
     copied, start, stop = None, 0, 0
     for some, right in _stretches(wide, tokens, max(panel.shape)):
         if copied is None or some.stop > stop:
