@@ -47,7 +47,8 @@ def sampling_keys(scores: Tensor, seed: int, name: str) -> Tensor:
 
     A key is the score over an exponential variable (Efraimidis and Spirakis, "Weighted random
     sampling with a reservoir", 2006). That of a layer depends on the seed, its name and its shape
-    alone, so keys of several layers can be ranked together, or each by itself.
+    alone, so keys of several layers can be ranked together, or each by itself. It is drawn on the
+    host; builds of torch with and without MKL draw other ones.
 
     Raises:
         SalienceError: a score is below zero; the message names the layer.
