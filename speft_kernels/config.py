@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from . import recipe
 from .errors import ConfigError, nearest
 from .salience.custom import Score, name_of
 from .salience.metrics import METRICS, check_salience
@@ -31,11 +32,14 @@ class SpeftConfig:
         density: share of the target weights' entries that train, in (0, 1).
         salience: key of the metric that ranks the entries (`salience.METRICS`); or a callable
             `score(w, g) -> s` of a weight and its gradient, all `[N, K]`, or the name of one,
-            "package.module:function", which is imported when scoring starts.
+            "package.module:function", which is imported when scoring starts. None is "snip".
         scope: "layer" gives every matrix the same density, "global" ranks the entries of all of
             them together.
         selection: "top" takes the entries that score highest; "sample" draws without replacement,
-            each time with a chance in proportion to the score: between "top" and `random`.
+            each time with a chance in proportion to the score: between "top" and `random`. None is
+            "top" for a salience that is named, and "sample" where that is None, too.
+        sample_columns: share of each weight's columns that "sample" draws from, those whose scores
+            sum highest; a layer keeps as many of its input's for the backward pass.
         target_modules: "all-linear", or names of linear layers: full names, dotted suffixes
             ("query", "attention.self.query") or regular expressions that match the full name.
             "all-linear" is every `nn.Linear` but the output head.
@@ -65,9 +69,10 @@ class SpeftConfig:
     """
 
     density: float = 0.005
-    salience: str | Score = "gradient"
+    salience: str | Score = None  # type: ignore[assignment]  # none is left once it is built
     scope: str = "layer"
-    selection: str = "top"
+    selection: str = None  # type: ignore[assignment]
+    sample_columns: float = recipe.SAMPLE_COLUMNS
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: Sequence[str] = ()
     block_shape: tuple[int, int] = (1, 1)
@@ -84,7 +89,14 @@ class SpeftConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", _fraction("density", self.density))
-        statistic = check_salience(self.salience)
+        columns = _number("sample_columns", self.sample_columns)
+        if not 0.0 < columns <= 1.0:
+            raise ConfigError(f"sample_columns must lie in (0, 1], got {self.sample_columns!r}")
+        object.__setattr__(self, "sample_columns", columns)
+        salience, selection = recipe.choice(self.salience, self.selection)
+        object.__setattr__(self, "salience", salience)
+        object.__setattr__(self, "selection", selection)
+        statistic = check_salience(salience)
         for name, choices in _CHOICES.items():
             _choice(name, getattr(self, name), choices)
         if self.accumulate != "sum" and statistic != "gradient":

@@ -338,7 +338,7 @@ def test_wrong_settings_are_named_and_leave_nothing(place, tmp_path, setting, me
 
 
 def test_the_models_own_head_trains_too(place, tmp_path):
-    result = run(place, tmp_path / "run", pooling="model")
+    result = run(place, tmp_path / "run", pooling="model", salience="gradient")
     assert result["after"] >= 0.8
     model = load_classifier(str(place / "model"), ("bad", "good"), pooling="model")
     assert isinstance(model, BertForSequenceClassification)

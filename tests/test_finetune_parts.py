@@ -11,7 +11,7 @@ from speft_kernels.errors import ConfigError
 from speft_kernels.files import replaced, write_json
 from speft_kernels.finetune import load_classifier
 from speft_kernels.finetune.batches import epoch_order, length_order
-from speft_kernels.finetune.config import load_yaml
+from speft_kernels.finetune.config import RunConfig, load_yaml
 from speft_kernels.finetune.models import pooling_of
 from speft_kernels.finetune.progress import Display, duration
 from speft_kernels.finetune.tasks import classification_scores
@@ -133,3 +133,29 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
         write_half(path)
     assert json.loads(path.read_text()) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({}, 8e-3),
+        ({"salience": "random"}, 8e-3),
+        ({"salience": "gradient", "selection": "sample"}, 8e-3),
+        ({"salience": "snip"}, 2e-3),
+        ({"selection": "top"}, 2e-3),
+        ({"task": "causal-lm"}, 2e-3),
+        ({"method": "lora"}, 2e-3),
+        ({"method": "full"}, 5e-5),
+        ({"lr": 1e-4}, 1e-4),
+    ],
+)
+def test_the_learning_rate_that_is_not_given_goes_with_the_mask(settings, rate):
+    config = RunConfig.from_dict({"train": "x", "output": "y", **settings})
+    assert config.learning_rate == config.head_learning_rate == rate
+
+
+def test_settings_hold_the_salience_and_selection_that_were_left_to_us():
+    settings = RunConfig(train="x", output="y").to_dict()
+    assert (settings["salience"], settings["selection"]) == ("snip", "sample")
+    assert RunConfig.from_dict(settings).to_dict() == settings
+    assert RunConfig(train="x", output="y", salience="force").speft().selection == "top"

@@ -128,7 +128,7 @@ def test_the_study_that_is_documented_can_be_read():
     assert list(study.tasks) == ["sst2", "cola", "mrpc"]
 
 
-@pytest.mark.parametrize("name", ["study", "defaults"])
+@pytest.mark.parametrize("name", ["study", "defaults", "settings"])
 def test_the_rows_that_are_documented_are_of_that_study_and_name_no_machines_folders(name):
     study = read_study(ROOT / "docs" / f"{name}.yaml")
     known = {
@@ -143,6 +143,12 @@ def test_the_rows_that_are_documented_are_of_that_study_and_name_no_machines_fol
     for row in rows:
         settings = json.loads(row.settings)
         assert not [value for value in settings.values() if str(value).startswith("/")], row.id
+        # Settings that are newer than a row must not mean something else when it is repeated.
+        config = study.run(row.task, row.name, row.lr, row.seed).config(Path("run"), ROOT)
+        again = RunConfig.from_dict({**settings, "output": "run"})
+        if config.method == "speft":
+            for key in ("salience", "selection", "sample_columns", "scope", "head_warmup_steps"):
+                assert getattr(again, key) == getattr(config, key), (row.id, key)
 
 
 def test_a_dry_run_counts_what_is_here_and_trains_nothing(tmp_path, capsys):

@@ -328,5 +328,5 @@ def test_a_layer_used_twice_is_scored_by_the_sum() -> None:
         return model(x).square().sum()
 
     gradient = summed_gradients(model, ["cell"], [x], loss_fn)["cell"]
-    patterns, _ = score_and_select(model, SpeftConfig(density=0.2), [x], loss_fn)
+    patterns, _ = score_and_select(model, SpeftConfig(0.2, "gradient"), [x], loss_fn)
     assert patterns["cell"].indices.tolist() == best([gradient.abs()], 0.2, "layer")[0]

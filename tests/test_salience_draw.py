@@ -154,3 +154,73 @@ def test_scores_that_cannot_be_drawn_by(score: Any, message: str) -> None:
     with pytest.raises(SalienceError, match=message):
         score_and_select(model, config, chain_batches(2), pair_loss)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# From the columns that score highest
+
+
+def test_draws_come_from_the_columns_whose_scores_sum_highest() -> None:
+    scores = torch.rand(50, 40) + 0.01
+    scores[:, ::4] += 1  # the ten columns to draw from
+    scores[7, 1] = 40  # the highest score of all, in a column that is one of the others
+    drawn = sampling_keys(scores, 0, "a", 0.25).view(-1).topk(100).indices
+    assert set((drawn % 40).tolist()) <= set(range(0, 40, 4))
+    keys = sampling_keys(scores, 0, "a")
+    assert torch.equal(sampling_keys(scores, 0, "a", 0.25)[:, ::4], keys[:, ::4])
+    assert torch.equal(sampling_keys(scores, 0, "a", 1.0), keys)
+
+
+def test_the_first_of_equal_columns_count_and_one_at_least() -> None:
+    drawn = sampling_keys(torch.ones(3, 8), 0, "a", 0.25)
+    assert (drawn > 0).any(0).tolist() == [True] * 2 + [False] * 6
+    assert (sampling_keys(torch.ones(3, 8), 0, "a", 0.01) > 0).any(0).sum() == 1
+
+
+@pytest.mark.parametrize("place", [(0, 0), (2, 3)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_score_does_not_hide_in_a_column_that_is_left_out(
+    place: tuple[int, int], bad: float
+) -> None:
+    scores = torch.ones(3, 4)
+    scores[:, 0] = 0
+    scores[place] = bad
+    assert not torch.isfinite(sampling_keys(scores, 0, "a", 0.5)).all()
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(("density", "columns"), [(0.1, 6), (0.7, 21)])
+def test_sampled_masks_use_as_many_columns_as_they_may(
+    scope: str, density: float, columns: int
+) -> None:
+    """2 of 10 columns and 4 of 20, and more where the density asks for more."""
+    config = SpeftConfig(
+        density, "magnitude", scope, "sample", sample_columns=0.2, target_modules=("0", "2")
+    )
+    patterns, _ = score_and_select(chain(), config)
+    used = sum(len((p.entry_indices % p.shape[1]).unique()) for p in patterns.values())
+    assert sum(p.nnz for p in patterns.values()) == round(density * 400)
+    assert used == columns
+
+
+def test_columns_suffice_where_their_share_of_the_entries_is_no_whole_number() -> None:
+    """0.72 of 10 and 20 columns are 7.2 and 14.4: with fewer, entries of no chance would train."""
+    config = SpeftConfig(
+        0.72, "magnitude", "layer", "sample", sample_columns=0.2, target_modules=("0", "2")
+    )
+    patterns, _ = score_and_select(chain(), config)
+    used = [len((p.entry_indices % p.shape[1]).unique()) for p in patterns.values()]
+    assert used == [8, 15]
+
+
+def test_defaults_draw_by_snip_and_a_named_salience_takes_the_top() -> None:
+    drawn, named = SpeftConfig(), SpeftConfig(salience="grasp")
+    assert (drawn.salience, drawn.selection) == ("snip", "sample")
+    assert SpeftConfig(selection="top") == SpeftConfig(salience="snip")
+    assert (named.salience, named.selection) == ("grasp", "top")
+    assert SpeftConfig.from_dict(drawn.to_dict()) == drawn
+
+
+@pytest.mark.parametrize("columns", [0, -0.5, 1.01, float("nan"), "half", True])
+def test_a_share_of_columns_that_is_none(columns: Any) -> None:
+    with pytest.raises(ConfigError, match="sample_columns must"):
+        SpeftConfig(sample_columns=columns)

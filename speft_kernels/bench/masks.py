@@ -108,8 +108,10 @@ def _examples() -> tuple[str, list[tuple[str, str]]]:
 
 
 @functools.cache
-def real_masks(density: float, scope: str) -> dict[str, SparsePattern]:
+def real_masks(
+    density: float, scope: str, salience: str = "gradient", selection: str = "top"
+) -> dict[str, SparsePattern]:
     """Layer's name -> pattern of each of the model's linear layers; some may be empty."""
-    config = SpeftConfig(density=density, scope=scope, salience="gradient")
+    config = SpeftConfig(density=density, scope=scope, salience=salience, selection=selection)
     # Scoring leaves the model as it was.
     return score_and_select(text().model, config, text().scoring)[0]

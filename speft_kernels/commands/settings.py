@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..finetune.config import DEFAULT_LR, FIELDS, coerce, load_yaml
+from ..finetune.config import DEFAULT_LR, DRAWN_LR, FIELDS, coerce, load_yaml
 
 GROUPS = {
     "data and model": (
@@ -16,8 +16,8 @@ GROUPS = {
         "pooling",
     ),
     "what trains": (
-        *("method", "density", "salience", "scope", "selection", "target_modules"),
-        "exclude_modules",
+        *("method", "density", "salience", "scope", "selection", "sample_columns"),
+        *("target_modules", "exclude_modules"),
         *("block_shape", "mode", "scoring_examples", "scoring_batches", "accumulate"),
         *("accumulator_dtype", "accumulator_device", "grasp_sign", "grasp_temperature"),
         *("dynamic", "dynamic_every", "dynamic_share", "dynamic_until", "head_warmup_steps"),
@@ -52,7 +52,8 @@ def _add_flag(group: argparse._ArgumentGroup, name: str) -> None:
     if choices:
         help += f" ({', '.join(choices)})"
     if name == "lr":
-        help += f" ({', '.join(f'{method} {lr:g}' for method, lr in DEFAULT_LR.items())})"
+        rates = ", ".join(f"{method} {lr:g}" for method, lr in DEFAULT_LR.items())
+        help += f" ({rates}; classifiers with a mask that is drawn {DRAWN_LR:g})"
     if spec.default not in (None, "", ()):
         value: Any = spec.default
         default = "x".join(map(str, value)) if name == "block_shape" else value

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import recipe
 from ..errors import ConfigError, nearest
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -22,13 +23,16 @@ TASKS = ("classification", "causal-lm")
 # zero or from noise and take large steps; the weights of a trained model do not.
 DEFAULT_LR = {
     "speft": 2e-3,
-    "lora": 1e-3,
+    "lora": 2e-3,
     "pissa": 1e-3,
     "shira": 2e-3,
     "supertuning": 2e-3,
     "full": 5e-5,
     "head": 1e-2,
 }
+# Of method "speft" where the mask is drawn: its entries lie far from each other and take larger
+# steps than the highest of a gradient's scores, which gather in columns that move together.
+DRAWN_LR = 8e-3
 
 
 def option(
@@ -75,12 +79,20 @@ class RunConfig:
     method: str = option("speft", "how to train", choices=METHODS)
 
     density: float = option(0.005, "share of the target weights that train", above=0, below=1)
-    salience: str = option("gradient", "score that chooses the weights, or a function MODULE:NAME")
+    salience: str = option(
+        None, f"score that chooses the weights, or a function MODULE:NAME [{recipe.SALIENCE}]"
+    )
     scope: str = option("layer", "rank each matrix by itself, or all together")
     selection: str = option(
-        "top",
-        "train what scores highest, or draw with chances in proportion to the scores",
+        None,
+        "train what scores highest, or draw with chances in proportion to the scores; top where "
+        f"--salience is given, else {recipe.SELECTION}",
         choices=("top", "sample"),
+    )
+    sample_columns: float = option(
+        recipe.SAMPLE_COLUMNS,
+        "share of each layer's columns, those that score highest, to draw from",
+        above=0,
     )
     target_modules: tuple[str, ...] | str = option(
         "all-linear", "layers to adapt: names, suffixes or regular expressions"
@@ -170,6 +182,9 @@ class RunConfig:
     seed: int = option(0, "seed of everything random", minimum=0)
 
     def __post_init__(self) -> None:
+        salience, selection = recipe.choice(self.salience, self.selection)
+        object.__setattr__(self, "salience", salience)
+        object.__setattr__(self, "selection", selection)
         for spec in dataclasses.fields(self):
             value = coerce(spec.name, getattr(self, spec.name))
             object.__setattr__(self, spec.name, value)
@@ -232,7 +247,11 @@ class RunConfig:
 
     @property
     def learning_rate(self) -> float:
-        return DEFAULT_LR[self.method] if self.lr is None else self.lr
+        if self.lr is not None:
+            return self.lr
+        drawn = self.method == "speft" and recipe.is_drawn(self.salience, self.selection)
+        # What the study found, a classifier's; language models have not been tried.
+        return DRAWN_LR if drawn and self.task == "classification" else DEFAULT_LR[self.method]
 
     @property
     def head_learning_rate(self) -> float:
@@ -250,6 +269,7 @@ class RunConfig:
             salience=self.salience,
             scope=self.scope,
             selection=self.selection,
+            sample_columns=self.sample_columns,
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
             block_shape=self.block_shape,

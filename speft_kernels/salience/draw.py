@@ -5,6 +5,7 @@ proportion to the scores (`SpeftConfig.selection`).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import torch
@@ -41,9 +42,12 @@ def uniform(places: Mapping[str, int], density: float, scope: str, seed: int) ->
 _LEAST = 2.0**-32
 
 
-def sampling_keys(scores: Tensor, seed: int, name: str) -> Tensor:
+def sampling_keys(scores: Tensor, seed: int, name: str, columns: float = 1.0) -> Tensor:
     """Return keys whose k largest are a sample of k places without replacement, each draw with
     chances in proportion to the scores of what is left; a score of zero comes last.
+
+    Only the columns whose scores sum highest count, `columns` of them all, one at least; the others
+    are zero. A backward pass keeps as many columns of the layer's input.
 
     A key is the score over an exponential variable (Efraimidis and Spirakis, "Weighted random
     sampling with a reservoir", 2006). That of a layer depends on the seed, its name and its shape
@@ -58,8 +62,19 @@ def sampling_keys(scores: Tensor, seed: int, name: str) -> Tensor:
             f"layer {name!r} has scores below zero, which are no chances to draw by; take "
             "selection='top' or a score that is not signed"
         )
+    if columns < 1:
+        scores = scores * _highest(scores.sum(0, dtype=torch.float64), columns).to(scores)
     waits = torch.empty(scores.shape).exponential_(generator=_generator(seed, f"{name} drawn"))
     return scores / waits.clamp_(min=_LEAST).to(scores)
+
+
+def _highest(sums: Tensor, share: float) -> Tensor:
+    """Return whether each sum is in the highest share; of equal ones the first are."""
+    highest = torch.zeros_like(sums, dtype=torch.bool)
+    # Rounded up, so that columns for the share of all entries hold as many; 0.1 * 30 is above 3.
+    count = max(1, math.ceil(share * len(sums) - 1e-6))
+    highest[sums.argsort(descending=True, stable=True)[:count]] = True
+    return highest
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

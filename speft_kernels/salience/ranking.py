@@ -58,7 +58,8 @@ def choose(
             for name in group:
                 score = _block_scores(metric, pairs[name], config.block_shape, dtype, name)
                 if config.selection == "sample":
-                    score = sampling_keys(score, config.seed, name)
+                    columns = max(config.sample_columns, config.density)  # enough to draw from
+                    score = sampling_keys(score, config.seed, name, columns)
                 pairs[name] = (None, score.to(device))
                 gradients.pop(name, None)
         places = sum((g if g is not None else _present(w)).numel() for w, g in pairs.values())

@@ -35,6 +35,7 @@ class SalienceReport:
 
     metric: str
     scope: str
+    selection: str
     density: float
     block_shape: tuple[int, int]
     batches: int

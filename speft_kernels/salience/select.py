@@ -58,6 +58,7 @@ def select_patterns(
     report = SalienceReport(
         metric=metric.key,
         scope=config.scope,
+        selection=config.selection,
         density=config.density,
         block_shape=config.block_shape,
         batches=statistics.batches,

@@ -1,7 +1,8 @@
 """A training step of all-MiniLM-L6-v2 with a classification head: forward, backward, optimizer.
 
-32 x 64 tokens, float32, dropout off, masks by gradient salience on the same data. The floor is the
-frozen model: the head trains, and the input gradient goes through all layers, on every side.
+32 x 64 tokens, float32, dropout off, masks by gradient salience on the same data, and one that is
+drawn by SNIP's scores, as by default. The floor is the frozen model: the head trains, and the input
+gradient goes through all layers, on every side.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from ..trainers import (
 )
 
 DENSITY = 0.005
-LAYER, GLOBAL = "SPEFT per layer", "SPEFT global"
+LAYER, GLOBAL, DRAWN = "SPEFT per layer", "SPEFT global", "SPEFT drawn by SNIP"
 FLOOR, FULL, MASKED = "frozen floor", "full fine-tuning", "dense delta under a mask"
 # Ratio of the step times, at most. A peer is known by the start of its name.
 GOALS = {
     LAYER: {FLOOR: 1.06, "PEFT LoRA": 0.76, "PEFT SHiRA": 0.76, "PEFT Super-Tuning": 0.76},
     GLOBAL: {FLOOR: 1.04},
+    DRAWN: {},
 }
 SAVED_GOAL = 0.30
 
@@ -51,11 +53,13 @@ def _setup(density: float) -> Case:
     chosen = {
         LAYER: masks.real_masks(density, "layer"),
         GLOBAL: masks.real_masks(density, "global"),
+        DRAWN: masks.real_masks(density, "layer", "snip", "sample"),
     }
     per_layer = chosen[LAYER]
     prepares = {
         LAYER: speft(chosen[LAYER]),
         GLOBAL: speft(chosen[GLOBAL]),
+        DRAWN: speft(chosen[DRAWN]),
         FLOOR: frozen,
         FULL: full,
         **peft_methods(per_layer),
@@ -69,7 +73,7 @@ def _setup(density: float) -> Case:
         if sides[0].saved is None or not sides[0].saved.bytes:
             raise WrongResultError(f"{LAYER}: what it keeps for backward escaped the hooks")
         _check_losses(trainers)
-        for name, patterns in ((LAYER, per_layer), (GLOBAL, chosen[GLOBAL]), (MASKED, per_layer)):
+        for name, patterns in {**chosen, MASKED: per_layer}.items():
             _check_gradients(name, trainers[name], trainers[FULL], patterns)
 
     works = _works(per_layer, sum(p.nnz for p in chosen[GLOBAL].values()))
@@ -156,6 +160,7 @@ def _works(patterns: Mapping[str, SparsePattern], global_entries: int) -> dict[s
 
     return {
         LAYER: work(frozen_work + 2 * tokens * entries),
+        DRAWN: work(frozen_work + 2 * tokens * entries),
         GLOBAL: work(frozen_work + 2 * tokens * global_entries),
         FLOOR: work(frozen_work),
         "PEFT LoRA": work(frozen_work + lora),

@@ -1,0 +1,26 @@
+"""What chooses the entries where nothing is said: defaults that belong together. `docs/study.md`
+has the experiments.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+Salience = TypeVar("Salience")
+
+SALIENCE, SELECTION, SAMPLE_COLUMNS = "snip", "sample", 0.5
+
+
+def choice(salience: Salience | None, selection: str | None) -> tuple[Salience | str, str]:
+    """Return salience and selection, where None leaves either to us.
+
+    A salience that is named selects its highest scores, as in the paper.
+    """
+    if salience is None:
+        return SALIENCE, SELECTION if selection is None else selection
+    return salience, "top" if selection is None else selection
+
+
+def is_drawn(salience: object, selection: str) -> bool:
+    """Whether entries are drawn, and not the highest of some score."""
+    return selection == "sample" or salience == "random"
