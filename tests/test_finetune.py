@@ -205,7 +205,7 @@ def test_accumulation_changes_the_memory_and_not_the_steps(tmp_path, monkeypatch
     # Pieces of unequal size: the mean must be over examples, not over batches.
     pieces = [piece for b in batches for piece in (b[:1], b[1:4], b[4:9], b[9:])]
     monkeypatch.setattr(loop_module, "epoch_order", lambda *_: pieces)
-    monkeypatch.setattr(loop_module.math, "ceil", lambda x: 3)
+    monkeypatch.setattr(loop_module, "steps_per_epoch", lambda *_: 3)
     run(tmp_path, tmp_path / "pieces", batch_size=4, grad_accumulation=4, epochs=1)
     whole, parts = (
         [line["loss"] for line in lines(tmp_path / name) if "loss" in line]
