@@ -119,6 +119,22 @@ def assert_as_exact_as_torch(
     assert found <= allowed, (found, allowed)
 
 
+def torchs_worse(dy: Tensor, x: Tensor, exact: np.ndarray) -> Tensor:
+    """`dy^T @ x` as torch computes it, in the accumulator's dtype: by its product, or token after
+    token, whichever is further off. How the vendor's product splits a sum, and with that its error,
+    depends on the processor; one token after the other is the plain order everywhere.
+    """
+    wide = accumulator(dy.dtype)
+    dy, x = dy.to(wide), x.to(wide)
+    in_turn = torch.zeros(dy.shape[1], x.shape[1], dtype=wide)
+    for left, right in zip(dy, x, strict=True):
+        in_turn.addr_(left, right)
+    both = (dy.t() @ x, in_turn)
+    if not exact.size:
+        return both[0]
+    return max(both, key=lambda r: np.abs(r.double().numpy().astype(exact.dtype) - exact).max())
+
+
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts the elements of the largest new tensor that a torch operation returns in the block.
 

@@ -12,6 +12,7 @@ from kernels import (
     exact_product,
     implementation,
     tf32,
+    torchs_worse,
 )
 
 from speft_kernels import SparsePattern, ops
@@ -46,9 +47,8 @@ def test_error_is_at_most_twice_torchs(backend, dtype, block):
         dy, x = torch.randn(m, n).to(dtype), torch.randn(m, k).to(dtype)
         ours = ops.block_grad(dy, x, pattern, backend=backend)
         assert ours.dtype == accumulator(dtype)
-        wide = accumulator(dtype)
-        theirs = dy.to(wide).t() @ x.to(wide)
-        assert_as_exact_as_torch(ours, theirs, exact_product(dy.t(), x), pattern.entry_indices)
+        exact = exact_product(dy.t(), x)
+        assert_as_exact_as_torch(ours, torchs_worse(dy, x, exact), exact, pattern.entry_indices)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -87,7 +87,13 @@ def test_kept_columns_are_read_as_whole_ones(backend, dtype, block):
     kept = ops.keep_columns(x, plan)
     assert kept.shape == (30, plan.kept_width)
     packed = ops.block_grad(dy, kept, pattern, plan=plan, packed=True, backend=backend)
-    assert torch.equal(packed, ops.block_grad(dy, x, pattern, backend=backend))
+    whole = ops.block_grad(dy, x, pattern, backend=backend)
+    if backend == "reference":
+        # One of the vendor's products each, whose sums may be split by how x lies in memory: 30
+        # products of unit normals, each off by a few roundings of at most 16.
+        torch.testing.assert_close(packed, whole, rtol=0, atol=64 * torch.finfo(packed.dtype).eps)
+    else:
+        assert torch.equal(packed, whole)
 
 
 @pytest.mark.parametrize("block", [(16, 16), (1, 64), (64, 1), (5, 3), (24, 8), (40, 40)])

@@ -16,7 +16,7 @@ from ..parts import Parts
 
 # Tokens multiplied at a time, and elements of dy or of x. The GEMM cuts a longer sum into as many
 # parts as there are threads (512 tokens: other bits with 1, 2 and 3 threads); and what is widened
-# stays small.
+# stays small. MKL on AMD's processors changes bits of thin products however short the sums.
 STRETCH_TOKENS, STRETCH_ELEMENTS = 256, 1 << 20
 # On a GPU, where each stretch is a launch that the host pays for: 128 MiB of float32 at most.
 CUDA_STRETCH = (1 << 20, 1 << 25)
