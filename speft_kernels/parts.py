@@ -28,12 +28,18 @@ TILE = 16
 # Elements of a panel, which holds products that are then sampled: 4 MB in float32.
 PANEL_ELEMENTS = 1 << 20
 
+# A panel is padded to a multiple of this many lines, and each line to one of this length. On AMD's
+# processors MKL serves what is left over at the edges of a product by kernels that sum in another
+# order, and where the edges lie depends on the number of threads.
+ALIGNED_LINES, ALIGNED_LENGTH = 4, 16
+
 
 def panel_lines(length: int, other: int) -> int:
-    """How many lines of `length` products a panel holds: one quarter of the `other` side at most,
-    so that no panel is as large as the weight.
+    """How many lines of `length` products a panel holds: a quarter of the `other` side at most, so
+    that no panel is as large as the weight, but no fewer than are multiplied anyway.
     """
-    return max(1, min(PANEL_ELEMENTS // max(length, 1), other // 4))
+    lines = min(PANEL_ELEMENTS // max(length, 1), other // 4)
+    return max(lines - lines % ALIGNED_LINES, ALIGNED_LINES)
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def test_scratch_of_panels_does_not_grow_with_tokens(side, packed, dtype):
     assert parts.entry_row.numel() == 0  # they serve all
     grown = scratch_of_sampled_grad(plan, 16384, packed, "cpu", dtype)
     # Stated in ops/panels.py: a panel of 256 x 1024 products, 1 MiB, and beside it its entries with
-    # their places, 3 MiB, or, of the hot lines, as many elements, for which a stretch of 256 tokens
+    # their places, 3 MiB, or, of the hot lines, as many elements, for which a stretch of 192 tokens
     # is widened.
     assert grown <= (1 << 20) + (3 << 20)
 

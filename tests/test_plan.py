@@ -12,7 +12,7 @@ from plans import COSTS, PARTS, each_entry, mixed_pattern, plan_with
 from speft_kernels import SparsePattern, SparsityPlan
 from speft_kernels.costs import DEFAULTS, Costs
 from speft_kernels.errors import PatternError
-from speft_kernels.parts import PANEL_ELEMENTS
+from speft_kernels.parts import ALIGNED_LINES, PANEL_ELEMENTS
 from speft_kernels.plan import (
     BLOCK_BYTES,
     BLOCK_TOKENS,
@@ -142,7 +142,8 @@ def check_pieces(pieces, lines, count, length, other):
     assert (first[0], entry[0]) == (0, 0)
     assert (first[-1], entry[-1]) == (lines, count)
     for a, b in itertools.pairwise(first):
-        assert (b - a) * length <= max(length, min(PANEL_ELEMENTS, length * other / 4))
+        most = max(ALIGNED_LINES * length, min(PANEL_ELEMENTS, length * other / 4))
+        assert (b - a) * length <= most
 
 
 @settings(max_examples=200, deadline=None)

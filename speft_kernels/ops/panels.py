@@ -1,23 +1,24 @@
 """The panels of `sampled_grad`: thin products by the vendor's GEMM, sampled into the values.
 
 Every backend without a kernel of its own for them calls this. A panel never exceeds
-`parts.PANEL_ELEMENTS` products or a quarter of the weight; dy and x are read in stretches of
-tokens, so that what is copied and widened of them is small as well, however many tokens there are.
+what `parts.panel_lines` allows; dy and x are read in stretches of tokens, so that what is copied
+and widened of them is small as well, however many tokens there are.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
-from ..parts import Parts
+from ..parts import ALIGNED_LENGTH, ALIGNED_LINES, Parts
 
 # Tokens multiplied at a time, and elements of dy or of x. The GEMM cuts a longer sum into as many
-# parts as there are threads (512 tokens: other bits with 1, 2 and 3 threads); and what is widened
-# stays small. MKL on AMD's processors changes bits of thin products however short the sums.
-STRETCH_TOKENS, STRETCH_ELEMENTS = 256, 1 << 20
+# parts as there are threads (float32, 512 tokens: other bits with 1, 2 and 3; float64 on an AMD
+# EPYC, 193: with 1 and 16); and what is widened stays small.
+STRETCH_TOKENS, STRETCH_ELEMENTS = 192, 1 << 20
 # On a GPU, where each stretch is a launch that the host pays for: 128 MiB of float32 at most.
 CUDA_STRETCH = (1 << 20, 1 << 25)
 
@@ -58,22 +59,73 @@ def _add(
     """Add the panels of some columns of `thin` by all of `wide`; one of them may be packed."""
     length = wide.shape[1]
     for (first, begin), (last, end) in itertools.pairwise(pieces.t().tolist()):
-        panel = out.new_zeros(last - first, length)
-        _multiply_all(panel, thin, lines[first:last], wide, tokens)
         some = slice(begin, end)
+        panel = _products(thin, lines[first:last], wide, tokens, out)
         _sample(panel, first * length, at[some], slot[some], out)
+        del panel  # not to be there while the next is made
 
 
-def _multiply_all(panel: Tensor, thin: Tensor, lines: Tensor, wide: Tensor, tokens: int) -> None:
-    length = panel.shape[1]
-    at_once = min(max(COPIED_ELEMENTS // lines.numel(), length), COPIED_PANELS * length)
+def _products(thin: Tensor, lines: Tensor, wide: Tensor, tokens: int, out: Tensor) -> Tensor:
+    """`[lines or more, length]` of `out`'s dtype: columns of `thin`, transposed, times `wide`."""
+    count, length = lines.numel(), wide.shape[1]
+    if count == 1 or length == 1:
+        panel = out.new_zeros(count, length)
+        _add_products(panel, thin, lines, wide, tokens, _add_sums)
+        return panel
+    missing = -count % ALIGNED_LINES
+    if missing:  # the last line again and again; nothing is sampled of them
+        lines = torch.cat([lines, lines[-1:].expand(missing)])
+    panel = out.new_zeros(lines.numel(), length + -length % ALIGNED_LENGTH)
+    _add_products(panel, thin, lines, wide, tokens, _add_gemm)
+    return panel[:, :length].contiguous()
+
+
+def _add_products(
+    panel: Tensor,
+    thin: Tensor,
+    lines: Tensor,
+    wide: Tensor,
+    tokens: int,
+    add: Callable[[Tensor, Tensor, Tensor], None],
+) -> None:
+    """Call `add(panel, left, right)` for a stretch of t tokens at a time.
+
+    left is `[lines, t]`, of `thin`; right `[t, length]`, of `wide`.
+    """
+    count, length = lines.numel(), wide.shape[1]
+    at_once = min(max(COPIED_ELEMENTS // count, length), COPIED_PANELS * length)
     copied, start, stop = None, 0, 0
-    for some, right in _stretches(wide, tokens, max(panel.shape)):
+    for some, right in _stretches(wide, tokens, max(count, length)):
         if copied is None or some.stop > stop:
             copied = None  # no two of them at a time
             start, stop = some.start, max(some.stop, min(some.start + at_once, tokens))
             copied = columns_of(thin, lines, slice(start, stop))
-        _multiply(panel, copied[:, some.start - start : some.stop - start], right)
+        add(panel, copied[:, some.start - start : some.stop - start], right)
+
+
+def _add_sums(panel: Tensor, left: Tensor, right: Tensor) -> None:
+    # As a product it would be a gemv, whose sums over tokens depend on the number of threads, and
+    # are up to 3.7 times as far off as torch's product; torch's own sum is pairwise.
+    left, right = left.to(panel.dtype), right.to(panel.dtype)
+    panel.add_((left.unsqueeze(2) * right.unsqueeze(0)).sum(1))
+
+
+def _add_gemm(panel: Tensor, left: Tensor, right: Tensor) -> None:
+    # Products accumulate in float32 inside the GEMM, but its result has the operands' dtype: widen
+    # them first.
+    panel.addmm_(left.to(panel.dtype), _widened(right, panel))
+
+
+def _widened(right: Tensor, panel: Tensor) -> Tensor:
+    """`right` `[t, length]` in the dtype of `panel`, with zeros up to the panel's length."""
+    if right.shape[1] == panel.shape[1]:
+        return right.to(panel.dtype)
+    if right.stride(0) == 1:  # packed: keep its columns contiguous, as a copy across is slow
+        padded = panel.new_zeros(panel.shape[1], right.shape[0]).t()
+    else:
+        padded = panel.new_zeros(right.shape[0], panel.shape[1])
+    padded[:, : right.shape[1]] = right
+    return padded
 
 
 def columns_of(operand: Tensor, positions: Tensor, tokens: slice) -> Tensor:
@@ -112,18 +164,6 @@ def _stretches(matrix: Tensor, tokens: int, width: int) -> Iterator[tuple[slice,
         for start in range(first, min(first + size, tokens), step):
             some = slice(start, min(start + step, first + size, tokens))
             yield some, block[:, some.start - first : some.stop - first].t()
-
-
-def _multiply(panel: Tensor, left: Tensor, right: Tensor) -> None:
-    # Products accumulate in float32 inside the GEMM, but its result has the operands' dtype: widen
-    # them first.
-    left, right = left.to(panel.dtype), right.to(panel.dtype)
-    if 1 in panel.shape:
-        # It would be a gemv, whose sums over tokens depend on the number of threads, and are up to
-        # 3.7 times as far off as torch's product; torch's own sum is pairwise.
-        panel.add_((left.unsqueeze(2) * right.unsqueeze(0)).sum(1))
-    else:
-        panel.addmm_(left, right)
 
 
 def _sample(panel: Tensor, start: int, at: Tensor, slot: Tensor, out: Tensor) -> None:
