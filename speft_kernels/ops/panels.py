@@ -17,7 +17,7 @@ from ..parts import ALIGNED_LENGTH, ALIGNED_LINES, Parts
 
 # Tokens multiplied at a time, and elements of dy or of x. The GEMM cuts a longer sum into as many
 # parts as there are threads (float32, 512 tokens: other bits with 1, 2 and 3; float64 on an AMD
-# EPYC, 193: with 1 and 16); and what is widened stays small.
+# EPYC, 193 of a transposed operand: with 1 and 16); and what is widened stays small.
 STRETCH_TOKENS, STRETCH_ELEMENTS = 192, 1 << 20
 # On a GPU, where each stretch is a launch that the host pays for: 128 MiB of float32 at most.
 CUDA_STRETCH = (1 << 20, 1 << 25)
