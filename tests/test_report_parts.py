@@ -149,7 +149,8 @@ def test_a_cell_escapes_its_text():
 def test_rows_of_an_earlier_grid_are_set_aside():
     tasks = {"sst2": {"train": "a.tsv", "epochs": 3}, "cola": {"train": "b.tsv", "epochs": 3}}
     methods = {"lora": {"method": "lora"}, "full": {"method": "full"}}
-    study = {"tasks": tasks, "methods": methods, "seeds": [0, 1]}
+    study = {"tasks": tasks, "methods": methods}
+    study["seeds"] = {"lora": [0, 1], "full": [0]}
     study["lr"] = {name: [1e-3, 1e-2] for name in methods}
 
     def of(task, name, lr=1e-2, seed=0, **changed):
@@ -164,6 +165,7 @@ def test_rows_of_an_earlier_grid_are_set_aside():
         of("sst2", "full"),
         of("sst2", "lora", epochs=5),
         of("sst2", "lora", lr=0.1),
+        of("sst2", "full", seed=1),
         of("sst2", "lora"),
     ]
     kept, others = asked_for(rows, study)
@@ -173,8 +175,8 @@ def test_rows_of_an_earlier_grid_are_set_aside():
         ("cola", "lora"),
         ("cola", "full"),
     ]
-    assert others == [rows[3].id, rows[4].id]
-    for strange in ({}, {"tasks": 3}, {**study, "lr": None}, {**study, "seeds": ["x"]}):
+    assert others == [rows[3].id, rows[4].id, rows[5].id]
+    for strange in ({}, {"tasks": 3}, {**study, "lr": None}, {**study, "seeds": [0, 1]}):
         assert len(asked_for(rows, strange)[0]) == len(rows)
     foreign = [row(id="x", name="other"), row(id="y", task="cola"), row(id="z")]
     assert [r.id for r in asked_for(foreign, study)[0]] == ["z", "x", "y"]

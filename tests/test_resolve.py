@@ -123,7 +123,7 @@ def test_every_example_passes_a_dry_run(path, capsys):
 
 def test_the_study_that_is_documented_can_be_read():
     study = read_study(ROOT / "docs" / "study.yaml")
-    assert len(study.seeds) == 3
+    assert {len(seeds) for seeds in study.seeds.values()} == {3}
     assert all(len(rates) >= 4 for rates in study.rates.values())
     assert list(study.tasks) == ["sst2", "cola", "mrpc"]
 
@@ -131,15 +131,9 @@ def test_the_study_that_is_documented_can_be_read():
 @pytest.mark.parametrize("name", ["study", "defaults", "settings"])
 def test_the_rows_that_are_documented_are_of_that_study_and_name_no_machines_folders(name):
     study = read_study(ROOT / "docs" / f"{name}.yaml")
-    known = {
-        study.run(task, name, lr, seed).id
-        for task, name in study.cells
-        for lr in study.rates[name]
-        for seed in study.seeds
-    }
     rows = read_rows(ROOT / "docs" / f"{name}.csv")
     assert rows
-    assert {row.id for row in rows} <= known
+    assert {row.id for row in rows} <= set(study.grid())
     for row in rows:
         settings = json.loads(row.settings)
         assert not [value for value in settings.values() if str(value).startswith("/")], row.id

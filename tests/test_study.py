@@ -148,6 +148,16 @@ def test_lists_span_the_grid_and_ids_name_runs_on_any_machine(study, study_file,
         ("lr: [1e-2, 3e-2]", "lr: [1e-2, -1]", "lr = -1.0 must be greater than 0"),
         ("seeds: [0, 1, 2]", "seeds: [0.5]", "seeds = .0.5. must be a list of numbers"),
         ("seeds: [0, 1, 2]", "search_seeds: 2", "search_seeds = 2 must lie between 1 and 1"),
+        (
+            "{{method: head}}",
+            "{{method: head, seeds: []}}",
+            "method head: seeds = .. must be a list",
+        ),
+        (
+            "random]}}\nlr:",
+            "random], seeds: 7}}\nsearch_seeds: 2\nlr:",
+            "search_seeds = 2 must lie between 1 and 1",
+        ),
         ("seeds: [0, 1, 2]", "search: up", "search = 'up' is not one of all, climb"),
         ("seeds: [0, 1, 2]", "search_slack: -1", "search_slack = -1 must be a number from 0 on"),
         ("epochs: 1", "epoch: 1", "setting 'epoch' is unknown. Did you mean 'epochs'"),
@@ -176,6 +186,17 @@ def test_every_rate_runs_with_the_search_seeds_and_the_best_with_the_others(stud
     assert {config.method for config in fake.began[:4]} == {"head"}
     assert read_rows(Places(study.output).rows) == rows
     assert due(study, {row.id: row for row in rows}) == []
+
+
+def test_a_method_may_have_seeds_of_its_own(study_file, fake):
+    text = STUDY.replace("{{method: head}}", "{{method: head, seeds: [0, 5]}}")
+    study = read_study(study_file(text.replace("random]", "random], seeds: 0")))
+    rows = run_study(study, jobs=1, say=silent)
+    chosen = {(row.name, row.seed) for row in rows if row.lr == 3e-2}
+    assert chosen == {("head", 0), ("head", 5), ("sparse-snip", 0), ("sparse-random", 0)}
+    assert {row.id for row in rows} < set(study.grid())
+    # They are no setting of a run: with other seeds, what has run is not run again.
+    assert {row.id for row in rows if row.seed == 0} <= set(read_study(study_file()).grid())
 
 
 def test_the_best_rate_is_that_of_the_mean_validation_and_a_lower_loss_is_better(study, fake):

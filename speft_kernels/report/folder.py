@@ -107,7 +107,7 @@ def asked_for(rows: Sequence[Row], study: Mapping[str, Any]) -> tuple[list[Row],
 
 def _is_asked_for(row: Row, study: Mapping[str, Any]) -> bool:
     try:
-        if row.lr not in study["lr"][row.name] or row.seed not in study["seeds"]:
+        if row.lr not in study["lr"][row.name] or row.seed not in study["seeds"][row.name]:
             return False
         own = {**study["tasks"][row.task], **study["methods"][row.name]}
         settings = {**own, "lr": row.lr, "seed": row.seed}

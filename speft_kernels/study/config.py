@@ -22,8 +22,8 @@ _KEYS = {
     "base": "settings of every run",
     "tasks": "task name -> its settings, data among them",
     "methods": "method label -> its settings; a list of values spans the grid",
-    "lr": "learning rates to search",
-    "seeds": "seeds of the runs at the best rate",
+    "lr": "learning rates to search; a method may have its own",
+    "seeds": "seeds of the runs at the best rate; a method may have its own",
     "search_seeds": "how many of the seeds every rate runs with",
     "search": "'all' rates, or 'climb' from the middle one",
     "search_slack": "how far below the best validation a climb still goes on",
@@ -82,6 +82,7 @@ class Study:
     Attributes:
         methods: label -> settings; an entry with lists in the file is several here.
         rates: label -> the learning rates that are searched.
+        seeds: label -> the seeds of the runs at the best rate.
         climb: search from the middle rate on, and only as far as validation improves.
         slack: a rate whose validation is so little below the best counts as the best where a climb
             looks for further rates: differences as small come from chance.
@@ -93,7 +94,7 @@ class Study:
     tasks: Mapping[str, Mapping[str, Any]]
     methods: Mapping[str, Mapping[str, Any]]
     rates: Mapping[str, tuple[float, ...]]
-    seeds: tuple[int, ...]
+    seeds: Mapping[str, tuple[int, ...]]
     search_seeds: int
     climb: bool
     slack: float
@@ -110,12 +111,23 @@ class Study:
     def search(self, task: str, name: str, rates: Iterable[float] | None = None) -> list[Run]:
         """The runs of one cell at these rates, by default at all that may be searched."""
         rates = self.rates[name] if rates is None else tuple(rates)
-        seeds = self.seeds[: self.search_seeds]
+        seeds = self.seeds[name][: self.search_seeds]
         return [self.run(task, name, lr, seed) for seed in seeds for lr in rates]
 
     def repeats(self, task: str, name: str, lr: float) -> list[Run]:
         """The runs of one cell at the chosen rate that its search did not make."""
-        return [self.run(task, name, lr, seed) for seed in self.seeds[self.search_seeds :]]
+        seeds = self.seeds[name][self.search_seeds :]
+        return [self.run(task, name, lr, seed) for seed in seeds]
+
+    def grid(self) -> dict[str, Run]:
+        """Every run that the study may ask for, by id."""
+        return {
+            run.id: run
+            for task, name in self.cells
+            for lr in self.rates[name]
+            for seed in self.seeds[name]
+            for run in [self.run(task, name, lr, seed)]
+        }
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -123,7 +135,7 @@ class Study:
             "tasks": {name: dict(settings) for name, settings in self.tasks.items()},
             "methods": {name: dict(settings) for name, settings in self.methods.items()},
             "lr": {name: list(rates) for name, rates in self.rates.items()},
-            "seeds": list(self.seeds),
+            "seeds": {name: list(seeds) for name, seeds in self.seeds.items()},
             "search_seeds": self.search_seeds,
             "search": "climb" if self.climb else "all",
             "search_slack": self.slack,
@@ -168,19 +180,22 @@ def _study(loaded: Any, output: str | None, data: str | None) -> Study:
     }
     methods: dict[str, dict[str, Any]] = {}
     rates: dict[str, tuple[float, ...]] = {}
+    seeds: dict[str, tuple[int, ...]] = {}
     for entry, own in _mapping("methods", loaded.get("methods")).items():
-        own = _settings(f"method {entry}", own, also=("lr",))
+        own = _settings(f"method {entry}", own, also=("lr", "seeds"))
         searched = _rates(own.pop("lr", loaded.get("lr")), entry)
+        repeated = _seeds(own.pop("seeds", loaded.get("seeds", [0])), entry)
         for name, settings in _expanded(_label("method", entry), own):
             if name in methods:
                 raise ConfigError(f"two methods are called {name!r}")
             methods[name] = settings
             kind = settings.get("method", base.get("method", "speft"))
             rates[name] = searched or (DEFAULT_LR.get(kind, 1e-3),)
-    seeds = _several("seeds", loaded.get("seeds", [0]), int)
+            seeds[name] = repeated
     search = loaded.get("search_seeds", 1)
-    if isinstance(search, bool) or not isinstance(search, int) or not 0 < search <= len(seeds):
-        raise ConfigError(f"search_seeds = {search!r} must lie between 1 and {len(seeds)} (seeds)")
+    fewest = min(map(len, seeds.values()))
+    if isinstance(search, bool) or not isinstance(search, int) or not 0 < search <= fewest:
+        raise ConfigError(f"search_seeds = {search!r} must lie between 1 and {fewest} (seeds)")
     how = loaded.get("search", SEARCHES[0])
     if how not in SEARCHES:
         raise ConfigError(f"search = {how!r} is not one of {', '.join(SEARCHES)}")
@@ -218,7 +233,7 @@ def _settings(where: str, value: Any, also: Iterable[str] = ()) -> dict[str, Any
     for key in settings:
         if key in _OWN and key not in also:
             raise ConfigError(f"{where}: {key!r} is set by the study itself, for each run")
-        if key not in FIELDS:
+        if key not in FIELDS and key not in also:
             raise ConfigError(f"{where}: setting {key!r} is unknown.{nearest(key, FIELDS)}")
     return settings
 
@@ -249,6 +264,10 @@ def _text(value: Any) -> str:
 
 def _rates(value: Any, method: str) -> tuple[float, ...]:
     return () if value is None else _several(f"method {method}: lr", value, float)
+
+
+def _seeds(value: Any, method: str) -> tuple[int, ...]:
+    return _several(f"method {method}: seeds", value, int)
 
 
 def _several(key: str, value: Any, kind: Any) -> tuple[Any, ...]:

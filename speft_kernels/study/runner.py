@@ -75,7 +75,7 @@ def run_study(
     with _alone(places, say), StopSignals() as stop:
         write_json(places.study, study.to_dict())
         finished = collect(study)
-        changed = changed_inputs(study, _grid(study), finished)
+        changed = changed_inputs(study, study.grid(), finished)
         if changed:
             raise StudyError(
                 f"{places.rows} has rows of other data or weights than there are now, and they "
@@ -99,24 +99,13 @@ def collect(study: Study) -> dict[str, Row]:
     """
     places = Places(study.output)
     stored = {row.id: row for row in read_rows(places.rows)}
-    known = _grid(study)
+    known = study.grid()
     for id, run in known.items():
         folder = places.runs / id
         if id not in stored and (folder / "result.json").exists():
             stored[id] = _row(run, folder)
     write_rows(places.rows, stored.values())
     return {id: row for id, row in stored.items() if id in known}
-
-
-def _grid(study: Study) -> dict[str, Run]:
-    """Every run that the study may ask for, by id."""
-    return {
-        run.id: run
-        for task, name in study.cells
-        for lr in study.rates[name]
-        for seed in study.seeds
-        for run in [study.run(task, name, lr, seed)]
-    }
 
 
 def _run_due(
