@@ -23,6 +23,7 @@ from kernels import (
     torchs_worse,
 )
 from plans import PARTS, mixed_pattern, parts_of, plan_with
+from sampled import FORMS, assert_same_sums, at, plan_for, sampled
 
 from speft_kernels import SparsePattern, SparsityPlan, ops
 from speft_kernels.ops import registry
@@ -32,32 +33,6 @@ from speft_kernels.testing import uniform_pattern
 BACKENDS = backends("sampled_grad")
 EXACT_BACKENDS = backends("sampled_grad", torch.float64)
 BACKENDS_AND_PARTS = [(backend, part) for backend in BACKENDS for part in parts_of(backend)]
-FORMS = ("whole", "packed")
-
-
-def at(dense, pattern):
-    return dense.reshape(-1)[pattern.entry_indices.long()]
-
-
-def sampled(dy, x, plan, form, **more):
-    """The values with x given as `form` says."""
-    packed = form == "packed"
-    x = ops.keep_columns(x, plan) if packed else x
-    return ops.sampled_grad(dy, x, plan.pattern, plan=plan, packed=packed, **more)
-
-
-def error_bound(dy, x):
-    """By how much two sums of the same products may differ, in whatever order each is summed.
-
-    Each is off by at most M roundings of half `eps` of the sum of the products' magnitudes.
-    """
-    wide = accumulator(dy.dtype)
-    magnitude = (dy.to(wide).abs().t() @ x.to(wide).abs()).max() if dy.numel() else 0
-    return float(dy.shape[0] * torch.finfo(wide).eps * magnitude)
-
-
-def assert_same_sums(ours, theirs, dy, x):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=error_bound(dy, x))
 
 
 @functools.cache
@@ -68,12 +43,6 @@ def problem(dtype, shape):
     dy, x = (torch.randn(m, size, generator=generator).to(dtype) for size in (n, k))
     exact = exact_product(dy.t(), x)
     return dy, x, torchs_worse(dy, x, exact), exact
-
-
-@functools.cache
-def plan_for(part, kind, n, k):
-    pattern = mixed_pattern(n, k) if kind == "mixed" else make_pattern(kind, n, k)
-    return SparsityPlan.build(pattern) if part == "default" else plan_with(part, pattern)
 
 
 def check_the_numbers_contract(backend, dtype, plan, shape):
@@ -295,97 +264,6 @@ def test_the_gradient_of_a_sum_has_no_strides_at_all(part, form):
     dy, x = torch.ones(()).expand(150, 96), torch.randn(1, 130).expand(150, 130)
     got = sampled(dy, x, plan, form, backend="cpu")
     assert_same_sums(got, at(dy.t() @ x, plan.pattern), dy, x)
-
-
-def assert_threads_change_nothing(run):
-    results = []
-    for threads in (1, 2, 3, 7, 16):
-        torch.set_num_threads(threads)
-        results += [run() for _ in range(2)]
-    assert all(torch.equal(result, results[0]) for result in results)
-    return results[0]
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_do_not_change_a_bit(dtype, part, form):
-    plan = plan_for(part, "mixed", 96, 130)
-    # One block, whose sums go straight to the result; several blocks; many.
-    for m in (100, 613, 2100):
-        dy, x = torch.randn(m, 96).to(dtype), torch.randn(m, 130).to(dtype)
-        run = functools.partial(sampled, dy, x, plan, form, backend="cpu")
-        assert_threads_change_nothing(run)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("part", ["columns", "rows"])
-@pytest.mark.parametrize(
-    ("lines", "shape"),
-    [
-        (1, (96, 1024)),
-        (2, (96, 1024)),
-        (26, (96, 1024)),
-        (2, (65, 33)),
-        (17, (33, 65)),
-        (4, (45, 7)),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_threads_do_not_change_a_bit_of_thin_panels(dtype, lines, shape, part, form):
-    """The vendor's library cuts long sums among threads where a product is thin, and on AMD's
-    processors sums in another order at the edges of odd ones.
-    """
-    mask = torch.zeros(shape, dtype=torch.bool)
-    if part == "columns":
-        mask[:, 3 : 3 + lines] = True
-    else:
-        mask[5 : 5 + lines, ::3] = True
-    plan = plan_with(part, SparsePattern.from_mask(mask))
-    for m in (100, 300, 2100):
-        dy, x = (torch.randn(m, size, dtype=dtype) for size in shape)
-        run = functools.partial(sampled, dy, x, plan, form, backend="cpu")
-        got = assert_threads_change_nothing(run)
-        assert_same_sums(got, at(dy.t() @ x, plan.pattern), dy, x)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_threads_do_not_change_a_bit_of_panels_of_transposed_operands(dtype):
-    """MKL cuts sums in float64 earlier where the tokens of the wide operand are contiguous."""
-    mask = torch.zeros(96, 208, dtype=torch.bool)
-    mask[5:21] = True
-    plan = plan_with("rows", SparsePattern.from_mask(mask))
-    dy, x = torch.randn(96, 256, dtype=dtype).t(), torch.randn(208, 256, dtype=dtype).t()
-    run = functools.partial(sampled, dy, x, plan, "whole", backend="cpu")
-    assert_same_sums(assert_threads_change_nothing(run), at(dy.t() @ x, plan.pattern), dy, x)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("part", "density"), [("gather", 0.4), ("gather", 0.6), ("tiles", 0.3)])
-def test_threads_do_not_change_a_bit_of_many_sums(part, density, form):
-    """Sums of one split above 4 MiB are added where they belong by the task that has them: there is
-    no second split, however many blocks of tokens. 0.4 makes two of the three blocks.
-    """
-    n, k, m = 2048, 1024, 300
-    plan = plan_with(part, uniform_pattern((n, k), density))
-    sums = plan.whole.entry_row.numel() + plan.whole.tile_slot.numel()
-    splits = (8 << 20) // (4 * sums)
-    assert splits == 2 if density == 0.4 else splits <= 1
-    assert -(-m // plan.block_tokens(m)) == 3
-    dy, x = torch.randn(m, n), torch.randn(m, k)
-    got = assert_threads_change_nothing(lambda: sampled(dy, x, plan, form, backend="cpu"))
-    expected = at(dy.t() @ x, plan.pattern)
-    assert_same_sums(got, expected, dy, x)
-
-    def accumulated():
-        out = torch.ones(plan.pattern.nnz)
-        return sampled(dy, x, plan, form, backend="cpu", out=out, accumulate=True)
-
-    torch.testing.assert_close(
-        assert_threads_change_nothing(accumulated), got + 1, rtol=0, atol=error_bound(dy, x)
-    )
-    out = torch.full((plan.pattern.nnz,), torch.nan)
-    assert torch.equal(sampled(dy, x, plan, form, backend="cpu", out=out), got)
 
 
 @pytest.mark.parametrize("part", ["default", *PARTS])
