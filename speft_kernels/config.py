@@ -52,7 +52,7 @@ class SpeftConfig:
             model by itself; `()` trains none.
         head_warmup_steps: optimiser steps on `modules_to_train` alone before scoring: the gradients
             behind a freshly initialised head are noise.
-        head_warmup_lr: learning rate of that warm-up (AdamW).
+        head_warmup_lr: learning rate of that warm-up (AdamW), by default that of `docs/study.md`.
         accumulate: what becomes of the batches' gradients, for metrics of the plain gradient: "sum"
             scores the summed gradient, "absolute" the sum of |g| of each batch, "square" that of
             g^2.
@@ -79,7 +79,7 @@ class SpeftConfig:
     mode: str = "resident"
     modules_to_train: Sequence[str] | None = None
     head_warmup_steps: int = 0
-    head_warmup_lr: float = 1e-3
+    head_warmup_lr: float = 5e-3
     accumulate: str = "sum"
     accumulator_dtype: str = "float32"
     accumulator_device: str = "model"

@@ -9,6 +9,8 @@ from typing import TypeVar
 Salience = TypeVar("Salience")
 
 SALIENCE, SELECTION, SAMPLE_COLUMNS = "snip", "sample", 0.5
+# Behind a classifier's new head, whose weights are noise, so are the gradients that are scored.
+HEAD_WARMUP_STEPS = 50
 
 
 def choice(salience: Salience | None, selection: str | None) -> tuple[Salience | str, str]:

@@ -154,6 +154,22 @@ def test_the_learning_rate_that_is_not_given_goes_with_the_mask(settings, rate):
     assert config.learning_rate == config.head_learning_rate == rate
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, 50),
+        ({"method": "lora"}, 50),
+        ({"method": "head"}, 0),
+        ({"task": "causal-lm"}, 0),
+        ({"head_warmup_steps": 7, "method": "head"}, 7),
+        ({"head_warmup_steps": 0}, 0),
+    ],
+)
+def test_a_head_trains_alone_first_where_something_else_trains_too(settings, steps):
+    config = RunConfig.from_dict({"train": "x", "output": "y", **settings})
+    assert config.head_warmup_steps == config.to_dict()["head_warmup_steps"] == steps
+
+
 def test_settings_hold_the_salience_and_selection_that_were_left_to_us():
     settings = RunConfig(train="x", output="y").to_dict()
     assert (settings["salience"], settings["selection"]) == ("snip", "sample")

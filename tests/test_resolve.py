@@ -44,6 +44,7 @@ SCRIPTS = {
         **{"salience": "gradient", "scope": "global", "scoring_examples": 1024},
         **{"epochs": 30, "batch_size": 32, "grad_accumulation": 2, "max_length": 196, "lr": 5e-5},
         **{"warmup_ratio": 0.0, "weight_decay": 0.0, "clip": 0, "scheduler": "linear", "seed": 42},
+        "head_warmup_steps": 0,
         **{"scoring_batches": 1024 // 32, "target_modules": ("q_proj", "k_proj", "v_proj")},
     },
 }
@@ -119,6 +120,20 @@ def test_every_example_passes_a_dry_run(path, capsys):
     out = capsys.readouterr().out
     assert "(to be downloaded)" in out
     assert "learning rates:" in out
+
+
+def test_defaults_that_go_with_others_are_not_listed_as_choices(capsys, tmp_path):
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\nfine\t1\nbad\t0\n")
+    data = ["--train", str(tmp_path / "train.tsv"), "--eval", str(tmp_path / "train.tsv")]
+    command = ["finetune", *data, "--output", str(tmp_path / "run"), "--dry-run"]
+    assert main(command) == 0
+    chosen = capsys.readouterr().out.split("learning rates")[0]
+    assert chosen.splitlines()[1:] == [f"  output: {tmp_path / 'run'}", "  "]
+    assert main([*command, "--salience", "snip", "--head-warmup-steps", "0"]) == 0
+    chosen, rest = capsys.readouterr().out.split("learning rates")
+    assert "  selection: top\n" in chosen  # which a salience that is named brings with it
+    assert "  head_warmup_steps: 0\n" in chosen
+    assert "trains alone" not in rest
 
 
 def test_the_study_that_is_documented_can_be_read():

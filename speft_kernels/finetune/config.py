@@ -132,7 +132,12 @@ class RunConfig:
     )
     scoring_examples: int = option(1024, "examples that the score is taken from", minimum=1)
     scoring_batches: int = option(64, "batches that they are divided into", minimum=1)
-    head_warmup_steps: int = option(0, "steps that train the head alone, before scoring", minimum=0)
+    head_warmup_steps: int = option(
+        None,
+        "steps that train the head alone, before scoring "
+        f"[{recipe.HEAD_WARMUP_STEPS}; 0 where there is no head, or nothing else to train]",
+        minimum=0,
+    )
     lora_rank: int = option(
         8, "rank of --method lora and pissa (their alpha is twice that) and shira", minimum=1
     )
@@ -185,6 +190,10 @@ class RunConfig:
         salience, selection = recipe.choice(self.salience, self.selection)
         object.__setattr__(self, "salience", salience)
         object.__setattr__(self, "selection", selection)
+        if self.head_warmup_steps is None:
+            headed = self.task == "classification" and self.method != "head"
+            steps = recipe.HEAD_WARMUP_STEPS if headed else 0
+            object.__setattr__(self, "head_warmup_steps", steps)
         for spec in dataclasses.fields(self):
             value = coerce(spec.name, getattr(self, spec.name))
             object.__setattr__(self, spec.name, value)

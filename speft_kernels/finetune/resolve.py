@@ -27,11 +27,15 @@ def resolved(config: RunConfig) -> str:
         config.require("eval")
     config = config.located()
     lines = ["settings that are not the default's:"]
-    for name, spec in FIELDS.items():
+    # Some defaults go with others: they are those of a run that gives none of them.
+    defaults = RunConfig(train="-", output="-", task=config.task, method=config.method)
+    for name in FIELDS:
         value = getattr(config, name)
-        if value != spec.default and name not in ("train", "eval", "test", "model"):
+        if value != getattr(defaults, name) and name not in ("train", "eval", "test", "model"):
             lines.append(f"  {name}: {value}")
     lines.append(f"  learning rates: {config.learning_rate:g}, head {config.head_learning_rate:g}")
+    if config.head_warmup_steps:
+        lines.append(f"  the head trains alone first, for {config.head_warmup_steps} steps")
     lines.append("data:")
     train: Examples | None = None
     for name in ("train", "eval", "test"):
