@@ -263,8 +263,16 @@ def test_the_loss_curve_is_that_of_the_reference(place, tmp_path, monkeypatch, m
 
 def test_loss_that_is_no_number_stops_the_run(place, tmp_path):
     with pytest.raises(TrainingError, match="at step 2; lower --lr"):
-        run(place, tmp_path / "run", lr=1e38, warmup_ratio=0, clip=0)
+        run(place, tmp_path / "run", lr=1e38, warmup_ratio=0, clip=0, head_warmup_steps=0)
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_head_that_diverges_before_scoring_leaves_nothing(place, tmp_path):
+    with pytest.raises(
+        SalienceError, match="head warm-up step 2.*lower the head's learning rate, 1e.37"
+    ):
+        run(place, tmp_path / "run", head_lr=1e37)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nan_in_a_weight_is_found_and_nothing_is_written(place, tmp_path):
@@ -353,7 +361,7 @@ def test_weight_decay_spares_the_sparse_values(place, tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch.optim, "AdamW", lambda params, **kw: groups.extend(params) or original(params, **kw)
     )
-    run(place, tmp_path / "run", max_steps=1, weight_decay=0.1, head_lr=0.5)
+    run(place, tmp_path / "run", max_steps=1, weight_decay=0.1, head_lr=0.5, head_warmup_steps=0)
     described = {
         (group["lr"], group["weight_decay"]): sum(p.numel() for p in group["params"])
         for group in groups

@@ -15,6 +15,9 @@ from .borrow import scoring_leaves
 LossFn = Callable[[nn.Module, Any], Tensor]
 Consume = Callable[[str, Tensor], None]
 
+# For a loss that is not finite on weights as they were given.
+REMEDY = "look at that batch and the weights of that layer, or score in a wider dtype"
+
 
 @dataclass
 class PassStatistics:
@@ -145,13 +148,16 @@ def stream_gradients(
     return statistics
 
 
-def evaluate_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, label: str) -> Tensor:
+def evaluate_loss(
+    model: nn.Module, batch: Any, loss_fn: LossFn | None, label: str, *, remedy: str = REMEDY
+) -> Tensor:
     """Return the loss of one batch: a finite scalar that requires grad.
 
     Args:
         batch: its tensors are moved to the model's device first.
         loss_fn: `loss_fn(model, batch)`; None means `model(**batch).loss`.
         label: how errors call the batch.
+        remedy: what to do about a loss that is not finite.
 
     Raises:
         SalienceError: the loss is no scalar, not finite, or requires no grad.
@@ -169,10 +175,7 @@ def evaluate_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, label: s
     if not bool(torch.isfinite(loss.detach()).all()):
         origin = first_non_finite(model, run)
         where = f"; layer {origin!r} is the first whose output is not finite" if origin else ""
-        raise SalienceError(
-            f"the loss of {label} is {loss.item()}{where}: look at that batch and the weights of "
-            "that layer, or score in a wider dtype"
-        )
+        raise SalienceError(f"the loss of {label} is {loss.item()}{where}: {remedy}")
     if not loss.requires_grad:
         raise SalienceError(
             f"the loss of {label} does not depend on any layer that is to train: loss_fn must not "

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import SalienceError
 from . import processes
-from .accumulate import LossFn, evaluate_loss
+from .accumulate import REMEDY, LossFn, evaluate_loss
 
 
 def warm_up(
@@ -37,7 +37,9 @@ def warm_up(
         before = step
         for batch in batches:
             step += 1
-            evaluate_loss(model, batch, loss_fn, f"head warm-up step {step}").backward()
+            remedy = REMEDY if step == 1 else f"lower the head's learning rate, {lr:g}"
+            label = f"head warm-up step {step}"
+            evaluate_loss(model, batch, loss_fn, label, remedy=remedy).backward()
             if processes.count() > 1:
                 processes.average_gradients(head)
             optimizer.step()
