@@ -35,6 +35,10 @@ DEFAULT_LR = {
 DRAWN_LR = 8e-3
 
 
+# AdamW divides its rate by 1 - beta1 = 0.1 in the first step, in float32.
+LR_LIMIT = 1e37
+
+
 def option(
     default: Any,
     help: str,
@@ -149,9 +153,11 @@ class RunConfig:
 
     epochs: int = option(3, "passes over the training data", minimum=1)
     max_steps: int | None = option(None, "stop after this many steps", minimum=1)
-    lr: float | None = option(None, "learning rate (default: by method, see docs)", above=0)
+    lr: float | None = option(
+        None, "learning rate (default: by method, see docs)", above=0, below=LR_LIMIT
+    )
     head_lr: float | None = option(
-        None, "learning rate of the new head (default: as --lr)", above=0
+        None, "learning rate of the new head (default: as --lr)", above=0, below=LR_LIMIT
     )
     batch_size: int = option(32, "examples a batch", minimum=1)
     grad_accumulation: int = option(1, "batches a step", minimum=1)
