@@ -208,6 +208,7 @@ def load_adapter(
         elif mode == "resident":
             refuse_delta_in_shared(model, present)
         layers = sparse_layers(model)
+        _check_finite(layers, file)
         # New layers leave the base behind, bit for bit; those that were there, what they held.
         undo.callback(set_modes, {x: x.mode if fits else "additive" for x in layers.values()})
         _write([(layers[name].values, layer.values) for name, layer in file.layers.items()], undo)
@@ -336,7 +337,27 @@ def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
             raise AdapterError(
                 f"{shown(name)} is {target.dtype} in the model, {tensor.dtype} in the adapter"
             )
+        if not bool(torch.isfinite(tensor.to(target.dtype)).all()):
+            raise AdapterError(
+                f"{shown(name)} is {target.dtype} in the model and {tensor.dtype} in the adapter, "
+                "where it holds values that would become infinite"
+            )
     return {name: stored[name] for name in file.dense}
+
+
+@torch.no_grad()
+def _check_finite(layers: Mapping[str, SparseDeltaLinear], file: AdapterFile) -> None:
+    """Refuse values that would make a weight infinite, each layer's in the dtypes of the model."""
+    for name, stored in file.layers.items():
+        layer = layers[name]
+        held = stored.values.to(layer.values)
+        if layer.base is None:
+            held = (layer.base_values.to(held) + held).to(layer.weight.dtype)
+        if not bool(torch.isfinite(held).all()):
+            raise AdapterError(
+                f"layer {shown(name)}: with the adapter's values its weight would be NaN or "
+                f"infinite in {held.dtype}"
+            )
 
 
 def _make_plain(model: nn.Module, layers: Mapping[str, SparseDeltaLinear], undo: ExitStack) -> None:

@@ -120,7 +120,12 @@ def _read(path: Path, limit: int | None) -> bytes:
                 raise AdapterError(f"{str(path)!r} is not a regular file")
             if limit is not None and status.st_size > limit:
                 raise AdapterError(f"{str(path)!r} is {status.st_size} bytes long, over {limit}")
-            return file.read()
+            try:
+                return file.read()
+            except MemoryError:
+                raise AdapterError(
+                    f"{str(path)!r} is {status.st_size} bytes long, more than memory holds"
+                ) from None
     except FileNotFoundError:
         raise AdapterError(
             f"the adapter has no {path.name}: {str(path)!r} does not exist"

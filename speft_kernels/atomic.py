@@ -27,8 +27,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.tmp"
-    draft.mkdir()
+    draft = _make_draft(folder, folder.parent)
     try:
         yield draft
         for path in sorted(draft.iterdir()):
@@ -41,6 +40,24 @@ def new_folder(folder: Path) -> Iterator[Path]:
         _flush(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_creatable(folder: Path) -> None:
+    """Find out, before the work that is to end in `folder`, whether it can be made; leaves nothing.
+
+    Raises:
+        OSError: it lies below a file, in a folder that may not be written to, and so on.
+    """
+    folder = Path(os.path.realpath(folder))
+    ancestor = next(parent for parent in folder.parents if parent.exists())
+    # Tried out: by their permissions root may write to all folders, and cannot to those of /proc.
+    _make_draft(folder, ancestor).rmdir()
+
+
+def _make_draft(folder: Path, parent: Path) -> Path:
+    draft = parent / f".{folder.name}.{secrets.token_hex(6)}.tmp"
+    draft.mkdir()
+    return draft
 
 
 def _replace(draft: Path, folder: Path) -> None:

@@ -293,6 +293,28 @@ def test_a_different_base_is_named_and_can_be_accepted(saved: Path) -> None:
         load_adapter(mlp(dtype=torch.float64), saved)
 
 
+@pytest.mark.parametrize("start", ["plain", "same patterns", "other patterns"])
+def test_values_that_overflow_with_the_base_are_refused(tmp_path: Path, start: str) -> None:
+    def build(config: SpeftConfig | None) -> nn.Module:
+        model = mlp(dtype=torch.float16)
+        with torch.no_grad():
+            model.first.weight.fill_(4e4)
+        if config is not None:
+            sparsify(model, config)
+        return model
+
+    trained = build(CONFIG)
+    with torch.no_grad():
+        trained.first.values.fill_(4e4)
+    save_adapter(trained, tmp_path / "a")
+    other = SpeftConfig(density=0.5, salience="magnitude")
+    model = build({"plain": None, "same patterns": CONFIG, "other patterns": other}[start])
+    before = Snapshot(model)
+    with pytest.raises(AdapterError, match=r"layer 'first'.*infinite in torch\.float16"):
+        load_adapter(model, tmp_path / "a")
+    before.assert_untouched()
+
+
 def test_the_fingerprint_is_of_the_base_without_the_delta(tmp_path: Path) -> None:
     model = trained_mlp()
     plain = adapter.fingerprint(mlp().first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from tiny_models import (
 )
 from torch import Tensor
 
+from speft_kernels import adapter_file
 from speft_kernels.adapter import load_adapter
 from speft_kernels.errors import AdapterError
 from speft_kernels.model import (
@@ -263,6 +265,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "values half": (set_tensor(f"{FIRST}.values", lambda t: t.half()), "must be torch.float32"),
     "values NaN": (set_tensor(f"{FIRST}.values", with_value(math.nan)), "NaN or infinite"),
     "values infinite": (set_tensor(f"{FIRST}.values", with_value(-math.inf)), "NaN or infinite"),
+    "values beyond float32": (
+        set_tensor(f"{FIRST}.values", lambda t: t.double() + 1e300),
+        "layer 'first': with the adapter's values.*infinite",
+    ),
+    "dense beyond float32": (
+        set_tensor("dense.head.bias", lambda t: t.double() - 1e300), "would become infinite",
+    ),
     "dense NaN": (set_tensor("dense.head.bias", with_value(math.nan)), "NaN or infinite"),
     "dense complex": (
         set_tensor("dense.head.bias", lambda t: t.to(torch.complex64)), "must be torch.float64",
@@ -307,3 +316,18 @@ def test_hostile_adapters_touch_nothing(saved: Path, case: str, sparse: bool) ->
         load_adapter(model, saved)
     assert len(str(caught.value)) < 1000
     before.assert_untouched()
+
+
+def test_a_file_larger_than_memory(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise MemoryError
+
+    def opened(descriptor: int, mode: str) -> io.IOBase:
+        large = os.fstat(descriptor).st_size == (saved / TENSORS).stat().st_size
+        return Endless(descriptor) if large else open(descriptor, mode)
+
+    monkeypatch.setattr(adapter_file, "open", opened, raising=False)
+    size = (saved / TENSORS).stat().st_size
+    with pytest.raises(AdapterError, match=rf"safetensors' is {size} bytes long, more than memory"):
+        load_adapter(mlp(), saved)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterError
+from ..errors import AdapterError, ConfigError, SpeftError
 
 _LIBRARIES = ("transformers", "accelerate", "datasets", "peft", "safetensors", "triton")
 
@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    print(describe_machine() if args.folder is None else describe_folder(Path(args.folder)))
+    from ..report.page import plain
+
+    # A folder may come from anybody, and a terminal obeys what is in its names and settings.
+    print(describe_machine() if args.folder is None else plain(describe_folder(Path(args.folder))))
     return 0
 
 
@@ -70,7 +73,10 @@ def describe_machine() -> str:
 
 
 def describe_folder(folder: Path) -> str:
-    """What a run's or an adapter's folder holds. Raises AdapterError when it is neither."""
+    """What a run's or an adapter's folder holds.
+
+    Raises AdapterError when it is neither or the adapter is damaged, ConfigError for a damaged run.
+    """
     if (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file():
         return _describe_run(folder)
     if (folder / "adapter_config.json").is_file():
@@ -84,20 +90,44 @@ def describe_folder(folder: Path) -> str:
 
 
 def _describe_run(folder: Path) -> str:
-    from ..finetune.config import RunConfig, load_json
+    from ..finetune.config import RunConfig
     from ..finetune.result import describe
 
-    config = RunConfig.from_dict(load_json(folder / "config.json"))
+    with _contents(folder / "config.json") as contents:
+        config = RunConfig.from_dict(_settings(contents))
     lines = [
         f"run of method {config.method}: {config.model} on {config.train}",
         *(f"  {key}: {value}" for key, value in config.to_dict().items() if value is not None),
     ]
     if (folder / "result.json").is_file():
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        lines.append(describe(result, str(folder)))
+        with _contents(folder / "result.json") as result:
+            lines.append(describe(result, str(folder)))
     else:
         lines.append(f"not finished; go on with: speft finetune --resume --output {folder}")
     return "\n".join(lines)
+
+
+@contextmanager
+def _contents(path: Path) -> Iterator[dict[str, Any]]:
+    """The object in a JSON file; what is amiss with it becomes a ConfigError that says so."""
+    from ..report.folder import read_json
+
+    contents = read_json(path)
+    try:
+        yield contents
+    except SpeftError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except KeyError as error:
+        raise ConfigError(f"{path}: damaged: it lacks {error}") from error
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: damaged: {error}") from error
+
+
+def _settings(contents: dict[str, Any]) -> dict[str, Any]:
+    settings = contents["settings"]
+    if not isinstance(settings, dict):
+        raise ConfigError("damaged: settings must be an object")
+    return settings
 
 
 def _describe_adapter(folder: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..adapter import load_adapter
-    from ..atomic import new_folder
     from ..finetune.models import (
         load_causal_lm,
         load_classifier,
@@ -29,8 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from ..model import desparsify, sparse_layers
 
     output = Path(args.output).expanduser()
-    if output.exists():
-        raise ConfigError(f"output {output} exists already; choose another --output")
+    check_output(output)
     folder = adapter_folder(args.adapter)
     about = _about(folder)
     name = args.model or about["model"]
@@ -44,11 +44,39 @@ def run(args: argparse.Namespace) -> int:
     load_adapter(model, folder)
     if sparse_layers(model):
         desparsify(model)
-    with quiet_transformers(), new_folder(output) as draft:
+    with quiet_transformers(), new_output(output) as draft:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
     print(f"{output}: {type(model).__name__} with the adapter of {folder} merged in")
     return 0
+
+
+def check_output(output: Path) -> None:
+    """Raises ConfigError when the folder exists or cannot be made: before the work, not after."""
+    from ..atomic import check_creatable
+
+    try:
+        if output.exists():
+            raise ConfigError(f"output {output} exists already; choose another --output")
+        check_creatable(output)
+    except OSError as error:
+        raise _not_written(output, error) from error
+
+
+@contextmanager
+def new_output(output: Path) -> Iterator[Path]:
+    """`new_folder` for what the user named; raises ConfigError when it cannot be written."""
+    from ..atomic import new_folder
+
+    try:
+        with new_folder(output) as draft:
+            yield draft
+    except OSError as error:
+        raise _not_written(output, error) from error
+
+
+def _not_written(output: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"output {output} cannot be written: {error.strerror or error}")
 
 
 def adapter_folder(given: str) -> Path:
@@ -70,7 +98,8 @@ def adapter_folder(given: str) -> Path:
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    from ..adapter import read_adapter
+    from ..adapter_file import CONFIG_FILE, read_adapter, shown
+    from ..finetune.config import TASKS
 
     about = read_adapter(folder).extra
     missing = [key for key in ("task", "model", "labels", "pooling") if key not in about]
@@ -79,4 +108,23 @@ def _about(folder: Path) -> dict[str, Any]:
             f"{folder}: was not written by 'speft finetune', so the kind of model is not known; "
             "load it in Python with load_adapter(model, folder) and desparsify(model)"
         )
+    headed = about["task"] == "classification"
+    for key, fits, wanted in (
+        ("task", about["task"] in TASKS, f"one of {', '.join(TASKS)}"),
+        ("model", isinstance(about["model"], str), "a folder or hub id"),
+        ("labels", not headed or _are_labels(about["labels"]), "a list of distinct names"),
+        ("pooling", not headed or about["pooling"] in ("mean", "model"), "mean or model"),
+    ):
+        if not fits:
+            raise AdapterError(
+                f"{folder / CONFIG_FILE}: {key} must be {wanted}, got {shown(about[key])}"
+            )
     return about
+
+
+def _are_labels(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and all(isinstance(label, str) for label in value)
+        and len(set(value)) == len(value)
+    )

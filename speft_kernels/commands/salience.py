@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from ..finetune.config import RunConfig
 from ..finetune.signals import Interrupted
 from .finetune import report_interruption
+from .merge import check_output, new_output
 from .settings import add_settings, given_settings
 
 SETTINGS = (
@@ -26,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = RunConfig.from_dict(given_settings(args)).located()
+    if config.method != "speft":
+        raise ConfigError(
+            f"method = {config.method!r}: only method 'speft' trains weights that a score chooses"
+        )
     try:
         print(_score(config))
     except Interrupted as interruption:
@@ -34,11 +39,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _score(config: RunConfig) -> str:
-    """Writes the mask as an adapter of zeros and its summary; returns the summary as text."""
+    """Writes the mask and a report of its scores; returns a summary as text.
+
+    The mask is an adapter whose sparse values are zero; a head is in it as its warm-up left it.
+    """
     from accelerate.utils import set_seed
 
     from ..adapter import save_adapter
-    from ..atomic import new_folder
     from ..files import write_json
     from ..finetune import methods
     from ..finetune.inputs import read_inputs
@@ -49,8 +56,7 @@ def _score(config: RunConfig) -> str:
     from ..model import summary
 
     output = Path(config.output)
-    if output.exists():
-        raise ConfigError(f"output {output} exists already; choose another --output")
+    check_output(output)
     with quiet_transformers(), StopSignals() as stop:
         accelerator = start_accelerator(config)
         set_seed(config.seed)
@@ -64,7 +70,7 @@ def _score(config: RunConfig) -> str:
         methods.warm_up_head(model, config, inputs.targets, batches, loss_fn)
         prepared = methods.prepare(model, config, inputs.targets, batches, loss_fn)
     assert prepared.report is not None
-    with new_folder(output) as draft:
+    with new_output(output) as draft:
         save_adapter(model, draft / "adapter", config=config.speft(), extra=inputs.about())
         write_json(draft / "salience.json", prepared.report.to_dict())
     notes = "".join(f"{note}\n" for note in prepared.report.notes)
