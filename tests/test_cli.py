@@ -363,6 +363,12 @@ def test_the_demo_in_small(place, tmp_path, capsys, monkeypatch):
         assert 0 <= result["test"]["accuracy"] <= 1
     assert main([*argv, "--scoring-batches", "2"]) == 2
     assert "exists already" in capsys.readouterr().err
+    for stray in ("thesis.md", "data/mine.jsonl", "speft/notes.txt"):
+        (tmp_path / "demo" / stray).write_text("dear")
+        assert main([*argv, "--scoring-batches", "2", "--overwrite"]) == 2
+        assert "so --overwrite does not delete it" in capsys.readouterr().err
+        assert (tmp_path / "demo" / stray).read_text() == "dear"
+        (tmp_path / "demo" / stray).unlink()
 
 
 def test_the_examples_settings_are_valid():

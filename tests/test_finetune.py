@@ -194,6 +194,25 @@ def test_output_folders_are_protected(place, tmp_path):
     assert precious.read_text() == "dear"
 
 
+def test_overwrite_deletes_nothing_but_a_run(place, tmp_path):
+    output = tmp_path / "run"
+    run(place, output, max_steps=1)
+    (output / "report.html").write_text("of a run")
+    data = output / "adapter" / "train.tsv"
+    data.write_bytes((place / "train.tsv").read_bytes())
+    with pytest.raises(ConfigError, match="train .* lies in the output"):
+        run(place, output, overwrite=True, train=str(data))
+    notes = output / "notes.txt"
+    notes.write_text("dear")
+    with pytest.raises(ConfigError, match=r"no run has written \('notes.txt'\)"):
+        run(place, output, overwrite=True)
+    assert data.exists()
+    assert notes.read_text() == "dear"
+    notes.unlink()
+    run(place, output, max_steps=1, overwrite=True)
+    assert not data.exists()
+
+
 def test_accumulation_changes_the_memory_and_not_the_steps(tmp_path, monkeypatch):
     rows = sentences(48, seed=1)
     write_tsv(tmp_path / "train.tsv", rows)
@@ -337,6 +356,7 @@ def test_an_evaluation_that_is_nan_before_training_leaves_nothing(place, tmp_pat
         ({"model": "./nowhere"}, "no such folder"),
         ({"learning_rate": 1e-3}, "setting 'learning_rate' is unknown"),
         ({"scheduler": "linaer"}, "Did you mean 'linear'"),
+        ({"dynamic": "rigl"}, "the mask would never move"),
     ],
 )
 def test_wrong_settings_are_named_and_leave_nothing(place, tmp_path, setting, message):

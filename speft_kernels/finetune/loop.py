@@ -17,7 +17,7 @@ from transformers import get_scheduler
 
 from ..adapter import load_adapter
 from ..dynamic import Move, carry
-from ..errors import SpeftError
+from ..errors import ConfigError, SpeftError
 from ..files import replaced
 from ..flat import FlatValues
 from ..overview import sparse_layers
@@ -74,6 +74,12 @@ class Folder:
     def best(self) -> Path:
         return self.checkpoint / "best.safetensors"
 
+    @property
+    def names(self) -> set[str]:
+        """Of what a run writes there, and a report of it."""
+        places = (self.config, self.result, self.metrics, self.adapter, self.checkpoint)
+        return {"report.html", *(path.name for path in places)}
+
 
 def steps_per_epoch(config: RunConfig, rows: int) -> int:
     """Optimizer steps of one pass over `rows` training examples."""
@@ -84,6 +90,16 @@ def steps_of(config: RunConfig, rows: int) -> int:
     """Optimizer steps of the whole run."""
     steps = steps_per_epoch(config, rows) * config.epochs
     return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def check_moves(config: RunConfig, rows: int) -> None:
+    """Raises ConfigError when a dynamic mask would never move."""
+    steps = steps_of(config, rows)
+    if config.dynamic and config.dynamic_every > config.dynamic_until * steps:
+        raise ConfigError(
+            f"dynamic_every = {config.dynamic_every}: the mask would never move, as the run has "
+            f"{steps} steps and dynamic_until = {config.dynamic_until:g}; lower dynamic_every"
+        )
 
 
 class Loop:

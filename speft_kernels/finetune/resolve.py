@@ -9,7 +9,7 @@ import torch
 from ..targets import find_targets
 from .config import ADAPTERS, FIELDS, RunConfig
 from .data import Examples, read_examples
-from .loop import steps_of
+from .loop import check_moves, steps_of
 from .methods import budgeted
 from .models import load_causal_lm, load_classifier, load_tokenizer, quiet_transformers, resolve
 
@@ -51,6 +51,7 @@ def resolved(config: RunConfig) -> str:
         lines.append(f"  {name}: {source} ({len(examples):,} rows of {columns})")
     if train is not None:
         rows = len(train) - round(config.validation * len(train))
+        check_moves(config, rows)
         lines.append(f"  {steps_of(config, rows):,} steps")
     lines.append("model:")
     lines += [f"  {line}" for line in _model(config, train)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 
 from .._version import __version__
+from ..adapter_file import shown
 from ..dynamic import Move
 from ..errors import ConfigError
 from ..files import write_json
@@ -20,7 +22,7 @@ from . import methods
 from .checkpoint import Progress, read_checkpoint
 from .config import RunConfig, load_json
 from .inputs import Inputs, read_inputs
-from .loop import Folder, Loop, check_finite, evaluate
+from .loop import Folder, Loop, check_finite, check_moves, evaluate
 from .models import quiet_transformers
 from .progress import Display
 from .result import result_of
@@ -58,10 +60,12 @@ def finetune(
         check_resumable(folder, config)
     else:
         check_free(folder, overwrite)
+        check_apart(folder, config)
     with quiet_transformers(), StopSignals() as stop:
         accelerator = start_accelerator(config)
         set_seed(config.seed)
         inputs = read_inputs(config, display)
+        check_moves(config, len(inputs.train))
         inputs.model.to(accelerator.device)
         if resume:
             loop, prepared = _resumed(inputs, accelerator, folder, display, stop)
@@ -92,7 +96,7 @@ def _fresh(
     before = evaluate(model, task, inputs.eval, config.batch_size, accelerator, stop)
     display.note("before training: " + "  ".join(f"{k} {v:.4f}" for k, v in before.items()))
     batches, loss_fn = inputs.scoring_batches(stop), methods.mean_loss(task, accelerator)
-    methods.warm_up_head(model, config, inputs.targets, batches, loss_fn)
+    warmed = methods.warm_up_head(model, config, inputs.targets, batches, loss_fn)
     prepared = methods.prepare(model, config, inputs.targets, batches, loss_fn)
     display.note(prepared.describe())
     check_finite(before, "before training", "use --dtype float32, or another model")
@@ -104,7 +108,8 @@ def _fresh(
     settings = {"speft_kernels": __version__, "settings": config.to_dict(), **inputs.about()}
     write_json(folder.config, settings)
     loop = _loop(inputs, prepared, accelerator, folder, display, stop)
-    loop.progress = Progress(before=before, salience=prepared.salience)
+    salience = {**prepared.salience, "head_warmup_seconds": warmed}
+    loop.progress = Progress(before=before, salience=salience)
     set_seed(config.seed)  # the same dropout whatever scoring drew
     loop.save()
     return loop, prepared
@@ -212,9 +217,29 @@ def check_free(folder: Folder, overwrite: bool) -> None:
                 f"output {root} is not a run of this command, so --overwrite does not delete it; "
                 "choose another --output"
             )
+        check_nothing_else(root, folder.names)
     ancestor = next(parent for parent in root.parents if parent.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
         raise ConfigError(f"output {root} cannot be created: {ancestor} is not a writable folder")
+
+
+def check_nothing_else(root: Path, names: Collection[str]) -> None:
+    """Raises ConfigError when a folder that is to be replaced holds more than these names."""
+    others = sorted(path.name for path in root.iterdir() if path.name not in names)
+    if others:
+        raise ConfigError(
+            f"output {root} holds what no run has written ({', '.join(map(shown, others[:5]))}"
+            f"{', ...' if len(others) > 5 else ''}), so --overwrite does not delete it; move that, "
+            "or choose another --output"
+        )
+
+
+def check_apart(folder: Folder, config: RunConfig) -> None:
+    """Raises ConfigError when the run's data or its model lie in the folder it replaces."""
+    for name in ("train", "eval", "test", "model"):
+        value = getattr(config, name)
+        if value and Path(value).resolve().is_relative_to(folder.root.resolve()):
+            raise ConfigError(f"{name} {value} lies in the output {folder.root}; choose another")
 
 
 def check_resumable(folder: Folder, config: RunConfig) -> None:
