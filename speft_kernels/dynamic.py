@@ -12,6 +12,7 @@ now, and `save` writes just these, as an adapter for the original base.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ class Move:
 
     Attributes:
         origins: for each layer, for each index of its new pattern, its place in the old one, or -1
-            where it did not train before; int64.
+            where it starts anew: it did not train before, or "rigl" dropped it and grew it again;
+            int64.
         old_units: for each layer, how many indices its old pattern had.
         moved: scalars that train now and did not before.
         report: of the selection; None for "rigl", which selects only what grows.
@@ -173,20 +175,21 @@ class MovingMask:
         report, kept = None, touched
         try:
             if self.strategy == "merge":
-                patterns, report = score_and_select(model, self.config, batches, loss_fn)
+                # What is drawn by chance is drawn anew: the progress tells the updates apart.
+                seed = self.config.seed + round(progress * 2**32)
+                config = dataclasses.replace(self.config, seed=seed)
+                patterns, report = score_and_select(model, config, batches, loss_fn)
             else:
                 kept, patterns = self._regrown(model, trained, batches, loss_fn, progress)
         finally:  # also on an error, with the patterns and the deltas there were
             _erase(model, touched)
             self._install(model, patterns, kept)
-        origins = {
-            name: places(pattern.indices, trained[name].pattern.indices)
-            for name, pattern in patterns.items()
-        }
-        moved = sum(
-            int((origin < 0).sum()) * math.prod(patterns[name].block_shape)
-            for name, origin in origins.items()
-        )
+        origins, moved = {}, 0
+        for name, pattern in patterns.items():
+            origin = places(pattern.indices, trained[name].pattern.indices)
+            moved += int((origin < 0).sum()) * math.prod(pattern.block_shape)
+            stayed = places(pattern.indices, kept[name].pattern.indices) >= 0
+            origins[name] = origin.where(stayed, -1)
         old_units = {name: _units(delta.pattern) for name, delta in trained.items()}
         return Move(origins, old_units, moved, report)
 
@@ -311,7 +314,7 @@ def carry(
 
     Args:
         moments: False forgets them, as the paper does under "merge". Otherwise those of the entries
-            that trained before go along and the others' start from zero; the count of the steps is
+            that have an origin go along and the others' start from zero; the count of the steps is
             one number for all, so it goes along too.
     """
     for group in optimizer.param_groups:

@@ -253,6 +253,38 @@ def test_rigl_keeps_the_moments_of_those_that_stay():
     training.steps(1)  # and the optimizer goes on with them
 
 
+@pytest.mark.parametrize("choice", [{"salience": "random"}, {"selection": "sample"}])
+def test_merge_draws_anew_each_time(choice):
+    training = Training("merge", **choice)
+    drawn = [training.patterns()]
+    for progress in (0.0, 0.5, 1.0):
+        training.mask.update(training.model, training.batches, pair_loss, progress=progress)
+        drawn.append(training.patterns())
+    assert drawn[0] == drawn[1]  # the model has not trained, nor is there progress
+    assert drawn[1] != drawn[2] != drawn[3]
+
+
+def test_rigl_forgets_the_moments_of_what_it_drops_and_grows_again():
+    """Where the dropped have the largest gradients, the mask stays and a share starts anew."""
+    training = Training("rigl")
+    training.steps()
+    layers = sparse_layers(training.model)
+    patterns = training.patterns()
+
+    def loss(model, batch):  # the gradient is 1 in what trained, 0 elsewhere
+        weights = [(model.get_submodule(name).weight, layers[name].pattern) for name in layers]
+        return sum(w.view(-1)[p.indices.long()].sum() for w, p in weights)
+
+    move = training.mask.update(training.model, training.batches, loss, progress=0.0)
+    assert training.patterns() == patterns
+    assert move.moved == 0
+    for name, layer in sparse_layers(training.model).items():
+        anew = move.origins[name] < 0
+        assert anew.sum() == round(0.3 * anew.numel()) > 0
+        assert not layer.values[anew].any()
+        assert layer.values[~anew].all()
+
+
 @pytest.mark.parametrize("strategy", ["merge", "rigl"])
 def test_an_error_while_choosing_leaves_the_model_computing_what_it_did(strategy):
     training = Training(strategy)
