@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scoring import chain, chain_batches
 from tiny_models import Snapshot, mlp, mlp_config, pair_batches, pair_loss
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from speft_kernels.adapter import load_adapter, save_adapter
 from speft_kernels.errors import ConfigError, SalienceError
 from speft_kernels.model import SpeftConfig, score_and_select, sparsify
-from speft_kernels.salience import metric_named
+from speft_kernels.salience import custom, metric_named
 
 
 def product(w: Tensor, g: Tensor) -> Tensor:
@@ -136,6 +137,34 @@ def test_reading_a_config_imports_nothing(tmp_path: Path, monkeypatch: Any) -> N
 def test_names_that_cannot_be_imported(salience: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         score_and_select(mlp(), mlp_config(salience=salience), pair_batches(1), pair_loss)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def score(w, g):\n    return g.abs()\n", None),
+        ("def score(w, g)", "broken_score:score' cannot be imported: SyntaxError"),
+        ("1 / 0", "broken_score:score' cannot be imported: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_module_in_the_working_folder(
+    source: str, message: str | None, tmp_path: Path, monkeypatch: Any
+) -> None:
+    name = "working_score" if message is None else "broken_score"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    # As for an installed command: not even "", which stands for the working folder.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    searched = list(sys.path)
+    if message is None:
+        assert custom.resolve("working_score:score")(torch.ones(2), -torch.ones(2)).tolist() == [
+            1,
+            1,
+        ]
+    else:
+        with pytest.raises(ConfigError, match=message):
+            custom.resolve("broken_score:score")
+    assert sys.path == searched
 
 
 @pytest.mark.parametrize("salience", ["math:", ":pi", "a b:c", "math:pi()", "m:f:g", "../x:f"])

@@ -97,6 +97,23 @@ def test_grasp_of_transformers_with_fused_attention(build: Callable[[], nn.Modul
     assert "mathematical kernel" in report.to_dict()["notes"][0]
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_grasp_says_so_of_torchs_own_attention_too(need_weights: bool) -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.attention(x, x, x, need_weights=need_weights)[0]))
+
+    config = SpeftConfig(salience="grasp", target_modules=("head",), grasp_temperature=1)
+    loss = lambda model, x: model(x).square().sum()  # noqa: E731
+    notes = score_and_select(Attending(), config, [torch.randn(3, 6)], loss)[1].notes
+    # With its weights asked for, it computes them itself, and these have second derivatives.
+    assert ["SDPBackend.MATH" in note for note in notes] == [True] * (not need_weights)
+
+
 def test_grasp_notes_a_temperature_without_effect() -> None:
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         return torch.tanh(model(x)).square().mean()

@@ -153,3 +153,23 @@ def test_linear_attention_weighs_by_the_scores(scale: float | None, mask: str) -
         scores = scores * allowed
     expected = torch.einsum("bhqk,bhkd->bhqd", scores, v.repeat_interleave(2, 1))
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_torchs_own_attention_weighs_by_the_scores_too(need_weights: bool, masked: bool) -> None:
+    """`nn.MultiheadAttention` calls softmax or attention inside one function."""
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(6, 2, batch_first=True, dtype=torch.float64).eval()
+    x = torch.randn(1, 3, 6, dtype=torch.float64)
+    forbidden = torch.ones(3, 3, dtype=torch.bool).triu(1) if masked else None
+    with linear_activations(module):
+        found = module(x, x, x, attn_mask=forbidden, need_weights=need_weights)[0]
+    q, k, v = (x @ module.in_proj_weight.T + module.in_proj_bias).view(3, 3, 2, 3).unbind(1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / 3**0.5
+    if forbidden is not None:
+        scores = scores.masked_fill(forbidden, 0)
+    mixed = torch.einsum("hqk,khd->qhd", scores, v).reshape(1, 3, 6)
+    torch.testing.assert_close(found, module.out_proj(mixed), **CLOSE)
+    assert torch.softmax(torch.zeros(2), 0).tolist() == [0.5, 0.5]
+    assert nn.functional.softmax(torch.zeros(2), 0).tolist() == [0.5, 0.5]

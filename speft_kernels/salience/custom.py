@@ -7,9 +7,11 @@ read: configs come with adapters, and reading a stranger's adapter must run none
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def name_of(score: Score) -> str:
 
 
 def resolve(name: str) -> Score:
-    """Import what `name` names.
+    """Import what `name` names, from the working folder too where no other place has the module.
 
     Raises:
         ConfigError: it cannot be imported, or cannot be called.
@@ -62,9 +64,11 @@ def resolve(name: str) -> Score:
             "module"
         )
     try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"salience {name!r} cannot be imported: {error}") from error
+        with _working_folder_searched():
+            found = importlib.import_module(module)
+    except Exception as error:  # whatever the user's module raises
+        fact = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"salience {name!r} cannot be imported: {fact}") from error
     for part in qualname.split("."):
         if not hasattr(found, part):
             raise ConfigError(f"salience {name!r} cannot be imported: {module} has no {qualname}")
@@ -74,6 +78,20 @@ def resolve(name: str) -> Score:
             f"salience {name!r} is a {type(found).__name__}; it must be a callable score(w, g)"
         )
     return found
+
+
+@contextmanager
+def _working_folder_searched() -> Iterator[None]:
+    """Python searches it for a script's or a shell's imports, not for an installed command's."""
+    folder = os.getcwd()
+    if folder in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def check_score(score: object, weight: Tensor, label: str) -> Tensor:

@@ -182,6 +182,8 @@ class _Observed(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is functional.scaled_dot_product_attention:
             self.attention = True
+        elif func is functional.multi_head_attention_forward:  # a mode sees no call inside it
+            self.attention |= not kwargs.get("need_weights", True)
         elif func is functional.cross_entropy:
             self.cross_entropy = True
             if args:

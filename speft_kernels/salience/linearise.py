@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 # Modules of these files are activations as a whole; many of transformers' are formulas, not calls.
 _ACTIVATION_FILES = ("torch.nn.modules.activation", "transformers.activations")
-_OTHERS = (nn.MultiheadAttention, nn.GLU)  # in the same file, made of functions of the list below
+_OTHERS = (nn.MultiheadAttention, nn.GLU)  # in the same file, made of functions named below
 
 _NAMES = (
     *("relu", "relu6", "rrelu", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu"),
@@ -43,7 +44,30 @@ class _Linear(TorchFunctionMode):
             return _glu(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is functional.multi_head_attention_forward:
+            with _linear_inside():
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+@contextmanager
+def _linear_inside() -> Iterator[None]:
+    """For a function of `torch.nn.functional` that calls others there: a mode sees the first call
+    alone.
+    """
+    softmax, attention = functional.softmax, functional.scaled_dot_product_attention
+    functional.softmax = _weights  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = _attention
+    try:
+        yield
+    finally:
+        functional.softmax = softmax
+        functional.scaled_dot_product_attention = attention
+
+
+def _weights(scores: Tensor, dim: int | None = None) -> Tensor:
+    """The scores themselves in the place of their softmax, and 0 where a mask forbids."""
+    return scores.masked_fill(scores == -math.inf, 0)
 
 
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
