@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_runs import PEFT, Silent, make_place, run, tensors, terminate
+from tiny_runs import PEFT, Silent, lines, make_place, run, tensors, terminate
 
 from speft_kernels.errors import ConfigError, SpeftError
 from speft_kernels.finetune import load_classifier
@@ -79,6 +79,24 @@ def test_a_pissa_adapter_loads_on_the_original_model_without_peft_changing_it_fi
     before = model.get_submodule(name).weight.clone()
     loaded = PeftModel.from_pretrained(model, tmp_path / "run" / "adapter")
     assert torch.equal(loaded.base_model.model.get_submodule(name).base_layer.weight, before)
+
+
+@pytest.mark.parametrize("method", ["speft", "rigl", "lora", "pissa", "full"])
+def test_how_often_it_is_looked_at_changes_no_run(place, tmp_path, method):
+    """Evaluating, and saving the best model, draw nothing that dropout would have drawn."""
+    for name, every in (("seldom", 100), ("often", 2)):
+        run(place, tmp_path / name, method, epochs=1, eval_every=every)
+    seldom, often = (
+        [line["loss"] for line in lines(tmp_path / name) if "loss" in line]
+        for name in ("seldom", "often")
+    )
+    assert seldom == often
+
+
+def test_a_head_alone_is_timed(place, tmp_path):
+    for steps in (0, 5):
+        result = run(place, tmp_path / str(steps), "lora", max_steps=1, head_warmup_steps=steps)
+        assert (result["salience"]["head_warmup_seconds"] > 0) == (steps > 0)
 
 
 def test_a_budget_is_met_by_every_adapter(place, tmp_path):

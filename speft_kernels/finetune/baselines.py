@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -72,7 +73,11 @@ def save(model: Any, config: RunConfig, folder: Path) -> None:
         return
     from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 
-    with tempfile.TemporaryDirectory() as start, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory() as start,
+        warnings.catch_warnings(),
+        torch.random.fork_rng(),  # the conversion draws an adapter's first factors
+    ):
         warnings.simplefilter("ignore", UserWarning)  # of the base weights that are not saved
         settings = model.peft_config["default"]
         settings.init_lora_weights = True  # or saving would ask for the conversion here too

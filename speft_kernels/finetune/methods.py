@@ -1,12 +1,13 @@
 """The ways to train: which parameters of a model learn, and how the result is saved.
 
-All of them treat the classification head alike: it trains densely, after the same warm-up, with the
-same learning rate, so that what is compared is the rest of the model.
+All of them treat the classification head alike: it trains densely, after the same steps alone, and
+at the same rate where `head_lr` is given, so that what is compared is the rest of the model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,19 +125,22 @@ def warm_up_head(
     targets: Targets,
     batches: Iterable[Mapping[str, Any]],
     loss_fn: LossFn,
-) -> None:
-    """Trains the head alone for `config.head_warmup_steps` steps."""
+) -> float:
+    """Trains the head alone for `config.head_warmup_steps` steps; returns the seconds it took."""
     head = [p for name in targets.dense_modules for p in model.get_submodule(name).parameters()]
-    if config.head_warmup_steps and head:
-        with borrowed(model, config.seed):
-            warm_up(
-                model,
-                head,
-                batches,
-                loss_fn,
-                steps=config.head_warmup_steps,
-                lr=config.head_learning_rate,
-            )
+    if not config.head_warmup_steps or not head:
+        return 0.0
+    start = time.perf_counter()
+    with borrowed(model, config.seed):
+        warm_up(
+            model,
+            head,
+            batches,
+            loss_fn,
+            steps=config.head_warmup_steps,
+            lr=config.head_learning_rate,
+        )
+    return time.perf_counter() - start
 
 
 def prepare(
