@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a crash, never meets half of one."""
+"""Paths as users name them; writing files so that a reader, or a crash, never meets half of one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,27 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .errors import ConfigError
+
+# Bytes that file systems take: of a name, and of a path on Linux less what a run adds to its own.
+NAME_LIMIT, PATH_LIMIT = 255, 4096 - 256
+
+
+def path_of(name: str, value: str) -> Path:
+    """`value` with its `~` expanded. Raises ConfigError for what no file can be called."""
+    try:
+        path = Path(value).expanduser()
+        if "\0" in value:
+            raise ValueError("it holds a null byte")
+        longest = max((len(part.encode()) for part in path.parts), default=0)
+        if longest > NAME_LIMIT or len(str(path).encode()) > PATH_LIMIT:
+            raise ValueError(
+                f"it is too long (a name takes {NAME_LIMIT} bytes, the whole {PATH_LIMIT})"
+            )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"{name} = {value[:120]!r} is no path: {error}") from error
+    return path
 
 
 @contextlib.contextmanager

@@ -90,6 +90,18 @@ def test_numeric_labels_are_sorted_as_numbers(tmp_path):
     assert label_ids(examples) == {"-1": 0, "9": 1, "10": 2}
 
 
+@pytest.mark.parametrize("odd", ["--5", "5-", "\u00b2", "5" * 5000])
+def test_labels_are_text_where_one_is_no_number(tmp_path, odd):
+    examples = read(write_tsv(tmp_path / "a.tsv", [("a", label) for label in ("10", "9", odd)]))
+    assert label_ids(examples) == {label: n for n, label in enumerate(sorted(("10", "9", odd)))}
+
+
+def test_labels_of_one_number_keep_their_order(tmp_path):
+    zeros = ["0" * n + "1" for n in range(8, -1, -1)]
+    examples = read(write_tsv(tmp_path / "a.tsv", [("a", label) for label in ("2", *zeros)]))
+    assert list(label_ids(examples)) == [*zeros, "2"]
+
+
 @pytest.mark.parametrize("name", ["sst2", "cola", "mrpc"])
 def test_real_classification_files_are_read_whole(data_dir, name):
     train = data_dir / name / "train.tsv"
@@ -142,6 +154,16 @@ BROKEN = {
         "a.jsonl",
         b'{"sentence": "\\ud800", "label": 1}\n',
         ["line 1", "surrogate"],
+    ),
+    "nested too deep": (
+        "a.jsonl",
+        b'{"sentence": "a", "label": 1}\n{"sentence": ' + b"[" * 100_000 + b"\n",
+        ["line 2", "valid JSON"],
+    ),
+    "half a surrogate as label": (
+        "a.jsonl",
+        b'{"sentence": "a", "label": "\\udfff"}\n',
+        ["line 1: 'label'", "surrogate"],
     ),
     "empty label": ("a.tsv", b"sentence\tlabel\na\t\n", ["line 2: the label is empty"]),
     "empty texts": ("a.tsv", b"sentence\tlabel\n\t1\n \t0\n", ["'sentence' is empty in every row"]),

@@ -9,10 +9,8 @@ from hypothesis import strategies as st
 from speft_kernels.errors import DataError
 from speft_kernels.finetune.demo_data import (
     SAME_SHINGLES,
-    Docstring,
     clean,
     collect,
-    majority_accuracy,
     near_duplicate_groups,
     shingle_set,
     split,
@@ -146,11 +144,6 @@ def test_an_interpreter_without_sources_is_told_what_to_do(tmp_path):
     (tmp_path / "email").mkdir()
     with pytest.raises(DataError, match="--train and --eval"):
         collect(tmp_path)
-
-
-def test_majority_accuracy():
-    train = [Docstring("x", label) for label in "aab"]
-    assert majority_accuracy(train, [Docstring("x", label) for label in "abbb"]) == 0.25
 
 
 def test_shingles_mark_the_ends_and_ignore_case():

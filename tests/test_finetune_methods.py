@@ -112,6 +112,8 @@ def test_a_budget_is_met_by_every_adapter(place, tmp_path):
     for method in ("full", "head"):
         with pytest.raises(ConfigError, match=f"method '{method}' has no budget"):
             run(place, tmp_path / method, method, lora_budget=1)
+    with pytest.raises(ConfigError, match="lora_budget = 32 is too much: LoRA's factors would be"):
+        run(place, tmp_path / "more", lora_budget=32)
 
 
 def test_validation_is_split_off_the_training_data(place, tmp_path):

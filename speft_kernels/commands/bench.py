@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from pathlib import Path
 
 from ..bench.cases import KERNELS, OPERATIONS, cases_of
 from ..errors import ConfigError
+from ..files import path_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.records import Record, read_records, records_of, write_records
     from ..bench.report import describe, goals, heading
 
-    output = Path(args.output).expanduser() if args.output else None
+    output = path_of("output", args.output) if args.output else None
     _check_folders(args)
     if output is not None and output.exists():
         read_records(output)
@@ -64,13 +64,13 @@ def run(args: argparse.Namespace) -> int:
     if closing := goals(results):
         print(f"\n{closing}")
     if args.plot:
-        plot(rows, Path(args.plot).expanduser())
+        plot(rows, path_of("plot", args.plot))
     return 0
 
 
 def _check_folders(args: argparse.Namespace) -> None:
     for flag in ("output", "plot"):
         value = getattr(args, flag)
-        folder = None if value is None else Path(value).expanduser().parent
+        folder = None if value is None else path_of(flag, value).parent
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"--{flag} {value}: the folder {folder} does not exist")

@@ -12,7 +12,7 @@ from typing import Any
 from ..atomic import new_folder
 from ..errors import ConfigError
 from ..finetune.config import DEFAULT_MODEL, RunConfig
-from ..finetune.demo_data import DemoData, Docstring, collect, majority_accuracy
+from ..finetune.demo_data import DemoData, Docstring, collect
 
 SIDES = ("train", "eval", "test")
 SETTINGS: dict[str, Any] = {"model": DEFAULT_MODEL, "max_length": 64, "batch_size": 32}
@@ -30,12 +30,13 @@ def run_demo(settings: dict[str, Any], *, overwrite: bool = False) -> None:
 
     `settings` override the demo's own; what belongs to a user's data is refused.
     """
-    for name in ("eval", "test", "task", "method"):
+    for name in ("eval", "test", "validation", "task", "method"):
         if name in settings:
             raise ConfigError(f"--{name} without --train: name the training data too")
     from ..finetune.models import resolve
     from ..finetune.result import describe
     from ..finetune.run import finetune
+    from ..finetune.tasks import majority_accuracy
 
     root = Path(settings.pop("output", f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"))
     configs = {}
@@ -52,7 +53,8 @@ def run_demo(settings: dict[str, Any], *, overwrite: bool = False) -> None:
         f"{len(data.labels)} packages; {len(data.train):,} docstrings to train on, "
         f"{len(data.eval):,} to choose the best model, {len(data.test):,} held out\n"
     )
-    accuracies = {"majority class": majority_accuracy(data.train, data.test)}
+    asked, known = [e.label for e in data.test], (e.label for e in data.train)
+    accuracies = {"majority class": majority_accuracy(known, asked)}
     for method, config in configs.items():
         title = "frozen encoder, trained head" if method == "head" else "SPEFT"
         print(f"--- {title}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import path_of
 from ..finetune.config import RunConfig, load_json
 from ..finetune.signals import Interrupted
 from .settings import add_settings, given_settings
@@ -83,5 +83,5 @@ def _stored_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The stopped run's settings with those given now on top; `finetune` refuses differences."""
     if "output" not in settings:
         raise ConfigError("--resume needs --output, the folder of the run to continue")
-    folder = Path(settings["output"]).expanduser()
+    folder = path_of("output", settings["output"])
     return {**load_json(folder / "config.json"), **settings}

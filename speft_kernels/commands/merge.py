@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError, ConfigError
+from ..files import path_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from ..model import desparsify, sparse_layers
 
-    output = Path(args.output).expanduser()
+    output = path_of("output", args.output)
     check_output(output)
     folder = adapter_folder(args.adapter)
     about = _about(folder)
@@ -84,7 +85,7 @@ def adapter_folder(given: str) -> Path:
 
     Raises AdapterError, with the reason, for one that another library or method wrote.
     """
-    folder = Path(given).expanduser()
+    folder = path_of("adapter", given)
     if (folder / "result.json").is_file() or (folder / "metrics.jsonl").is_file():
         folder = folder / "adapter"
     if (folder / "adapter_model.safetensors").is_file():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from ..files import path_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..report import write_report
 
-    output = Path(args.output).expanduser() if args.output else None
-    print(write_report(Path(args.folder).expanduser(), output))
+    output = path_of("output", args.output) if args.output else None
+    print(write_report(path_of("folder", args.folder), output))
     return 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,6 +17,11 @@ from ..errors import ConfigError
 from ..files import replaced
 
 _FORMAT = 3
+# What reading and restoring raise where a file is not as it was written.
+_DAMAGE = (
+    *(OSError, EOFError, pickle.UnpicklingError, SafetensorError),
+    *(RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError),
+)
 
 
 @dataclass
@@ -41,6 +47,38 @@ class Progress:
     mask_seconds: float = 0.0
 
 
+class StoredPattern(TypedDict):
+    shape: tuple[int, int]
+    block_shape: tuple[int, int]
+    indices: Tensor
+
+
+class Facts(TypedDict):
+    """What a run needs before it has a model to restore into: a digest of its data, its patterns,
+    and what a dynamic mask left behind.
+    """
+
+    fingerprint: str
+    patterns: dict[str, StoredPattern]
+    left: dict[str, Any]
+
+
+class RandomState(TypedDict):
+    cpu: Tensor
+    cuda: list[Tensor]
+
+
+class State(TypedDict):
+    """A checkpoint; `progress` is a dict of its fields."""
+
+    format: int
+    facts: Facts
+    progress: Progress
+    parameters: dict[str, Tensor]
+    random: RandomState
+    parts: dict[str, dict[str, Any]]
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -54,8 +92,14 @@ def save_tensors(path: Path, model: nn.Module) -> None:
 
 @torch.no_grad()
 def load_tensors(path: Path, model: nn.Module) -> None:
-    """Reads what `save_tensors` wrote into the same parameters."""
-    stored = load_file(path)
+    """Reads what `save_tensors` wrote into the same parameters.
+
+    Raises ConfigError for a file that is missing, damaged or of another model.
+    """
+    try:
+        stored = load_file(path)
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
     for name, parameter in _paired(stored, model, path):
         parameter.copy_(stored[name])
 
@@ -65,7 +109,7 @@ def save_checkpoint(
 ) -> None:
     """Writes the trained parameters, the random states and the `state_dict` of each of `parts`.
 
-    `facts` are tensors and plain data that the run needs before it has a model to restore into.
+    `facts` are a `Facts`.
     """
     state = {
         "format": _FORMAT,
@@ -85,24 +129,59 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != _FORMAT:
             raise ConfigError(f"{path}: written by another version; start again with --overwrite")
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ConfigError(
-            f"{path}: the checkpoint is damaged ({error}); start again with --overwrite"
-        ) from error
+        _check("state", state, State)
+        # Each step is timed.
+        if state["progress"]["step"] != len(state["progress"]["step_seconds"]):
+            raise TypeError("progress.step is not the number of its steps")
+    except ConfigError:
+        raise
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
     return state
+
+
+def _check(name: str, value: Any, kind: Any) -> None:
+    """Raises TypeError, naming the part, for a `value` that is no `kind`."""
+    if is_typeddict(kind) or is_dataclass(kind):
+        members = get_type_hints(kind)
+        _check(name, value, dict[str, Any])
+        if value.keys() != members.keys():
+            raise TypeError(f"{name} has other keys than {', '.join(members)}")
+        for key, member in members.items():
+            _check(f"{name}.{key}", value[key], member)
+        return
+    if kind is not Any and not isinstance(value, get_origin(kind) or kind):
+        raise TypeError(f"{name} is a {type(value).__name__}")
+    if get_origin(kind) is dict:
+        for key, item in value.items():
+            _check(f"a key of {name}", key, get_args(kind)[0])
+            _check(f"{name}.{key}", item, get_args(kind)[1])
+    elif get_origin(kind) is list:
+        for item in value:
+            _check(f"an item of {name}", item, get_args(kind)[0])
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path}: the checkpoint is damaged ({error}); start again with --overwrite")
 
 
 @torch.no_grad()
 def restore_checkpoint(
     state: dict[str, Any], path: Path, model: nn.Module, **parts: Any
 ) -> Progress:
-    """Puts everything back that `save_checkpoint` took; the random states last."""
+    """Puts everything back that `save_checkpoint` took; the random states last.
+
+    Raises ConfigError for what does not fit the model or the parts.
+    """
     for name, parameter in _paired(state["parameters"], model, path):
         parameter.copy_(state["parameters"][name])
-    for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(state["parts"][name])
-    _restore_random(state["random"])
+    try:
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(state["parts"][name])
+        _restore_random(state["random"])
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
     return Progress(**state["progress"])
 
 

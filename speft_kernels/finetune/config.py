@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import recipe
 from ..errors import ConfigError, nearest
+from ..files import path_of
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 METHODS = ("speft", "lora", "pissa", "shira", "supertuning", "full", "head")
@@ -37,6 +38,9 @@ DRAWN_LR = 8e-3
 
 # AdamW divides its rate by 1 - beta1 = 0.1 in the first step, in float32.
 LR_LIMIT = 1e37
+# numpy's generator takes no seed above.
+SEED_LIMIT = 2**32
+PATHS = ("train", "eval", "test", "model", "output")
 
 
 def option(
@@ -167,7 +171,9 @@ class RunConfig:
     )
     warmup_ratio: float = option(0.06, "share of the steps that warm up", minimum=0, below=1)
     weight_decay: float = option(0.0, "decay of dense weights (never of sparse values)", minimum=0)
-    max_length: int = option(128, "longest input in tokens; the rest is cut off", minimum=4)
+    max_length: int = option(
+        128, "longest input in tokens; the rest is cut off", minimum=4, below=2**31
+    )
     pooling: str = option(
         "auto",
         "classification head: 'mean' of the token states, or the 'model' type's own; "
@@ -190,7 +196,7 @@ class RunConfig:
     save_every: int | None = option(
         None, "steps between checkpoints (default: an epoch)", minimum=1
     )
-    seed: int = option(0, "seed of everything random", minimum=0)
+    seed: int = option(0, "seed of everything random", minimum=0, below=SEED_LIMIT)
 
     def __post_init__(self) -> None:
         salience, selection = recipe.choice(self.salience, self.selection)
@@ -205,6 +211,9 @@ class RunConfig:
             object.__setattr__(self, spec.name, value)
             _check_range(spec, value)
         self.require("train", "output")
+        for name in PATHS:
+            if value := getattr(self, name):
+                path_of(name, value)
         self._check_combinations()
 
     def require(self, *names: str) -> None:
@@ -300,13 +309,13 @@ class RunConfig:
 
     def located(self) -> RunConfig:
         """The same settings with absolute paths, so that they mean the same in another folder."""
-        paths: dict[str, Any] = {
-            name: str(Path(value).expanduser().resolve())
-            for name in ("train", "eval", "test", "model")
-            if (value := getattr(self, name)) and Path(value).expanduser().exists()
+        paths = {name: path_of(name, value) for name in PATHS if (value := getattr(self, name))}
+        absolute: dict[str, Any] = {
+            name: str(path.resolve())
+            for name, path in paths.items()
+            if name == "output" or path.exists()
         }
-        output = str(Path(self.output).expanduser().resolve())
-        return dataclasses.replace(self, **paths, output=output)
+        return dataclasses.replace(self, **absolute)
 
     def to_dict(self) -> dict[str, Any]:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self).items()}
@@ -336,7 +345,8 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; --config takes a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # Of a date that does not exist or an endless number, and of lists nested too deep.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from error
 
@@ -370,11 +380,11 @@ def coerce(name: str, value: Any) -> Any:
     """`value` as the type of the setting `name`, from a flag's text or what YAML made of it.
 
     YAML reads `1e-4` as text and `3` as an integer where a float is meant; both are accepted. A
-    value that would lose information (`epochs: 2.5`) is not.
+    value that would lose information (`epochs: 2.5`) is not. None is, where it is the default.
     """
     expected = _TYPES[name]
     options = typing.get_args(expected) if _is_union(expected) else (expected,)
-    if value is None and type(None) in options:
+    if value is None and FIELDS[name].default is None:
         return None
     for kind in options:
         if kind is type(None):
@@ -383,6 +393,8 @@ def coerce(name: str, value: Any) -> Any:
             return _as(kind, value)
         except (TypeError, ValueError):
             continue
+        except OverflowError:
+            raise ConfigError(f"{name} is too large a number") from None
     wanted = " or ".join(_type_name(kind) for kind in options if kind is not type(None))
     raise ConfigError(f"{name} = {value!r} is not {wanted}")
 
@@ -408,7 +420,10 @@ def _as(kind: Any, value: Any) -> Any:
         raise TypeError
     if kind is int and isinstance(value, float) and not value.is_integer():
         raise ValueError
-    return kind(value)
+    number = kind(value)
+    if kind is int and abs(number) >= 2**63:
+        raise OverflowError
+    return number
 
 
 def _type_name(kind: Any) -> str:

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ NEEDED = {
     "causal-lm": "'prompt' and 'response' (or 'query' and 'response', or 'question' and 'answer', "
     "or 'instruction', 'input' and 'output'), or 'text'",
 }
+_WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,10 @@ def label_ids(train: Examples) -> dict[str, int]:
             f"{train.source}: every row has the label {next(iter(labels))!r}; "
             "a classifier needs two labels at least"
         )
-    numeric = all(label.lstrip("-").isdecimal() for label in labels)
-    return {
-        label: number for number, label in enumerate(sorted(labels, key=int if numeric else None))
-    }
+    numeric = all(_WHOLE_NUMBER.fullmatch(label) for label in labels)
+    # By their text too: "1" and "01" are one number and two classes.
+    ordered = sorted(labels, key=lambda label: (int(label) if numeric else 0, label))
+    return {label: number for number, label in enumerate(ordered)}
 
 
 def check_labels(examples: Examples, known: dict[str, int]) -> None:
@@ -228,7 +230,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Located]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path}, line {number}: not valid JSON ({error}); each line must hold one object"
             ) from error
@@ -312,9 +314,7 @@ def _text(source: str, line: int, record: dict[str, Any], column: str) -> str:
     if not isinstance(value, str):
         what = "is missing" if column not in record else f"is {value!r}, not text"
         raise DataError(f"{source}, line {line}: {column!r} {what}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{source}, line {line}: {column!r} holds half of a surrogate pair")
-    return value
+    return _whole(source, line, column, value)
 
 
 def _label(source: str, line: int, record: dict[str, Any]) -> str:
@@ -325,7 +325,14 @@ def _label(source: str, line: int, record: dict[str, Any]) -> str:
         raise DataError(f"{source}, line {line}: 'label' is {value!r}, not a name or whole number")
     if not value.strip():
         raise DataError(f"{source}, line {line}: the label is empty; fill it in or drop the row")
-    return value.strip()
+    return _whole(source, line, "label", value.strip())
+
+
+def _whole(source: str, line: int, column: str, text: str) -> str:
+    """`text`, which UTF-8 has to be able to hold."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{source}, line {line}: {column!r} holds half of a surrogate pair")
+    return text
 
 
 def _quoted(names: Sequence[str]) -> str:

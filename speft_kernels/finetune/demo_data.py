@@ -22,7 +22,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -182,12 +182,6 @@ def near_duplicate_groups(texts: Sequence[str]) -> list[list[int]]:
 def shingle_set(text: str) -> frozenset[tuple[str, str]]:
     """The pairs of neighbouring words of a text, with its ends marked; case and marks ignored."""
     return frozenset(pairwise(("", *_words(text), "")))
-
-
-def majority_accuracy(train: Iterable[Docstring], held_out: Sequence[Docstring]) -> float:
-    """Accuracy of always answering the most frequent label of ``train``."""
-    most_common = Counter(example.label for example in train).most_common(1)[0][0]
-    return sum(example.label == most_common for example in held_out) / len(held_out)
 
 
 def _words(text: str) -> tuple[str, ...]:

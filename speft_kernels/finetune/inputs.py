@@ -92,14 +92,14 @@ class ScoringBatches:
     ) -> None:
         generator = torch.Generator().manual_seed((config.seed + 1_000_003 * count) % 2**63)
         chosen = torch.randperm(len(train), generator=generator)[: config.scoring_examples]
-        self._parts = [part.tolist() for part in chosen.tensor_split(config.scoring_batches)]
+        parts = min(config.scoring_batches, len(chosen))
+        self._parts = [part.tolist() for part in chosen.tensor_split(parts)]
         self._task, self._train, self._stop = task, train, stop
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for part in self._parts:
             self._stop.check()
-            if part:
-                yield self._task.collate([self._train[i] for i in part]).inputs
+            yield self._task.collate([self._train[i] for i in part]).inputs
 
 
 def read_inputs(config: RunConfig, display: Display) -> Inputs:
@@ -136,6 +136,7 @@ def read_inputs(config: RunConfig, display: Display) -> Inputs:
     check_weights(model, config.model)
     targets = methods.find(model, config)
     config = methods.budgeted(config, targets)
+    check_rank(config, targets)
     sources = {"train": train, **others}
     encoded = {name: _encode(task, source, display) for name, source in sources.items()}
     identity = {name: source.fingerprint()[:_DIGITS] for name, source in given.items()}
@@ -193,6 +194,26 @@ def check_weights(model: PreTrainedModel, name: str) -> None:
                 f"model {name}: its parameter {parameter!r} holds NaN or infinite values; "
                 "the file is damaged or its training failed"
             )
+
+
+def check_rank(config: RunConfig, targets: Targets) -> None:
+    """Raises ConfigError for a rank that the adapted layers have no room for.
+
+    A matrix's rank is the length of its shorter side at most, and a small layer may have less than
+    the others need. SHiRA trains as many entries of each as LoRA's factors have.
+    """
+    shapes = [layer.weight.shape for layer in targets.layers.values()]
+    if config.method in ("lora", "pissa"):
+        limit = max(min(n, k) for n, k in shapes)
+    elif config.method == "shira":
+        limit = min(n * k // (n + k) for n, k in shapes)
+    else:
+        return
+    if config.lora_rank > limit:
+        raise ConfigError(
+            f"lora_rank = {config.lora_rank} is too high: the adapted layers allow {limit} at most "
+            f"with method {config.method!r}"
+        )
 
 
 def _encode(task: Task, examples: Examples, display: Display) -> list[Encoded]:

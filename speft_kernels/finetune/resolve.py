@@ -9,6 +9,7 @@ import torch
 from ..targets import find_targets
 from .config import ADAPTERS, FIELDS, RunConfig
 from .data import Examples, read_examples
+from .inputs import check_rank
 from .loop import check_moves, steps_of
 from .methods import budgeted
 from .models import load_causal_lm, load_classifier, load_tokenizer, quiet_transformers, resolve
@@ -85,6 +86,7 @@ def _model(config: RunConfig, train: Examples | None) -> list[str]:
     if config.method in ADAPTERS:
         targets = find_targets(model, config.speft())
         config = budgeted(config, targets)
+        check_rank(config, targets)
         size = sum(layer.weight.numel() for layer in targets.layers.values())
         lines.append(f"{len(targets.layers)} layers with {size:,} weights are adapted")
         if config.method in ("speft", "supertuning"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -187,7 +187,7 @@ def classification_scores(
     return scores
 
 
-def majority_accuracy(train: Iterable[int], held_out: Sequence[int]) -> float:
+def majority_accuracy(train: Iterable[Hashable], held_out: Sequence[Hashable]) -> float:
     """Accuracy on `held_out` of always answering the most frequent class of `train`."""
     answer = Counter(train).most_common(1)[0][0]
     return sum(label == answer for label in held_out) / len(held_out)

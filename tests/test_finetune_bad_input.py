@@ -1,0 +1,203 @@
+"""Settings, models and checkpoints that no run can use are refused in one line that says why."""
+
+import copy
+
+import pytest
+import torch
+from tiny_text import save_bert
+from torch import nn
+
+from speft_kernels.errors import ConfigError
+from speft_kernels.finetune.checkpoint import (
+    Progress,
+    load_tensors,
+    read_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+    save_tensors,
+)
+from speft_kernels.finetune.config import RunConfig, load_yaml
+from speft_kernels.finetune.inputs import ScoringBatches, check_rank
+from speft_kernels.finetune.models import pooling_of, resolve
+from speft_kernels.finetune.signals import StopSignals
+from speft_kernels.finetune.tasks import Encoded
+from speft_kernels.targets import Targets
+
+
+def config_of(**settings):
+    return RunConfig.from_dict({"train": "x", "output": "y", **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": 2**32}, "seed = 4294967296 must be less than 4294967296"),
+        ({"max_length": 2**31}, "max_length = 2147483648 must be less than"),
+        ({"lr": 10**400}, "lr is too large a number"),
+        ({"scoring_examples": str(10**19)}, "scoring_examples is too large"),
+        ({"block_shape": [2**63, 1]}, "block_shape is too large"),
+    ],
+)
+def test_numbers_have_bounds(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(**settings)
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "test", "model", "output"])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("~nosuchuser/x", "home directory"),
+        ("folder/" + "x" * 256, "too long"),
+        ("\u00e9" * 128, "too long"),  # 256 bytes
+        ("folder/" * 600, "too long"),
+        ("a\0b", "null byte"),
+        ("a\udcff", "surrogates not allowed"),  # a name that is not UTF-8
+    ],
+)
+def test_a_path_that_no_file_can_have_is_refused(name, value, reason):
+    with pytest.raises(ConfigError, match=f"{name} = .* is no path: .*{reason}"):
+        config_of(**{name: value})
+
+
+def test_a_model_of_nobody_is_refused():
+    with pytest.raises(ConfigError, match="model = '~nosuchuser/x' is no path"):
+        resolve("~nosuchuser/x")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["seed: 2020-13-45", "seed: " + "1" * 5000, "a: " + "[" * 20_000],
+    ids=["date", "digits", "nested"],
+)
+def test_yaml_that_python_cannot_hold_is_refused(tmp_path, content):
+    path = tmp_path / "a.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        load_yaml(path)
+
+
+def test_an_endless_number_is_not_shown(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("seed: 0x" + "f" * 5000)
+    with pytest.raises(ConfigError, match="seed is too large a number"):
+        load_yaml(path)
+
+
+def test_null_is_the_default_where_the_default_is_left_to_us(tmp_path):
+    names = ("salience", "selection", "head_warmup_steps", "lr", "metric")
+    path = tmp_path / "a.yaml"
+    path.write_text("".join(f"{name}: null\n" for name in names))
+    assert config_of(**load_yaml(path)) == config_of(**dict.fromkeys(names)) == config_of()
+    path.write_text("epochs: null")
+    with pytest.raises(ConfigError, match="epochs = None is not a whole number"):
+        load_yaml(path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_a_models_pooling_that_cannot_be_read_is_refused(tmp_path, content):
+    folder = save_bert(tmp_path / "model", ["some words of a text"])
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"1_Pooling/config.json (cannot be|holds no)"):
+        pooling_of(str(folder))
+
+
+def test_more_scoring_batches_than_rows_have_one_each():
+    class Rows:
+        def collate(self, rows):
+            return type("Batch", (), {"inputs": [row.labels for row in rows]})
+
+    train = [Encoded({"input_ids": [1]}, n) for n in range(3)]
+    config = config_of(scoring_batches=10**13, scoring_examples=10**13)
+    batches = ScoringBatches(Rows(), train, config, StopSignals(), 0)
+    assert sorted(batches) == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize(("method", "highest"), [("lora", 6), ("pissa", 6), ("shira", 2)])
+def test_a_rank_has_to_fit_the_layers(method, highest):
+    targets = Targets({"a": nn.Linear(6, 8), "b": nn.Linear(4, 6)}, ())
+    check_rank(config_of(method=method, lora_rank=highest), targets)
+    with pytest.raises(ConfigError, match=f"layers allow {highest} at most with method '{method}'"):
+        check_rank(config_of(method=method, lora_rank=highest + 1), targets)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of a model after one step, with what it was made from."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    pattern = {"shape": (2, 3), "block_shape": (1, 1), "indices": torch.tensor([1])}
+    facts = {"fingerprint": "0", "patterns": {"a": pattern}, "left": {}}
+    progress = Progress(step=1, step_seconds=[0.1], best={"accuracy": 0.5}, salience={"a": 1})
+    path = tmp_path / "state.pt"
+    save_checkpoint(path, progress, model, facts, optimizer=optimizer)
+    return path, progress, model, optimizer
+
+
+def test_a_sound_checkpoint_is_restored(saved):
+    path, progress, model, optimizer = saved
+    state = read_checkpoint(path)
+    assert restore_checkpoint(state, path, model, optimizer=optimizer) == progress
+
+
+MISSING = object()
+DAMAGES = {
+    "no facts": (["facts"], MISSING),
+    "no fingerprint": (["facts", "fingerprint"], MISSING),
+    "pattern without indices": (["facts", "patterns", "a", "indices"], MISSING),
+    "another key": (["progress", "mood"], 1),
+    "step as text": (["progress", "step"], "1"),
+    "steps that were not timed": (["progress", "step"], 10**9),
+    "metric as text": (["progress", "best", "accuracy"], "high"),
+    "seconds as text": (["progress", "step_seconds"], ["long"]),
+    "parameters as list": (["parameters"], [1]),
+    "parameter as number": (["parameters", "bias"], 1.0),
+    "no random state": (["random", "cpu"], MISSING),
+    "a short random state": (["random", "cpu"], torch.zeros(3, dtype=torch.uint8)),
+    "no optimizer": (["parts", "optimizer"], MISSING),
+    "an empty optimizer": (["parts", "optimizer"], {}),
+    "an optimizer of no groups": (["parts", "optimizer", "param_groups"], []),
+    "an optimizer of numbers": (["parts", "optimizer", "param_groups"], [1]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(saved, damage):
+    path, _, model, optimizer = saved
+    (*folders, last), value = DAMAGES[damage]
+    state = part = torch.load(path, weights_only=True)
+    for folder in folders:
+        part = part[folder]
+    if value is MISSING:
+        del part[last]
+    else:
+        part[last] = copy.copy(value)
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match="checkpoint is damaged .*--overwrite"):
+        restore_checkpoint(read_checkpoint(path), path, model, optimizer=optimizer)
+
+
+def test_a_checkpoint_with_a_flipped_bit_in_a_key_is_refused(saved):
+    path = saved[0]
+    path.write_bytes(path.read_bytes().replace(b"fingerprint", b"fingerprin\xff"))
+    with pytest.raises(ConfigError, match="checkpoint is damaged"):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_of_another_version_is_refused_as_such(saved):
+    torch.save({"format": 1}, saved[0])
+    with pytest.raises(ConfigError, match="another version"):
+        read_checkpoint(saved[0])
+
+
+def test_damaged_parameters_of_the_best_model_are_refused(tmp_path):
+    path, model = tmp_path / "best.safetensors", nn.Linear(3, 2)
+    with pytest.raises(ConfigError, match="checkpoint is damaged"):
+        load_tensors(path, model)
+    save_tensors(path, model)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="checkpoint is damaged"):
+        load_tensors(path, model)
