@@ -126,7 +126,7 @@ def test_a_finished_run(trained, capsys):
     assert f"torch {torch.__version__}" in facts["versions"]
     differing = dict(r[:2] for r in page.table_with("setting")[1:])
     assert differing["lr"] == "0.02"
-    assert "scheduler" not in differing
+    assert not {"scheduler", "salience", "selection", "head_warmup_steps"} & set(differing)
     layers = {r[0]: r for r in page.table_with("layer")[1:]}
     for name, layer in read_adapter(trained / "adapter").layers.items():
         used = (layer.pattern.used_rows.numel(), layer.pattern.used_cols.numel())
@@ -195,6 +195,7 @@ def test_a_damaged_run(run, capsys, name, content, reason):
     error = capsys.readouterr().err
     assert str(run / Path(name).parts[0]) in error
     assert reason in error
+    assert content is not None or ": damaged:" not in error
     assert error.count("\n") == 1
     assert (run / "report.html").read_text() == "the old one"
 
@@ -269,6 +270,27 @@ def test_a_study(study, capsys):
     assert pair[5] == f"{shared / len(sets[0] | sets[1]):.3%}"
 
 
+def test_a_mask_that_merges_moved_is_drawn_and_not_compared(study, trained, tmp_path):
+    rows = read_rows(study / "runs.csv")
+    moved = {"salience": "snip", "dynamic": "merge", "mask_seconds": 16.5}
+    changed = [dataclasses.replace(r, **moved) if r.name == "gradient" else r for r in rows]
+    write_rows(study / "runs.csv", changed)
+    page = report(study)
+    assert "Jaccard" not in [text for table in page.tables for row in table for text in row]
+    assert "One that dynamic merge moved is not compared" in page.text
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert "masks-0" in ids
+    assert "overlap-0-0" not in ids
+    costs = {r[0]: r for r in page.table_with("scoring")[1:]}
+    assert (costs["gradient"][3], costs["magnitude"][3]) == ("19.5 s", "3.0 s")
+    run = shutil.copytree(trained, tmp_path / "moved")
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["dynamic"] = "merge"
+    (run / "config.json").write_text(json.dumps(config))
+    assert "entries that hold a delta" in report(run).text
+    assert "entries that hold a delta" not in report(trained).text
+
+
 def test_hostile_names(tmp_path):
     methods = {
         HOSTILE: METHODS["lora"],
@@ -309,6 +331,10 @@ def test_damaged_runs_of_a_study_are_named(study):
     (runs / "1-1-0.01-1" / "metrics.jsonl").write_text("nothing\n{}\n")
     shutil.rmtree(runs / "1-0-0.01-0")
     (runs / "not-finished").mkdir()
+    (runs / "diverged").mkdir()
+    (study / "failures.json").write_text(
+        '{"diverged": "the loss is inf", "1-1-0.01-1": "not at the second try"}'
+    )
     rows = read_rows(study / "runs.csv")
     nan = float("nan")
     changed = {
@@ -328,9 +354,11 @@ def test_damaged_runs_of_a_study_are_named(study):
         r"run ../../outside could not be read: .* is no name of a run's folder",
         "run 1-5-0.01-1 repeats run 1-5-0.01-0",
         "The loss curves of these runs are left out, .*: 1-0-0.01-0",
+        "run diverged failed: the loss is inf",
         "2 with a folder and no row in runs.csv yet: .*not-finished",
     ):
         assert re.search(line, page.text), line
+    assert "second try" not in page.text
     assert len(page.table_with("settings")) == 1 + len(rows)  # nothing is lost
 
 

@@ -218,9 +218,9 @@ def test_no_number_breaks_the_page(tmp_path, value):
     rows = read_rows(tmp_path / "study" / "runs.csv")
     whole = 0 if value == "0" else 10**400
     odd = {
-        field.name: float(value) if field.type == "float" else whole
+        field.name: float(value) if "float" in field.type else whole
         for field in dataclasses.fields(Row)
-        if field.type in ("float", "int", "int | None")
+        if field.type in ("float", "int", "int | None", "float | None")
     }
     rows = [dataclasses.replace(r, **odd) if i % 2 else r for i, r in enumerate(rows)]
     write_rows(tmp_path / "study" / "runs.csv", rows)

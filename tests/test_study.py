@@ -1,16 +1,14 @@
-"""A study: what its grid is, in which order it runs, and that nothing is lost or repeated."""
+"""A study: in which order its grid runs, and that nothing is lost or repeated."""
 
-import contextlib
 import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
 from multiprocessing.connection import Pipe
 from pathlib import Path
 
@@ -18,14 +16,16 @@ import pytest
 from tiny_text import save_bert, sentences, write_tsv
 
 from speft_kernels.cli import main
-from speft_kernels.errors import ConfigError, DataError
+from speft_kernels.errors import DataError
 from speft_kernels.finetune.inputs import digest_of
 from speft_kernels.finetune.signals import Interrupted
 from speft_kernels.study import COLUMNS, read_rows, write_rows
 from speft_kernels.study import runner as runner_module
 from speft_kernels.study.config import read_study
+from speft_kernels.study.inputs import changed_settings
 from speft_kernels.study.runner import Places, StudyError, collect, run_study
 from speft_kernels.study.schedule import best_rate, due
+from speft_kernels.study.worker import Failure
 
 STUDY = """
 name: tiny
@@ -68,7 +68,7 @@ def study(study_file, place):
 
 
 class FakeWorker:
-    """Writes at once what a run would leave; `outcome` says how it ends."""
+    """Writes at once what a run would leave, unless `outcome` says why it fails."""
 
     began: list = []  # noqa: RUF012 -- reset by the fixture
     outcome = staticmethod(lambda config: None)
@@ -76,14 +76,14 @@ class FakeWorker:
     def __init__(self, config, *, threads, slot):
         self.slot, self.config = slot, config
         FakeWorker.began.append(config)
-        self.reason = FakeWorker.outcome(config)
-        if self.reason is None:
+        self.outcome = FakeWorker.outcome(config)
+        if self.outcome is None:
             write_result(config)
         self.sentinel, other = Pipe()
         other.close()  # ready at once
 
     def failure(self):
-        return self.reason
+        return self.outcome
 
     def stop(self):
         pass
@@ -117,58 +117,6 @@ def fake(monkeypatch):
 
 def silent(line):
     pass
-
-
-def test_lists_span_the_grid_and_ids_name_runs_on_any_machine(study, study_file, tmp_path):
-    assert list(study.methods) == ["head", "sparse-snip", "sparse-random"]
-    assert study.rates["head"] == (1e-2, 3e-2)
-    ids = [run.id for cell in study.cells for run in study.search(*cell)]
-    assert len(set(ids)) == 6
-    # Another folder of data and of output, the same runs.
-    elsewhere = read_study(study_file(), output=str(tmp_path / "other"), data=str(tmp_path))
-    assert [r.id for c in elsewhere.cells for r in elsewhere.search(*c)] == ids
-    assert all(run.settings["train"] == "train.tsv" for run in study.search("films", "head"))
-    text = STUDY.replace("epochs: 1", "epochs: 2")
-    changed = read_study(study_file(text))
-    assert not {r.id for c in changed.cells for r in changed.search(*c)} & set(ids)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("methods:\n  head: {{method: head}}", "methods:\nx:", "key 'x' is unknown"),
-        (STUDY[STUDY.index("methods") : STUDY.index("lr:")], "", "methods is empty, so the grid"),
-        (STUDY[STUDY.index("tasks") : STUDY.index("methods")], "tasks: {{}}\n", "tasks is empty"),
-        ("[snip, random]", "[]", "salience is an empty list: nothing to run"),
-        ("[snip, random]", "[snip, snop]", "unknown salience metric 'snop'"),
-        ("[snip, random]", "[snip, snip]", "two methods are called 'sparse-snip'"),
-        ("films:", "'../films':", "a label is made of letters"),
-        ("lr: [1e-2, 3e-2]", "lr: []", "must be a list of numbers with one at least"),
-        ("lr: [1e-2, 3e-2]", "lr: [1e-2, 0.01]", "names a value twice"),
-        ("lr: [1e-2, 3e-2]", "lr: [1e-2, -1]", "lr = -1.0 must be greater than 0"),
-        ("seeds: [0, 1, 2]", "seeds: [0.5]", "seeds = .0.5. must be a list of numbers"),
-        ("seeds: [0, 1, 2]", "search_seeds: 2", "search_seeds = 2 must lie between 1 and 1"),
-        ("{{method: head}}", "{{method: head, seeds: []}}", "method head: seeds = .. must be"),
-        (
-            "random]}}\nlr:",
-            "random], seeds: 7}}\nsearch_seeds: 2\nlr:",
-            "search_seeds = 2 must lie between 1 and 1",
-        ),
-        ("seeds: [0, 1, 2]", "search: up", "search = 'up' is not one of all, climb"),
-        ("seeds: [0, 1, 2]", "search_slack: -1", "search_slack = -1 must be a number from 0 on"),
-        ("epochs: 1", "epoch: 1", "setting 'epoch' is unknown. Did you mean 'epochs'"),
-        ("epochs: 1", "seed: 1", "'seed' is set by the study itself"),
-        ("validation: 0.25", "clip: 1", "validation .or eval. is missing"),
-        (", test: eval.tsv", "", "test, the data to report on, is missing"),
-        ("output: {output}", "", "output, the study's folder, is missing"),
-        ("name: tiny", "name: [", "cannot be read as YAML"),
-    ],
-)
-def test_a_bad_grid_is_refused_before_anything_runs(study_file, tmp_path, old, new, message):
-    assert old in STUDY
-    with pytest.raises(ConfigError, match=message):
-        read_study(study_file(STUDY.replace(old, new)))
-    assert not (tmp_path / "out").exists()
 
 
 def test_every_rate_runs_with_the_search_seeds_and_the_best_with_the_others(study, fake):
@@ -234,10 +182,9 @@ def test_a_search_that_climbs_leaves_out_what_lies_beyond_a_worse_rate(
         globals(), "write_result", lambda config: write(config, validation[config.lr])
     )
     fake.outcome = staticmethod(
-        lambda config: "diverged" if validation[config.lr] is None else None
+        lambda config: None if validation[config.lr] is not None else Failure("diverged", True)
     )
-    with contextlib.suppress(StudyError):
-        run_study(study, jobs=2, say=silent)
+    run_study(study, jobs=2, say=silent)
     assert {config.lr for config in fake.began if config.seed == 0} == searched
     finite = {lr: validation[lr] for lr in searched if validation[lr] is not None}
     best = [max(finite, key=finite.get)] * 2 if finite else []
@@ -266,28 +213,75 @@ def test_rows_of_a_grid_that_changed_are_kept(study, study_file, fake, place):
     assert read_rows(Places(study.output).rows) == rows
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_run(study, fake):
+def test_a_run_that_fails_is_named_and_the_others_are_run(study_file, place, fake, capsys):
+    """What others gave is told first; the same command tries again."""
+    arguments = ["study", "--config", str(study_file()), "--data", str(place), "--jobs", "2"]
+    places = Places(read_study(study_file()).output)
     fake.outcome = staticmethod(
         lambda config: (
-            "the loss became nan" if (config.method, config.salience) == ("speft", "snip") else None
+            Failure("its process died")
+            if (config.method, config.salience) == ("speft", "snip")
+            else None
         )
     )
-    said = []
-    with pytest.raises(StudyError, match=r"2 runs failed(?s:.)*snip-lr0.01.*the loss became nan"):
-        run_study(study, jobs=2, say=said.append)
-    assert len(read_rows(Places(study.output).rows)) == 8
-    assert sum("failed: the loss became nan" in line for line in said) == 2
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert len(read_rows(places.rows)) == 8
+    assert out.count("failed: its process died") == 2
+    assert f"8 runs are in {places.rows}\n\n| method |" in out
+    assert out.endswith(f"report: {places.root / 'report.html'}\n")
+    assert err.startswith("speft: error: 2 runs failed; all others are in")
+    assert "-snip-lr0.01-" in err
+    assert not places.failures.exists()
     fake.outcome = staticmethod(lambda config: None)
-    assert len(run_study(study, jobs=2, say=silent)) == 12
+    assert main(arguments) == 0
+    assert len(read_rows(places.rows)) == 12
 
 
-def test_a_rate_that_diverges_is_out_of_the_choice_and_the_others_go_on(study, fake):
-    fake.outcome = staticmethod(lambda config: "the loss became inf" if config.lr == 3e-2 else None)
-    with pytest.raises(StudyError, match="3 runs failed"):
+def test_a_run_that_would_fail_again_is_noted_and_the_study_is_done(
+    study_file, place, fake, capsys, monkeypatch
+):
+    """Its rate is out of the choice; taken out of the notes, it is tried again."""
+    arguments = ["study", "--config", str(study_file()), "--data", str(place)]
+    study = read_study(study_file(), data=str(place))
+    places = Places(study.output)
+    places.root.mkdir()
+    places.failures.write_text('{"of-an-earlier-grid": "the loss became inf"}')
+    fake.outcome = staticmethod(
+        lambda config: Failure("the loss became inf", True) if config.lr == 3e-2 else None
+    )
+    for _ in range(2):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        told = f"3 failed and would fail again; to try one again .* {places.failures}, or delete"
+        assert re.search(f"{told}.*\n  films-head-lr0.03-s0-.{{8}}: the loss became inf", out)
+        assert "of-an-earlier-grid" not in out
+        rows = read_rows(places.rows)
+        assert {(row.lr, row.seed) for row in rows} == {(1e-2, seed) for seed in (0, 1, 2)}
+        assert len(fake.began) == 3 * (1 + 1 + 2)
+    assert main([*arguments, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert (out.strip(), err.count("the loss became inf")) == ("", 3)
+    assert err.startswith("0 runs are due now, 9 are finished\n3 failed and would")
+    notes = json.loads(places.failures.read_text())
+    assert len(notes) == 1 + 3
+    places.failures.write_text("{")
+    with pytest.raises(DataError, match=f"{places.failures}: cannot be read as JSON"):
         run_study(study, jobs=1, say=silent)
-    rows = read_rows(Places(study.output).rows)
-    assert {(row.lr, row.seed) for row in rows} == {(1e-2, seed) for seed in (0, 1, 2)}
-    assert len(fake.began) == 3 * (1 + 1 + 2)
+    places.failures.unlink()
+    fake.outcome = staticmethod(lambda config: None)
+    assert main(arguments) == 0
+    assert len(read_rows(places.rows)) == 18  # the rate that is better now has its repeats
+
+
+def test_without_matplotlib_the_table_is_told_all_the_same(
+    study_file, place, fake, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["study", "--config", str(study_file()), "--data", str(place)]) == 2
+    out, err = capsys.readouterr()
+    assert "| method |" in out
+    assert "pip install 'speft-kernels[bench]'" in err
 
 
 def test_a_study_runs_in_one_process_at_a_time(study, fake):
@@ -371,6 +365,36 @@ def test_rows_of_other_data_or_weights_are_met_by_an_error_and_kept(
     assert len(run_study(study, jobs=1, say=silent)) == 12
 
 
+def test_rows_made_with_other_defaults_are_met_by_an_error_and_kept(study, fake):
+    run_study(study, jobs=1, say=silent, max_runs=2)
+    path = Places(study.output).rows
+
+    def made_with(**settings):
+        rows = read_rows(path)
+        changed = json.dumps({**json.loads(rows[0].settings), **settings})
+        write_rows(path, [dataclasses.replace(rows[0], settings=changed), *rows[1:]])
+        return rows[0].id
+
+    # Of a version that had other settings, of another machine, and what a head does not read.
+    made_with(later=1, model="elsewhere", salience="fisher", density=0.3)
+    run_study(study, jobs=1, say=silent, max_runs=1)
+    id = made_with(clip=2.0)
+    before = path.read_bytes()
+    with pytest.raises(StudyError, match=f"clip: it was 2.0 and is 1.0, for 1 rows, such as {id}"):
+        run_study(study, jobs=1, say=silent)
+    assert (path.read_bytes(), len(fake.began)) == (before, 3)
+
+
+@pytest.mark.parametrize("name", ["study", "settings", "defaults"])
+def test_the_committed_studies_go_on(name):
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    study = read_study(docs / f"{name}.yaml")
+    grid = study.grid()
+    rows = {row.id: row for row in read_rows(docs / f"{name}.csv") if row.id in grid}
+    assert rows
+    assert changed_settings(study, grid, rows) == []
+
+
 def test_tables_from_before_rows_named_their_inputs_are_read_and_go_on(study, fake):
     docs = Path(__file__).resolve().parents[1] / "docs"
     for name in ("study.csv", "defaults.csv"):
@@ -378,7 +402,7 @@ def test_tables_from_before_rows_named_their_inputs_are_read_and_go_on(study, fa
     path = Places(study.output).rows
     rows = run_study(study, jobs=1, say=silent, max_runs=5)
     with open(path, newline="") as file:
-        table = [line[:-1] for line in csv.reader(file)]
+        table = [line[:-2] for line in csv.reader(file)]
     assert table[0][-1] == "settings"
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows(table)
@@ -386,6 +410,23 @@ def test_tables_from_before_rows_named_their_inputs_are_read_and_go_on(study, fa
     run_study(study, jobs=1, say=silent)
     assert len(fake.began) == 12
     assert [row.inputs for row in read_rows(path)] == [""] * 12
+
+
+def test_reading_what_has_finished_writes_nothing(study, study_file, place, capsys):
+    """Not even the row of a run that has none yet; `mask_seconds` is of dynamic runs."""
+    ids = []
+    for run, others in zip(
+        study.search("films", "head"), ({}, {"mask": {"seconds": 1.5}}), strict=True
+    ):
+        write_result(run.config(Places(study.output).runs / run.id, study.data), **others)
+        ids.append(run.id)
+    assert [collect(study)[id].mask_seconds for id in ids] == [None, 1.5]
+    assert main(["study", "--config", str(study_file()), "--data", str(place), "--dry-run"]) == 0
+    assert capsys.readouterr().err == "6 runs are due now, 2 are finished\n"
+    assert [path.name for path in study.output.iterdir()] == ["runs"]
+    rows = run_study(study, jobs=1, say=silent, max_runs=0)
+    assert read_rows(Places(study.output).rows) == rows
+    assert {row.mask_seconds for row in rows} == {None, 1.5}
 
 
 @pytest.mark.parametrize("missing", ["lr", "test", "commit"])
@@ -398,68 +439,6 @@ def test_a_result_without_what_a_row_needs_is_refused_by_name(study, missing):
     (folder / "result.json").write_text(json.dumps(result))
     with pytest.raises(DataError, match=f"run {run.id}: its result.json lacks .*{missing}"):
         collect(study)
-
-
-def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(study, monkeypatch):
-    from speft_kernels.finetune import run as run_module
-    from speft_kernels.study.worker import execute
-
-    calls = []
-    monkeypatch.setattr(run_module, "finetune", lambda config, resume: calls.append(resume))
-    run = study.search("films", "head")[0]
-    folder = Places(study.output).runs / run.id
-    config = run.config(folder, study.data)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    execute(config, threads=1, slot=0)
-    assert not folder.exists()
-    (folder / "checkpoint").mkdir(parents=True)
-    (folder / "checkpoint" / "state.pt").write_bytes(b"")
-    execute(config, threads=1, slot=0)
-    assert calls == [False, True]
-
-
-@pytest.mark.slow
-def test_a_study_that_is_stopped_in_the_middle_of_a_run_ends_like_one_that_was_not(
-    study_file, place, tmp_path
-):
-    """In processes, as the command runs it: SIGTERM to the study, then the same command again."""
-    text = STUDY.replace("  sparse: {{salience: [snip, random]}}\n", "").replace(
-        "head: {{method: head}}", "sparse: {{salience: snip, epochs: 60}}"
-    )
-    text = text.replace("[1e-2, 3e-2]", "[1e-2]").replace("[0, 1, 2]", "[0]")
-    file = study_file(text)
-
-    def command(output):
-        return [
-            *(sys.executable, "-m", "speft_kernels.cli", "study", "--config", str(file)),
-            *("--data", str(place), "--output", str(output)),
-        ]
-
-    stopped = tmp_path / "stopped"
-    process = subprocess.Popen(command(stopped), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(stopped.glob("runs/*/metrics.jsonl")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; to go on:\n  speft study --config" in errors
-    assert len(list(stopped.glob("runs/*/checkpoint/state.pt"))) == 1
-    assert read_rows(stopped / "runs.csv") == []
-    steps = len(next(stopped.glob("runs/*/metrics.jsonl")).read_text().splitlines())
-    again = subprocess.run(command(stopped), capture_output=True, text=True, timeout=200)
-    assert again.returncode == 0, again.stderr
-    straight = subprocess.run(
-        command(tmp_path / "straight"), capture_output=True, text=True, timeout=200
-    )
-    assert straight.returncode == 0, straight.stderr
-    (one,), (two,) = (read_rows(tmp_path / n / "runs.csv") for n in ("stopped", "straight"))
-    assert (one.id, one.validation, one.score) == (two.id, two.validation, two.score)
-    assert one.steps == two.steps > steps
-    assert not list(stopped.glob("runs/*/checkpoint"))
 
 
 def test_the_command_lists_what_is_due_and_refuses_nonsense(study_file, place, tmp_path, capsys):

@@ -136,6 +136,78 @@ def test_runs_side_by_side_take_the_gpus_in_turn(place, monkeypatch, slot, devic
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "settled"),
+    [
+        ("method: full, lr: 1e+30", True),  # the loss is no number
+        ("salience: absent:score", False),  # may be there next time
+    ],
+)
+def test_a_process_says_whether_its_run_would_fail_again(place, settings, settled):
+    study = read_study(study_file(place, f"{{odd: {{{settings}}}}}"))
+    (run,) = study.search("films", "odd")
+    Places(study.output).runs.mkdir(parents=True)
+    worker = Worker(run.config(Places(study.output).runs / run.id, study.data), threads=1, slot=0)
+    failure = worker.failure()
+    assert failure.settled == settled, failure
+    assert ("learning rate" if settled else "absent") in failure.reason
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(place, monkeypatch):
+    calls = []
+    monkeypatch.setattr(run_module, "finetune", lambda config, resume: calls.append(resume))
+    study = read_study(study_file(place, "{head: {method: head}}"))
+    (run,) = study.search("films", "head")
+    folder = Places(study.output).runs / run.id
+    config = run.config(folder, study.data)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    execute(config, threads=1, slot=0)
+    assert not folder.exists()
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "checkpoint" / "state.pt").write_bytes(b"")
+    execute(config, threads=1, slot=0)
+    assert calls == [False, True]
+
+
+@pytest.mark.slow
+def test_a_study_that_is_stopped_in_the_middle_of_a_run_ends_like_one_that_was_not(place, tmp_path):
+    """In processes, as the command runs it: SIGTERM to the study, then the same command again."""
+    file = study_file(place, "{sparse: {salience: snip, epochs: 60, save_every: null}}")
+
+    def command(output):
+        return [
+            *(sys.executable, "-m", "speft_kernels.cli", "study", "--config", str(file)),
+            *("--output", str(output)),
+        ]
+
+    stopped = tmp_path / "stopped"
+    process = subprocess.Popen(command(stopped), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(stopped.glob("runs/*/metrics.jsonl")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; to go on:\n  speft study --config" in errors
+    assert len(list(stopped.glob("runs/*/checkpoint/state.pt"))) == 1
+    assert read_rows(stopped / "runs.csv") == []
+    steps = len(next(stopped.glob("runs/*/metrics.jsonl")).read_text().splitlines())
+    again = subprocess.run(command(stopped), capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    straight = subprocess.run(
+        command(tmp_path / "straight"), capture_output=True, text=True, timeout=200
+    )
+    assert straight.returncode == 0, straight.stderr
+    (one,), (two,) = (read_rows(tmp_path / n / "runs.csv") for n in ("stopped", "straight"))
+    assert (one.id, one.validation, one.score) == (two.id, two.validation, two.score)
+    assert one.steps == two.steps > steps
+    assert not list(stopped.glob("runs/*/checkpoint"))
+
+
+@pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_and_repeats_nothing(place, request):
     """SIGKILL: nobody tells the runs, one of which is at that moment too busy to notice."""
     file = study_file(

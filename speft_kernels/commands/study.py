@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..finetune.signals import Interrupted
@@ -30,18 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..study.config import read_study
-    from ..study.runner import collect, run_study
+    from ..study.runner import FailedRunsError, collect, run_study, settled
     from ..study.schedule import due
 
     study = read_study(Path(args.config), output=args.output, data=args.data)
     if args.dry_run:
-        finished = collect(study) if study.output.exists() else {}
-        left = due(study, finished)
+        finished = collect(study)
+        failed = settled(study, finished)
+        left = due(study, finished, failed)
         print("\n".join(run.id for run in left))
         print(f"{len(left)} runs are due now, {len(finished)} are finished", file=sys.stderr)
+        print(_failed(study.output, failed), end="", file=sys.stderr)
         return 0
+    lost: FailedRunsError | None = None
     try:
-        rows = run_study(
+        run_study(
             study,
             jobs=args.jobs or _jobs(),
             say=lambda line: print(line, flush=True),
@@ -54,13 +58,32 @@ def run(args: argparse.Namespace) -> int:
                 again += f" --{flag} {shlex.quote(str(getattr(args, flag)))}"
         print(f"speft: stopped by {interruption}; to go on:\n  {again}", file=sys.stderr)
         return 128 + interruption.signum
+    except FailedRunsError as error:
+        lost = error  # told after what the others gave
     from ..report import write_report
     from ..report.aggregate import markdown, summarise
 
-    print(f"\n{len(rows)} runs are in {study.output / 'runs.csv'}")
-    if rows:
-        print(f"\n{markdown(summarise(rows))}\nreport: {write_report(study.output)}")
+    finished = collect(study)
+    print(f"\n{len(finished)} runs are in {study.output / 'runs.csv'}")
+    print(_failed(study.output, settled(study, finished)), end="")
+    if finished:
+        print(f"\n{markdown(summarise(list(finished.values())))}", flush=True)
+        print(f"report: {write_report(study.output)}")
+    if lost is not None:
+        raise lost
     return 0
+
+
+def _failed(folder: Path, failures: Mapping[str, str]) -> str:
+    """The runs that are not tried again; empty where there is none."""
+    from ..study.runner import Places, listed
+
+    if not failures:
+        return ""
+    return (
+        f"{len(failures)} failed and would fail again; to try one again all the same, take it out "
+        f"of {Places(folder).failures}, or delete that file:\n{listed(failures)}\n"
+    )
 
 
 def _jobs() -> int:

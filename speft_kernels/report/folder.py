@@ -44,8 +44,9 @@ def is_study(folder: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
+    text = _read(path)
     try:
-        content = json.loads(_read(path))
+        content = json.loads(text)
     except RecursionError:
         raise ConfigError(f"{path}: damaged: it is nested too deeply") from None
     except ValueError as error:

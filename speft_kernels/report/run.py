@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..finetune.config import FIELDS
+from ..errors import ConfigError
+from ..finetune.config import RunConfig
 from . import cells, figures
 from .folder import Metrics, read_json, read_metrics
 from .masks import Masks, grid_of, read_masks
@@ -36,7 +37,7 @@ def run_page(folder: Path) -> str:
         _results(result) if finished else "",
         _curves(metrics),
         _evaluations(metrics, settings),
-        _mask(masks, folder),
+        _mask(masks, folder, settings.get("dynamic") == "merge"),
     )
 
 
@@ -159,48 +160,61 @@ def _evaluation_figure(found: list[dict[str, Any]], names: list[str]) -> Html:
     return figure(drawn, "Metrics on the held-out data.")
 
 
-def _mask(masks: Masks, folder: Path) -> Html:
+def _mask(masks: Masks, folder: Path, merged: bool) -> Html:
     if not masks:
         there = (folder / "adapter").is_dir()
         text = "The run's adapter is no sparse one." if there else "There is no adapter (yet)."
         return section("Where the mask lies", paragraph(text))
-    trained = sum(pattern.nnz for pattern in masks.values())
+    count = sum(pattern.nnz for pattern in masks.values())
+    # A mask that merges moved leaves a delta also where it trains no longer.
+    what = "entries that hold a delta" if merged else "trained entries"
     drawn = cells.heat_maps(
         "mask", "Density of the mask by layer and projection", {"": grid_of(masks)}
     )
     return section(
         "Where the mask lies",
-        figure(drawn, f"{trained:,} trained entries in {len(masks)} layers."),
+        figure(drawn, f"{count:,} {what}, in {len(masks)} layers."),
         mask_table(masks),
     )
 
 
 def _settings(settings: dict[str, Any], config: dict[str, Any]) -> Html:
-    differing = [n for n in settings if n not in FIELDS or settings[n] != _default(n)]
+    defaults = _defaults(settings)
+    differing = [n for n in settings if n not in defaults or settings[n] != defaults[n]]
     others = {key: value for key, value in config.items() if key != "settings"}
+    title = "Settings that differ from their defaults"
     return section(
         "Settings",
-        _setting_table(settings, differing, "Settings that differ from their defaults"),
-        details("All settings", _setting_table(settings, list(settings), "All settings")),
+        _setting_table(settings, defaults, differing, title),
+        details("All settings", _setting_table(settings, defaults, list(settings), "All settings")),
         details("The rest of config.json", pretty(others)),
     )
 
 
-def _setting_table(settings: dict[str, Any], names: list[str], caption: str) -> Html:
+def _setting_table(
+    settings: dict[str, Any], defaults: dict[str, Any], names: list[str], caption: str
+) -> Html:
     rows = [
         (
             Cell(name),
             Cell(_shown(settings[name])),
-            Cell(_shown(_default(name)) if name in FIELDS else "unknown setting"),
+            Cell(_shown(defaults[name]) if name in defaults else "unknown setting"),
         )
         for name in names
     ]
     return table([Column("setting"), Column("value"), Column("default")], rows, caption)
 
 
-def _default(name: str) -> Any:
-    default = FIELDS[name].default
-    return list(default) if isinstance(default, tuple) else default
+def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Some defaults go with others: they are those of a run that gives none of them."""
+    plain = RunConfig(train="-", output="-").to_dict()
+    given = {key: settings[key] for key in ("task", "method") if key in settings}
+    try:
+        found = RunConfig(train="-", output="-", **given).to_dict()
+    except ConfigError:  # a task or a method that there is not
+        found = plain
+    own = {key: plain[key] for key in ("task", "method")}
+    return {**found, **own, "train": "", "output": ""}
 
 
 def _shown(value: object) -> str:

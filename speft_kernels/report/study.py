@@ -30,7 +30,7 @@ def study_page(folder: Path) -> str:
     """The report of a study, finished or not.
 
     Raises:
-        ConfigError: `study.json` is missing, or it or `runs.csv` is damaged.
+        ConfigError: `study.json` is missing, or it, `runs.csv` or `failures.json` is damaged.
         ModuleNotFoundError: matplotlib is not installed.
     """
     study = read_json(folder / "study.json")
@@ -126,15 +126,20 @@ def _mixed(rows: Sequence[Row]) -> list[str]:
 
 
 def _unfinished(folder: Path, rows: Sequence[Row]) -> Html:
-    """The runs that have a folder and no row yet."""
+    """The runs that failed and are not tried again, and those with a folder and no row yet."""
+    there = (folder / "failures.json").exists()
+    failures = read_json(folder / "failures.json") if there else {}
+    finished = {row.id for row in rows}
+    lines = [f"run {id} failed: {why}" for id, why in failures.items() if id not in finished]
     try:
         found = {path.name for path in (folder / "runs").iterdir() if path.is_dir()}
     except OSError:
-        return Html("")
-    names = sorted(name for name in found - {row.id for row in rows} if not name.startswith("."))
-    if not names:
-        return Html("")
-    return notices([f"{len(names)} with a folder and no row in runs.csv yet: {', '.join(names)}"])
+        found = set()
+    found -= finished | failures.keys()
+    names = sorted(name for name in found if not name.startswith("."))
+    if names:
+        lines.append(f"{len(names)} with a folder and no row in runs.csv yet: {', '.join(names)}")
+    return notices(lines)
 
 
 def _results(summary: Summary) -> Html:

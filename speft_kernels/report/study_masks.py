@@ -32,7 +32,9 @@ def masks_section(summary: Summary, files: Files) -> Html:
         return section(title, paragraph(text), files.missing("The masks"))
     note = paragraph(
         "Overlap (Jaccard) is the entries that both masks have, as a share of those that either "
-        "has. Masks are compared within a task, a seed and a density.",
+        "has. Masks are compared within a task, a seed and a density. One that dynamic merge moved "
+        "is not compared: what is drawn is its adapter, which holds a delta wherever any of its "
+        "masks trained.",
         "quiet",
     )
     return section(title, note, *parts, files.missing("The masks"))
@@ -48,6 +50,7 @@ def _task(summary: Summary, task: str, files: Files, number: int) -> list[Html]:
     groups = density_groups(rows[name].density for name in masks)
     for place, start in enumerate(sorted(set(groups.values()))):
         names = [name for name in masks if groups[rows[name].density] == start]
+        names = [name for name in names if rows[name].dynamic != "merge"]
         if len(names) > 1:
             key = f"overlap-{number}-{place}"
             parts.append(_compared(key, f"{where}, density {start:.3%}", names, masks))

@@ -80,7 +80,8 @@ def cost_section(summary: Summary) -> Html:
         runs = [r for (_, n), found in summary.cells.items() if n == name for r in found.rows]
         if not runs:
             continue
-        scored, trained = _known(runs, "salience_seconds"), _known(runs, "train_seconds")
+        scored = _known(runs, "salience_seconds", "mask_seconds")
+        trained = _known(runs, "train_seconds")
         used, scoring = (
             _known(runs, "peak_memory_bytes"),
             _known(runs, "salience_peak_memory_bytes"),
@@ -113,15 +114,23 @@ def cost_section(summary: Summary) -> Html:
     drawn = figures.bars("cost", "Scoring time and peak memory of each method", axes, summary.names)
     return section(
         "Cost",
-        figure(drawn, "Scoring time as a share of training (median), peak memory (maximum)."),
+        figure(
+            drawn,
+            "Scoring time, with that of moving the mask while training, as a share of the steps' "
+            "(median), and peak memory (maximum).",
+        ),
         table(columns, rows, "Medians over the runs at the chosen rates; memory is the maximum"),
     )
 
 
-def _known(runs: Sequence[Row], column: str) -> list[float]:
-    """The values that are numbers; nothing that was measured is near the bound."""
-    found = (as_number(getattr(run, column)) for run in runs)
-    return [value for value in found if value is not None and 0 <= value < 1e18]
+def _known(runs: Sequence[Row], *columns: str) -> list[float]:
+    """The sums of the columns, where the first of them is a number.
+
+    Nothing that was measured is near the bound.
+    """
+    found = ([as_number(getattr(run, column)) for column in columns] for run in runs)
+    sums = (sum(value or 0 for value in values) for values in found if values[0] is not None)
+    return [value for value in sums if 0 <= value < 1e18]
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -134,6 +143,7 @@ _SHOWN = {
     "density": share,
     "salience_seconds": seconds,
     "train_seconds": seconds,
+    "mask_seconds": seconds,
     "salience_peak_memory_bytes": memory,
     "peak_memory_bytes": memory,
     "validation": lambda value: cell(value, ".4f"),

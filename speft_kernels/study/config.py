@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, nearest
-from ..finetune.config import DEFAULT_LR, FIELDS, RunConfig, read_yaml
+from ..finetune.config import FIELDS, RunConfig, read_yaml
 
 _KEYS = {
     "name": "the study's name",
@@ -22,7 +23,7 @@ _KEYS = {
     "base": "settings of every run",
     "tasks": "task name -> its settings, data among them",
     "methods": "method label -> its settings; a list of values spans the grid",
-    "lr": "learning rates to search; a method may have its own",
+    "lr": "learning rates to search, by default that of a single run; a method may have its own",
     "seeds": "seeds of the runs at the best rate; a method may have its own",
     "search_seeds": "how many of the seeds every rate runs with",
     "search": "'all' rates, or 'climb' from the middle one",
@@ -35,7 +36,8 @@ _OWN = ("output", "seed", "lr")
 PATHS = ("train", "eval", "test")
 # Settings whose own values are lists: a list of them is one value, not an axis.
 _LISTS = ("target_modules", "exclude_modules", "block_shape")
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+# Two of them and a run's rate, seed and digest are a file's name.
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Run:
         found = {
             key: str(data / value)
             for key in PATHS
-            if isinstance(value := self.settings.get(key), str) and (data / value).is_file()
+            if isinstance(value := self.settings.get(key), str) and os.path.isfile(data / value)
         }
         try:
             return RunConfig.from_dict({**self.settings, **found, "output": str(folder)})
@@ -155,13 +157,12 @@ def read_study(path: Path, *, output: str | None = None, data: str | None = None
     loaded = read_yaml(path)
     try:
         study = _study(loaded, output, data)
-        for task, name in study.cells:
-            for run in study.search(task, name):
-                config = run.config(study.output / "runs" / run.id, study.data)
-                if not config.validation and not config.eval:
-                    raise ConfigError(f"run {run.id}: validation (or eval) is missing")
-                if not config.test:
-                    raise ConfigError(f"run {run.id}: test, the data to report on, is missing")
+        for run in study.grid().values():
+            config = run.config(study.output / "runs" / run.id, study.data)
+            if not config.validation and not config.eval:
+                raise ConfigError(f"run {run.id}: validation (or eval) is missing")
+            if not config.test:
+                raise ConfigError(f"run {run.id}: test, the data to report on, is missing")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return study
@@ -189,8 +190,7 @@ def _study(loaded: Any, output: str | None, data: str | None) -> Study:
             if name in methods:
                 raise ConfigError(f"two methods are called {name!r}")
             methods[name] = settings
-            kind = settings.get("method", base.get("method", "speft"))
-            rates[name] = searched or (DEFAULT_LR.get(kind, 1e-3),)
+            rates[name] = searched or (_default_rate(name, settings, tasks),)
             seeds[name] = repeated
     search = loaded.get("search_seeds", 1)
     fewest = min(map(len, seeds.values()))
@@ -200,15 +200,18 @@ def _study(loaded: Any, output: str | None, data: str | None) -> Study:
     if how not in SEARCHES:
         raise ConfigError(f"search = {how!r} is not one of {', '.join(SEARCHES)}")
     slack = loaded.get("search_slack", 0.0)
-    if isinstance(slack, bool) or not isinstance(slack, int | float) or not 0 <= slack < math.inf:
+    number = isinstance(slack, int | float) and not isinstance(slack, bool)
+    if not number or not 0 <= slack <= sys.float_info.max:
         raise ConfigError(f"search_slack = {slack!r} must be a number from 0 on")
     where = output or loaded.get("output")
-    if not isinstance(where, str) or not where:
+    if not where:
         raise ConfigError("output, the study's folder, is missing")
+    place = _folder("output", where)
+    start = data or loaded.get("data")
     return Study(
-        name=str(loaded.get("name", Path(where).name)),
-        output=Path(where).expanduser().resolve(),
-        data=Path(data or loaded.get("data") or ".").expanduser().resolve(),
+        name=str(loaded.get("name", place.name)),
+        output=place,
+        data=_folder("data", "." if start is None else start),
         tasks=tasks,
         methods=methods,
         rates=rates,
@@ -235,13 +238,34 @@ def _settings(where: str, value: Any, also: Iterable[str] = ()) -> dict[str, Any
             raise ConfigError(f"{where}: {key!r} is set by the study itself, for each run")
         if key not in FIELDS and key not in also:
             raise ConfigError(f"{where}: setting {key!r} is unknown.{nearest(key, FIELDS)}")
+        values = settings[key] if isinstance(settings[key], list) else [settings[key]]
+        if not all(value is None or isinstance(value, str | int | float) for value in values):
+            raise ConfigError(
+                f"{where}: {key} = {settings[key]!r} is no text, no number, and no list of them"
+            )
     return settings
+
+
+def _folder(key: str, value: Any) -> Path:
+    """`value` as an absolute path. Raises ConfigError where there can be no such folder."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{key} = {value!r} must be the path of a folder")
+    try:
+        path = Path(value).expanduser().resolve()
+        found = next(place for place in (path, *path.parents) if place.exists())
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{key} = {value!r} cannot be a folder: {reason}") from error
+    if not found.is_dir():
+        raise ConfigError(f"{key} = {value!r} cannot be a folder: {found} is a file")
+    return path
 
 
 def _label(kind: str, name: Any) -> str:
     if not isinstance(name, str) or not _LABEL.fullmatch(name):
         raise ConfigError(
-            f"{kind} {name!r}: a label is made of letters, digits, and . _ + -, as it names folders"
+            f"{kind} {name!r}: a label is made of letters, digits, and . _ + -, a hundred at most, "
+            "as it names folders"
         )
     return name
 
@@ -266,6 +290,21 @@ def _rates(value: Any, method: str) -> tuple[float, ...]:
     return () if value is None else _several(f"method {method}: lr", value, float)
 
 
+def _default_rate(method: str, settings: Mapping[str, Any], tasks: Mapping[str, Any]) -> float:
+    """What a run with these settings takes by itself."""
+    rates = {}
+    for task, own in tasks.items():
+        try:
+            config = RunConfig.from_dict({"train": "-", **own, **settings, "output": "-"})
+        except ConfigError as error:
+            raise ConfigError(f"method {method} on task {task}: {error}") from error
+        rates[task] = config.learning_rate
+    if len(set(rates.values())) > 1:
+        found = ", ".join(f"{lr:g} on {task}" for task, lr in rates.items())
+        raise ConfigError(f"method {method}: lr is missing, and it is {found} by default")
+    return next(iter(rates.values()))
+
+
 def _seeds(value: Any, method: str) -> tuple[int, ...]:
     return _several(f"method {method}: seeds", value, int)
 
@@ -275,7 +314,7 @@ def _several(key: str, value: Any, kind: Any) -> tuple[Any, ...]:
     try:
         # YAML reads 1e-3 as text.
         found = tuple(kind(item) for item in values if not isinstance(item, bool))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = ()
     if not found or len(found) < len(values) or (kind is int and list(found) != values):
         raise ConfigError(f"{key} = {value!r} must be a list of numbers with one at least")

@@ -1,10 +1,12 @@
-"""Whether the data and the weights are still those that a study's rows were made from."""
+"""Whether data, weights and settings are still those that a study's rows were made with."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError, DataError
 from ..finetune.config import RunConfig
@@ -39,6 +41,50 @@ def changed_inputs(study: Study, runs: Mapping[str, Run], rows: Mapping[str, Row
         f"{name} {source}: it was another one for {len(ids)} rows, such as {ids[0]}"
         for (name, source), ids in others.items()
     ]
+
+
+def changed_settings(study: Study, runs: Mapping[str, Run], rows: Mapping[str, Row]) -> list[str]:
+    """A line for each setting that has another value now than in some of `rows`.
+
+    What the study's file says is in the ids; this is for the defaults of the rest.
+
+    Args:
+        runs: the study's, by id, that of each row among them.
+    """
+    others: dict[str, list[str]] = {}
+    for id, row in rows.items():
+        config = runs[id].config(Path(), study.data)
+        now, unread = config.to_dict(), _unread(config)
+        for key, value in _recorded(row).items():
+            if key in now and key not in unread and now[key] != value:
+                change = f"{key}: it was {value} and is {now[key]}"
+                others.setdefault(change, []).append(id)
+    return [f"{change}, for {len(ids)} rows, such as {ids[0]}" for change, ids in others.items()]
+
+
+def _recorded(row: Row) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):
+        settings = json.loads(row.settings)
+        if isinstance(settings, dict):
+            return settings
+    raise DataError(f"run {row.id}: the settings in its row are no JSON object")
+
+
+def _unread(config: RunConfig) -> set[str]:
+    """The settings that do not matter to such a run, and those that rows tell in another way."""
+    sparse, drawn = config.method == "speft", config.selection == "sample"
+    read = {
+        # A row has the density and the rank to which a budget led.
+        "density": config.method in ("speft", "supertuning") and not config.lora_budget,
+        "lora_rank": config.method in ("lora", "pissa", "shira") and not config.lora_budget,
+        "sample_columns": sparse and drawn,
+        **dict.fromkeys(("salience", "scope", "selection", "block_shape", "mode"), sparse),
+        **dict.fromkeys(("accumulate", "accumulator_dtype", "accumulator_device"), sparse),
+        **dict.fromkeys(("grasp_sign", "grasp_temperature"), config.salience == "grasp"),
+        **dict.fromkeys(("dynamic_every", "dynamic_share", "dynamic_until"), config.dynamic),
+    }
+    # Paths are of one machine; digests say what lies there.
+    return {"output", "model", *PATHS, *(name for name, matters in read.items() if not matters)}
 
 
 def _digest(config: RunConfig, name: str) -> str:

@@ -31,6 +31,8 @@ class Row:
             checkpoints are chosen by.
         score: of the same checkpoint on the reported data, which chose nothing.
         versions, settings: JSON objects; `settings` are all those of the run.
+        mask_seconds: what a dynamic run spent choosing its mask again, a part of neither of the
+            other times; None for others, and from before there was this column.
         inputs: digests of the data and the base weights, "train=DIGITS test=DIGITS model=DIGITS";
             empty in rows from before there was this column.
     """
@@ -66,6 +68,7 @@ class Row:
     commit: str
     settings: str
     inputs: str = ""
+    mask_seconds: float | None = None
 
     @property
     def higher_is_better(self) -> bool:
@@ -114,6 +117,7 @@ class Row:
                 commit=result["commit"],
                 settings=json.dumps(settings, sort_keys=True),
                 inputs=result.get("inputs", ""),
+                mask_seconds=result.get("mask", {}).get("seconds"),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"run {id}: its result.json lacks what a row needs: {error}") from error
@@ -160,12 +164,12 @@ def read_rows(path: Path) -> list[Row]:
 def _row(path: Path, line: int, record: Mapping[str, str | None]) -> Row:
     values: dict[str, Any] = {}
     for name in [name for name in COLUMNS if name in record]:
-        text, kind = record[name], _TYPES[name]
-        optional = kind == int | None
+        text = record[name]
+        kind, *others = typing.get_args(_TYPES[name]) or (_TYPES[name],)
         if text is None:
             raise DataError(f"{path}, line {line}: the line ends before column {name!r}")
         try:
-            values[name] = None if optional and not text else (int if optional else kind)(text)
+            values[name] = None if others and not text else kind(text)
         except ValueError as error:
             raise DataError(f"{path}, line {line}: {name} = {text!r} is no number") from error
     return Row(**values)

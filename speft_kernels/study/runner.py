@@ -5,27 +5,31 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
 
-from ..errors import ConfigError, SpeftError
+from ..errors import ConfigError, DataError, SpeftError
 from ..files import write_json
 from ..finetune.signals import Interrupted, StopSignals
 from .config import PATHS, Run, Study
-from .inputs import changed_inputs
+from .inputs import changed_inputs, changed_settings
 from .rows import Row, read_rows, write_rows
 from .schedule import due
-from .worker import Worker, run_lock
+from .worker import Failure, Worker, run_lock
 
 _PATIENCE = 1.0  # seconds until a signal is looked for again
 
 
 class StudyError(SpeftError, RuntimeError):
-    """Runs of a study failed; what finished is kept."""
+    """A study cannot run as it is; what finished is kept."""
+
+
+class FailedRunsError(StudyError):
+    """Runs of a study failed that may do better next time; all others were run."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Places:
         return self.root / "runs.csv"
 
     @property
+    def failures(self) -> Path:
+        return self.root / "failures.json"
+
+    @property
     def runs(self) -> Path:
         return self.root / "runs"
 
@@ -58,7 +66,8 @@ def run_study(
 
     Interrupted anywhere, it goes on when called again: a finished run has its row in `runs.csv` or
     its `result.json`, an unfinished one its checkpoint, and neither is repeated. A `runs.csv` alone
-    is enough to go on from.
+    is enough to go on from. A run that failed and would again, as its loss diverged, is noted in
+    `failures.json` and not tried again while it is there.
 
     Args:
         jobs: runs at a time, in processes of their own, which share the cores and the GPUs.
@@ -66,36 +75,78 @@ def run_study(
         max_runs: begin no more than so many.
 
     Raises:
-        StudyError: some runs failed; all others were run. Or another process runs this study, or
-            the data or weights are no longer those of the rows; then nothing was run.
+        ConfigError: the folder cannot be made.
+        FailedRunsError: some runs failed for another reason; all others were run.
+        StudyError: another process runs this study, or the data, the weights or the settings are no
+            longer those of the rows; nothing was run.
         Interrupted: on Ctrl-C or SIGTERM, after the runs in progress have left checkpoints.
     """
     places = Places(study.output)
-    places.runs.mkdir(parents=True, exist_ok=True)
+    try:
+        places.runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output {places.root} cannot be made: {error.strerror}") from error
     with _alone(places, say), StopSignals() as stop:
         write_json(places.study, study.to_dict())
         finished = collect(study)
-        changed = changed_inputs(study, study.grid(), finished)
+        grid = study.grid()
+        changed = changed_inputs(study, grid, finished)
         if changed:
             raise StudyError(
                 f"{places.rows} has rows of other data or weights than there are now, and they "
                 "cannot be compared with new ones; put back what they were made from, or give the "
                 "study another output folder:\n" + "\n".join(f"  {line}" for line in changed)
             )
-        failures = _run_due(study, places, finished, jobs, say, max_runs, stop)
-    if failures:
-        lines = "\n".join(f"  {id}: {reason}" for id, reason in failures.items())
-        raise StudyError(
-            f"{len(failures)} runs failed; all others are in {places.rows}. Run the same command "
-            f"again to try these again:\n{lines}"
+        changed = changed_settings(study, grid, finished)
+        if changed:
+            raise StudyError(
+                f"{places.rows} has rows made with other settings than new ones would be, as the "
+                "defaults have changed, and they cannot be compared; go on with the version that "
+                "made them, or give the study another output folder:\n"
+                + "\n".join(f"  {line}" for line in changed)
+            )
+        _add_rows(places, finished.values())
+        failures = {id: Failure(reason, True) for id, reason in settled(study, finished).items()}
+        _run_due(study, places, finished, failures, jobs, say, max_runs, stop)
+    again = {id: failure.reason for id, failure in failures.items() if not failure.settled}
+    if again:
+        raise FailedRunsError(
+            f"{len(again)} runs failed; all others are in {places.rows}. Run the same command "
+            f"again to try these again:\n{listed(again)}"
         )
     return sorted(finished.values(), key=lambda row: row.id)
 
 
-def collect(study: Study) -> dict[str, Row]:
-    """The rows of `runs.csv`, and of the runs that finished without getting one, which it writes.
+def listed(failures: Mapping[str, str]) -> str:
+    return "\n".join(f"  {id}: {reason}" for id, reason in failures.items())
 
-    Rows of runs that the study no longer asks for are kept in the file and left out here.
+
+def settled(study: Study, finished: Mapping[str, Row]) -> dict[str, str]:
+    """Run id -> why it failed, for the runs in `failures.json`: those that would fail again.
+
+    Runs that the study no longer asks for are kept in the file and left out here.
+    """
+    grid = study.grid()
+    noted = _noted(Places(study.output).failures)
+    return {id: reason for id, reason in noted.items() if id in grid and id not in finished}
+
+
+def _noted(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: must hold an object, run id -> why it failed")
+    return {id: str(reason) for id, reason in found.items()}
+
+
+def collect(study: Study) -> dict[str, Row]:
+    """The rows of `runs.csv`, and of the runs that finished without getting one.
+
+    Rows of runs that the study no longer asks for are left out.
     """
     places = Places(study.output)
     stored = {row.id: row for row in read_rows(places.rows)}
@@ -104,7 +155,6 @@ def collect(study: Study) -> dict[str, Row]:
         folder = places.runs / id
         if id not in stored and (folder / "result.json").exists():
             stored[id] = _row(run, folder)
-    write_rows(places.rows, stored.values())
     return {id: row for id, row in stored.items() if id in known}
 
 
@@ -112,13 +162,13 @@ def _run_due(
     study: Study,
     places: Places,
     finished: dict[str, Row],
+    failures: dict[str, Failure],
     jobs: int,
     say: Callable[[str], object],
     max_runs: int | None,
     stop: StopSignals,
-) -> dict[str, str]:
-    """Returns run id -> why it failed."""
-    failures: dict[str, str] = {}
+) -> None:
+    """Adds to `finished` and `failures`, and to their files."""
     started: set[str] = set()
     workers: dict[str, Worker] = {}
     running: dict[str, Run] = {}
@@ -135,18 +185,21 @@ def _run_due(
                     workers[run.id] = Worker(config, threads=threads, slot=slot)
                     running[run.id] = run
             if not workers:
-                return failures
+                return
             ended = wait([worker.sentinel for worker in workers.values()], _PATIENCE)
             stop.check()
             for id in [id for id, worker in workers.items() if worker.sentinel in ended]:
-                reason = workers.pop(id).failure()
-                if reason is None:
+                failure = workers.pop(id).failure()
+                if failure is None:
                     finished[id] = _row(running[id], places.runs / id)
-                    _add_row(places, finished[id])
+                    _add_rows(places, [finished[id]])
                     say(_line(finished[id], len(due(study, finished, failures)) - len(workers)))
                 else:
-                    failures[id] = reason
-                    say(f"{id}: failed: {reason}")
+                    failures[id] = failure
+                    if failure.settled:
+                        noted = _noted(places.failures)
+                        write_json(places.failures, {**noted, id: failure.reason})
+                    say(f"{id}: failed: {failure.reason}")
     except Interrupted as interruption:
         interruption.folder = places.root
         raise
@@ -191,9 +244,9 @@ def _row(run: Run, folder: Path) -> Row:
     return Row.of(run.id, run.task, run.name, result, settings)
 
 
-def _add_row(places: Places, row: Row) -> None:
-    rows = {old.id: old for old in read_rows(places.rows)}
-    write_rows(places.rows, {**rows, row.id: row}.values())
+def _add_rows(places: Places, new: Iterable[Row]) -> None:
+    rows = {row.id: row for row in [*read_rows(places.rows), *new]}
+    write_rows(places.rows, rows.values())
 
 
 def _line(row: Row, left: int) -> str:

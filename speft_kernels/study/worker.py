@@ -12,9 +12,17 @@ import threading
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
-from ..errors import SpeftError
+from ..errors import SalienceError, SpeftError
 from ..finetune.config import RunConfig
+
+
+class Failure(NamedTuple):
+    """Why a run failed, and whether it would again: its loss or its scores are no numbers."""
+
+    reason: str
+    settled: bool = False
 
 
 class Worker:
@@ -33,17 +41,18 @@ class Worker:
         """Ask it to leave a checkpoint and end."""
         self._process.terminate()
 
-    def failure(self) -> str | None:
+    def failure(self) -> Failure | None:
         """Wait for its end; return why it failed, or None."""
         try:
-            reason: str | None = self._answer.recv()
+            answer: Failure | None = self._answer.recv()
+            self._process.join()
+            return answer
         except EOFError:
-            reason = "its process died"
-        self._process.join()
-        code = self._process.exitcode
-        if reason == "its process died" and code is not None and code < 0:
+            self._process.join()
+        reason, code = "its process died", self._process.exitcode
+        if code is not None and code < 0:
             reason += f" of {signal.Signals(-code).name} (a lack of memory is a frequent cause)"
-        return reason
+        return Failure(reason)
 
 
 def _main(config: RunConfig, threads: int, slot: int, answer: Connection) -> None:
@@ -54,10 +63,14 @@ def _main(config: RunConfig, threads: int, slot: int, answer: Connection) -> Non
     try:
         execute(config, threads=threads, slot=slot)
     except SpeftError as error:
-        answer.send(" ".join(str(error).split()))
+        from ..finetune.loop import TrainingError
+
+        settled = isinstance(error, TrainingError | SalienceError)
+        answer.send(Failure(" ".join(str(error).split()), settled))
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        answer.send(f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})")
+        reason = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+        answer.send(Failure(reason))
     else:
         answer.send(None)
 
