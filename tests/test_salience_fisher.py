@@ -129,6 +129,8 @@ def test_fisher_holds_a_bounded_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     found = square_sums([(x, dy)], scales.tolist(), "a layer")
     products = torch.einsum("btn,btk->bnk", dy.double(), x.double())
     expected = products.mul(scales[:, None, None]).square().sum(0)
+    # Sums of 3 products, squared, of 6 examples: some 12 roundings of 6e-8 of what is added, of
+    # which single terms are some 100.
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     assert max(largest) <= 100
     assert len(largest) > 6
