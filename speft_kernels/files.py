@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .atomic import check_creatable, new_folder
 from .errors import ConfigError
 
 # Bytes that file systems take: of a name, and of a path on Linux less what a run adds to its own.
@@ -30,6 +31,30 @@ def path_of(name: str, value: str) -> Path:
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{name} = {value[:120]!r} is no path: {error}") from error
     return path
+
+
+def check_output(output: Path) -> None:
+    """Raises ConfigError when the folder exists or cannot be made: before the work, not after."""
+    try:
+        if output.exists():
+            raise ConfigError(f"output {output} exists already; choose another --output")
+        check_creatable(output)
+    except OSError as error:
+        raise _not_written(output, error) from error
+
+
+@contextlib.contextmanager
+def new_output(output: Path) -> Iterator[Path]:
+    """`new_folder` for what the user named; raises ConfigError when it cannot be written."""
+    try:
+        with new_folder(output) as draft:
+            yield draft
+    except OSError as error:
+        raise _not_written(output, error) from error
+
+
+def _not_written(output: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"output {output} cannot be written: {error.strerror or error}")
 
 
 @contextlib.contextmanager

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterError, ConfigError
-from ..files import path_of
+from ..errors import AdapterError
+from ..files import check_output, new_output, path_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,34 +48,6 @@ def run(args: argparse.Namespace) -> int:
         tokenizer.save_pretrained(draft)
     print(f"{output}: {type(model).__name__} with the adapter of {folder} merged in")
     return 0
-
-
-def check_output(output: Path) -> None:
-    """Raises ConfigError when the folder exists or cannot be made: before the work, not after."""
-    from ..atomic import check_creatable
-
-    try:
-        if output.exists():
-            raise ConfigError(f"output {output} exists already; choose another --output")
-        check_creatable(output)
-    except OSError as error:
-        raise _not_written(output, error) from error
-
-
-@contextmanager
-def new_output(output: Path) -> Iterator[Path]:
-    """`new_folder` for what the user named; raises ConfigError when it cannot be written."""
-    from ..atomic import new_folder
-
-    try:
-        with new_folder(output) as draft:
-            yield draft
-    except OSError as error:
-        raise _not_written(output, error) from error
-
-
-def _not_written(output: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"output {output} cannot be written: {error.strerror or error}")
 
 
 def adapter_folder(given: str) -> Path:

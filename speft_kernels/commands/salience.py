@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..files import check_output, new_output
 from ..finetune.config import RunConfig
 from ..finetune.signals import Interrupted
 from .finetune import report_interruption
-from .merge import check_output, new_output
 from .settings import add_settings, given_settings
 
 SETTINGS = (

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, nearest
+from ..files import path_of
 from ..finetune.config import FIELDS, RunConfig, read_yaml
 
 _KEYS = {
@@ -251,11 +252,10 @@ def _folder(key: str, value: Any) -> Path:
     if not isinstance(value, str):
         raise ConfigError(f"{key} = {value!r} must be the path of a folder")
     try:
-        path = Path(value).expanduser().resolve()
+        path = path_of(key, value).resolve()
         found = next(place for place in (path, *path.parents) if place.exists())
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{key} = {value!r} cannot be a folder: {reason}") from error
+    except OSError as error:
+        raise ConfigError(f"{key} = {value!r} cannot be a folder: {error.strerror}") from error
     if not found.is_dir():
         raise ConfigError(f"{key} = {value!r} cannot be a folder: {found} is a file")
     return path
