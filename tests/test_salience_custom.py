@@ -18,6 +18,7 @@ from speft_kernels.adapter import load_adapter, save_adapter
 from speft_kernels.errors import ConfigError, SalienceError
 from speft_kernels.model import SpeftConfig, score_and_select, sparsify
 from speft_kernels.salience import custom, metric_named
+from speft_kernels.salience.draw import sampling_keys
 
 
 def product(w: Tensor, g: Tensor) -> Tensor:
@@ -62,6 +63,45 @@ def test_a_callable_may_write_into_what_it_is_given() -> None:
     assert (
         found == score_and_select(model, mlp_config(salience="snip"), pair_batches(2), pair_loss)[0]
     )
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """The named score of `examples/own_salience.py`, found as a command finds it."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    return lambda name: custom.resolve(f"examples.own_salience:{name}")
+
+
+def test_the_examples_levelled_score_gives_shares_between_the_scopes(
+    example: Callable[[str], Any],
+) -> None:
+    score = example("levelled_snip")
+    generator = torch.Generator().manual_seed(0)
+    layers = {"a": (100, 300, 1.0), "b": (200, 400, 100.0)}  # rows, columns, size of its scores
+    keys, expected = [], []
+    for name, (rows, columns, size) in layers.items():
+        w, g = torch.randn(2, rows, columns, generator=generator)
+        keys.append(sampling_keys(score(w, size * g), 0, name).flatten())
+        mean = (size * w * g).abs().mean().item()
+        expected.append(rows * columns * mean**0.5)
+    drawn = torch.cat(keys).topk(1000).indices
+    share = expected[1] / sum(expected)
+    # Five standard deviations: one failure in 1.7 million for a seed.
+    assert (
+        abs((drawn >= 100 * 300).sum().item() - 1000 * share)
+        <= 5 * (1000 * share * (1 - share)) ** 0.5
+    )
+    assert torch.equal(score(torch.zeros(2, 2), torch.ones(2, 2)), torch.zeros(2, 2))
+
+
+def test_the_examples_one_sided_score_is_forces_where_positive(
+    example: Callable[[str], Any],
+) -> None:
+    score = example("lowering")
+    w, g = torch.randn(2, 20, 30, generator=torch.Generator().manual_seed(0))
+    force = metric_named("force").score
+    assert force is not None
+    assert torch.equal(score(w, g), torch.where(force(w, g) > 0, force(w, g), 0.0))
 
 
 @pytest.mark.parametrize(
