@@ -138,8 +138,8 @@ class RunConfig:
     dynamic_until: float = option(
         0.75, "share of the steps after which the mask moves no more", above=0, below=1
     )
-    scoring_examples: int = option(1024, "examples that the score is taken from", minimum=1)
-    scoring_batches: int = option(64, "batches that they are divided into", minimum=1)
+    scoring_examples: int = option(512, "examples that the score is taken from", minimum=1)
+    scoring_batches: int = option(32, "batches that they are divided into", minimum=1)
     head_warmup_steps: int = option(
         None,
         "steps that train the head alone, before scoring "
