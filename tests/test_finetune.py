@@ -1,8 +1,10 @@
+import hashlib
 import io
 import json
 import math
 import re
 import signal
+import sys
 
 import pytest
 import torch
@@ -375,6 +377,22 @@ def test_the_models_own_head_trains_too(place, tmp_path):
     load_adapter(model, tmp_path / "run" / "adapter")
     assert any("pooler" in name for name in sparse_layers(model))
     assert accuracy_of(model, place) == pytest.approx(result["after"])
+
+
+def test_a_score_of_the_users_trains_what_its_formula_does_and_its_file_is_recorded(
+    place, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    code = b"def score(w, g):\n    return (w * g).abs()\n"
+    (tmp_path / "own_snip.py").write_bytes(code)
+    own = run(place, tmp_path / "own", salience="own_snip:score")
+    ours = run(place, tmp_path / "ours", salience="snip")
+    assert own["after"] == ours["after"]
+    for name, tensor in tensors(tmp_path / "ours").items():
+        assert torch.equal(tensors(tmp_path / "own")[name], tensor)
+    digits = hashlib.sha256(code).hexdigest()[:12]
+    assert own["inputs"] == f"{ours['inputs']} salience={digits}"
+    sys.modules.pop("own_snip", None)
 
 
 def test_weight_decay_spares_the_sparse_values(place, tmp_path, monkeypatch):

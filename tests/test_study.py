@@ -365,6 +365,39 @@ def test_rows_of_other_data_or_weights_are_met_by_an_error_and_kept(
     assert len(run_study(study, jobs=1, say=silent)) == 12
 
 
+def test_rows_of_another_score_of_the_users_are_met_by_an_error_and_kept(
+    place, study_file, fake, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    score = tmp_path / "score_of_mine.py"
+    code = "def score(w, g):\n    return (w * g).abs()\n"
+    score.write_text(code)
+    text = STUDY.replace("[snip, random]", "'score_of_mine:score'")
+    assert text != STUDY
+    study = read_study(study_file(text), data=str(place))
+    write = write_result
+    monkeypatch.setitem(
+        globals(),
+        "write_result",
+        lambda config: write(config, inputs=f"salience={digest_of(config, 'salience')}"),
+    )
+    run_study(study, jobs=1, say=silent)
+    path = Places(study.output).rows
+    before = read_rows(path)
+    ours = [row for row in before if row.salience == "score_of_mine:score"]
+    assert ours
+    assert all(row.inputs == "salience=" for row in before if row not in ours)
+    score.write_text(code.replace("w * g", "w + g"))
+    with pytest.raises(StudyError, match="salience score_of_mine:score: it was another one"):
+        run_study(study, jobs=1, say=silent)
+    assert read_rows(path) == before
+    score.write_text(code)
+    run_study(study, jobs=1, say=silent)
+    score.unlink()  # what is not here cannot be compared
+    run_study(study, jobs=1, say=silent)
+    assert "score_of_mine" not in sys.modules
+
+
 def test_rows_made_with_other_defaults_are_met_by_an_error_and_kept(study, fake):
     run_study(study, jobs=1, say=silent, max_runs=2)
     path = Places(study.output).rows

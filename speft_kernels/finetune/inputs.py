@@ -15,6 +15,7 @@ from transformers.utils.hub import cached_file
 
 from .._version import __version__
 from ..errors import ConfigError
+from ..salience.custom import source_of
 from ..targets import Targets
 from . import methods
 from .config import RunConfig
@@ -43,7 +44,8 @@ class Inputs:
     `config` says what its `lora_budget` means for this model (see `methods.budgeted`). `labels` are
     the class names in the order of the model's outputs; `pooling` is "mean" or
     "model", and None for a language model; `fingerprint` covers all the data. `identity` has a
-    digest of each source and of the base weights, "train=DIGITS test=DIGITS model=DIGITS".
+    digest of each source, of the base weights and of the file of a score of the user's own,
+    "train=DIGITS test=DIGITS model=DIGITS salience=DIGITS".
     """
 
     config: RunConfig
@@ -140,7 +142,7 @@ def read_inputs(config: RunConfig, display: Display) -> Inputs:
     sources = {"train": train, **others}
     encoded = {name: _encode(task, source, display) for name, source in sources.items()}
     identity = {name: source.fingerprint()[:_DIGITS] for name, source in given.items()}
-    identity["model"] = digest_of(config, "model")
+    identity.update({name: digest_of(config, name) for name in ("model", "salience")})
     digests = "".join(source.fingerprint() for source in sources.values())
     return Inputs(
         config=config,
@@ -164,14 +166,19 @@ def read_source(config: RunConfig, name: str) -> Examples:
 
 
 def digest_of(config: RunConfig, name: str) -> str:
-    """The first digits of the SHA-256 of the rows of a source, or of the "model"'s weight files.
+    """The first digits of the SHA-256 of the rows of a source, of the "model"'s weight files, or of
+    the file that a "salience" of the user's own is in.
 
-    Wherever they lie it is the same. "" for a model without weight files. Raises DataError,
-    ConfigError or OSError for what is not here.
+    Wherever they lie it is the same. "" for a model without weight files, and for a metric of ours.
+    Raises DataError, ConfigError or OSError for what is not here.
     """
-    full = (
-        weights_digest(config.model) if name == "model" else read_source(config, name).fingerprint()
-    )
+    if name == "salience":
+        source = source_of(config.salience) if ":" in config.salience else b""
+        full = hashlib.sha256(source).hexdigest() if source else ""
+    elif name == "model":
+        full = weights_digest(config.model)
+    else:
+        full = read_source(config, name).fingerprint()
     return full[:_DIGITS]
 
 

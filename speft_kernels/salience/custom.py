@@ -7,11 +7,13 @@ read: configs come with adapters, and reading a stranger's adapter must run none
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch import Tensor
 
@@ -78,6 +80,18 @@ def resolve(name: str) -> Score:
             f"salience {name!r} is a {type(found).__name__}; it must be a callable score(w, g)"
         )
     return found
+
+
+def source_of(name: str) -> bytes:
+    """Return the content of the file whose module `name` is in, without importing it; empty where
+    there is no such file.
+    """
+    try:
+        with _working_folder_searched():
+            spec = importlib.util.find_spec(name.partition(":")[0])  # imports the packages above
+        return Path(spec.origin).read_bytes() if spec and spec.origin else b""
+    except Exception:  # whatever a package raises; what cannot be imported, `resolve` says
+        return b""
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from .rows import Row
 
 
 def changed_inputs(study: Study, runs: Mapping[str, Run], rows: Mapping[str, Row]) -> list[str]:
-    """A line for each source of data, or model, that is not what some of `rows` name; with its
-    path.
+    """A line for each source of data, model, or score of the user's own, that is not what some of
+    `rows` name; with its path or name.
 
     Args:
         runs: the study's, by id, that of each row among them.
@@ -28,7 +28,7 @@ def changed_inputs(study: Study, runs: Mapping[str, Run], rows: Mapping[str, Row
         if not recorded:
             continue  # from before rows named their inputs
         config = runs[id].config(Path(), study.data)
-        for name in (*PATHS, "model"):
+        for name in (*PATHS, "model", "salience"):
             source = getattr(config, name)
             if not source or name not in recorded:
                 continue

@@ -33,8 +33,9 @@ class Row:
         versions, settings: JSON objects; `settings` are all those of the run.
         mask_seconds: what a dynamic run spent choosing its mask again, a part of neither of the
             other times; None for others, and from before there was this column.
-        inputs: digests of the data and the base weights, "train=DIGITS test=DIGITS model=DIGITS";
-            empty in rows from before there was this column.
+        inputs: digests of the data, the base weights and, where the score is of the user's own,
+            of its file: "train=DIGITS test=DIGITS model=DIGITS salience=DIGITS"; empty in rows from
+            before there was this column.
     """
 
     id: str
