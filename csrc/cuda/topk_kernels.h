@@ -155,12 +155,15 @@ count_digit(Work work, int level) {
     for (int i = int(threadIdx.x); i < digit.bins; i += kThreads)
         if (shared.bins[i] > 0) atomic_add(&histogram[i], uint64_t(shared.bins[i]));
 
-    fence();
     sync_block();  // the block's part is in the histogram
-    if (threadIdx.x == 0) shared.found[0] = atomic_add(&state.arrived, 1u) + 1;
+    if (threadIdx.x == 0) {
+        // One thread's fences do for its block: barriers hand on what they order.
+        fence();
+        shared.found[0] = atomic_add(&state.arrived, 1u) + 1;
+        fence();
+    }
     sync_block();  // all know whether theirs was the last
     if (shared.found[0] != uint64_t(parts)) return;
-    fence();
     const Pick picked = pick(histogram, digit.bins, state.rank, shared);
     if (threadIdx.x == 0) {
         state.threshold = threshold | picked.digit << digit.shift;
