@@ -1,4 +1,4 @@
-"""The CUDA kernels' sources on a CPU: in every order of their threads, and under sanitizers.
+"""The CUDA kernels' sources on a CPU, in every order of their threads.
 
 That they compute what they should is tested with the other backends (test_block_grad.py and so
 on, backend "cuda-host"). Here: that the order of the threads changes nothing, and that a fault that
@@ -6,37 +6,18 @@ a GPU would only show at times does show.
 """
 
 import os
-import re
 
 import pytest
 import torch
-from cuda_host import build, build_with_fault, readers, run_with, sanitizers
+from cuda_host import build, build_with_fault, instead, readers, run_with, script
 
 from speft_kernels import SparsePattern, _cuda_native, ops
-from speft_kernels.bench.gpu.small import OPERATIONS
 
 # `make test` builds it: then one that cannot be loaded is a fault, and no reason to skip anything.
 MISSING = _cuda_native.missing("cuda-host")
 if MISSING is not None and os.environ.get("SPEFT_BUILD_CUDA_HOST") == "1":
     pytest.fail(MISSING, pytrace=False)
 pytestmark = pytest.mark.skipif(MISSING is not None, reason="cuda-host is not built")
-
-# What a process with a module of its own runs: each operation on small tensors, in several orders
-# of the threads, until one of them comes out wrong.
-SCRIPT = """
-import speft_kernels._cuda_host as module
-from speft_kernels.bench.gpu.small import Place, wrong
-
-for seed in range({orders}):
-    module.set_seed(seed)
-    found = wrong({operations}, Place("cpu", "cuda-host"))
-    if found:
-        raise SystemExit(f"wrong: {{found}}")
-"""
-
-
-def script(*operations, orders=4):
-    return SCRIPT.format(operations=operations or tuple(OPERATIONS), orders=orders)
 
 
 def test_the_order_of_the_threads_changes_no_bit():
@@ -84,53 +65,37 @@ def sound(tmp_path_factory):
 
 # (name, file, what stands there, what shall stand there)
 FAULTS = (
-    # A warp's sum is read before it is there, a run's place before it is known; bits are set before
-    # they are cleared, and read before they are set.
-    ("sums", "radix.h", "    sync_block();  // the warps'", "    // the warps'"),
-    ("run", "topk_kernels.h", "    sync_block();  // the run has", "    // the run has"),
-    ("clearing", "topk_kernels.h", "    sync_block();  // no bit is", "    // no bit is"),
-    ("bits", "topk_kernels.h", "    sync_block();  // every bit", "    // every bit"),
-    # A key equal to the k-th too few; more set aside than there is room for.
-    ("tie", "topk_kernels.h", "tie++ >= ties)", "tie++ >= ties - 1)"),
-    ("room", "topk_work.h", "state.found <= uint64_t(segment.capacity)", "true"),
-    # The barrier after which a stage is whole and another one free.
-    ("barrier", "block_grad.cu", "        sync_block();  // everyone's", "        // everyone's"),
-    # The barrier between the warps that add their sums one after the other.
-    ("turns", "block_grad.cu", "        sync_block();  // the stages", "        // the stages"),
-    # One group of copies too few is waited for.
-    ("wait", "block_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
-    # A token beyond the end of a part is added, and counts twice.
-    ("off by one", "tokens.h", "? begin + size :", "? begin + size + 1 :"),
-    # The barrier between a tile's entries and those who multiply it.
+    # Barriers (test_cuda_sanitizers.py removes each there is): where a tile's entries are in it,
+    # where a stage is whole and another one free, and where a run's place is known.
     (
         "patched",
         "multiply_many.h",
         "        sync_block();  // the next",
         "        // the next",
     ),
-    # That between a tile made of eight or four bits and the entries.
-    ("widened", "multiply_many.h", "sync_block();  // the tile is", "// the tile is"),
-    # That between the warps' sums and those who add them.
-    ("sums", "multiply_few.h", "    sync_block();  // the sums", "    // the sums"),
+    ("barrier", "block_grad.cu", "        sync_block();  // everyone's", "        // everyone's"),
+    ("run", "topk_kernels.h", "    sync_block();  // the run has", "    // the run has"),
+    # One group of copies too few is waited for.
+    ("wait", "block_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
     (
         "late",
         "multiply_many.h",
         "cp_async_wait<kStages - 3>()",
         "cp_async_wait<kStages - 2>()",
     ),
+    ("wait", "sampled_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
+    # A key equal to the k-th too few; more set aside than there is room for.
+    ("tie", "topk_kernels.h", "tie++ >= ties)", "tie++ >= ties - 1)"),
+    ("room", "topk_work.h", "state.found <= uint64_t(segment.capacity)", "true"),
+    # A token beyond the end of a part is added, and counts twice.
+    ("off by one", "tokens.h", "? begin + size :", "? begin + size + 1 :"),
     # The last of 32 entries is added twice.
     ("twice", "multiply_many.h", "next.begin + kWarp; at", "next.begin + kWarp - 1; at"),
-    # As above: where a stage is whole, and after the last one, whose place the sums take.
-    ("barrier", "sampled_grad.cu", "        sync_block();  // everyone's", "        // everyone's"),
-    ("end", "sampled_grad.cu", "    sync_block();  // the stages", "    // the stages"),
-    ("sums", "sampled_grad.cu", "    sync_block();\n    const int last", "    const int last"),
-    ("wait", "sampled_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
     # The tokens of dy in another order than those of x.
     ("order", "sampled_grad.cu", "place_of_token(token) * kPitch", "token * kPitch"),
     # The last group of each warp is left out, and the first one reads its strips' neighbours.
     ("group", "sampled_grad.cu", "if (j >= own) break;", "if (j + 1 >= own) break;"),
     ("off by one", "sampled_grad.cu", "+ lane / 4];", "+ (lane + 4) / 4];"),
-    ("barrier", "keep_columns.cu", "    sync_block();\n", ""),
 )
 
 
@@ -138,7 +103,7 @@ FAULTS = (
 @pytest.mark.parametrize("fault", FAULTS, ids=[f"{file}: {name}" for name, file, *_ in FAULTS])
 def test_a_planted_fault_shows(sound, tmp_path, fault):
     operations = readers(fault[1])
-    planted = build_with_fault(tmp_path / "planted", sound, *fault[1:])
+    planted = build_with_fault(tmp_path / "planted", sound, fault[1], instead(*fault[2:]))
     for operation in operations:
         done = run_with(planted, script(operation))
         # 1 where the script finds it, or lanes of a warp part over what they read; some lead to
@@ -147,58 +112,3 @@ def test_a_planted_fault_shows(sound, tmp_path, fault):
         named = f"('{operation}'" in done.stderr or f"{operation} (" in done.stderr
         assert done.returncode < 0 or named, done.stderr
     assert operations
-
-
-SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-
-sanitized = pytest.mark.skipif(
-    len(sanitizers()) < 2, reason="g++ has no libasan or no libubsan here"
-)
-
-
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    """The folder of a module under sanitizers."""
-    folder = tmp_path_factory.mktemp("watched")
-    build(folder, SANITIZE)
-    return folder
-
-
-@pytest.mark.slow
-@sanitized
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_sanitizers_find_nothing(watched, operation):
-    # A module compiled so is slow, and what it finds does not depend on the order of the threads.
-    module = next(watched.glob("_cuda_host*"))
-    done = run_with(module, script(operation, orders=1), sanitized=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-
-
-# (kernel, file, what stands there, what shall stand there)
-BEYOND = (
-    ("write_batch", "write_delta.cu", "if (e >= delta.nnz)", "if (e > delta.nnz)"),
-    ("write_kept", "topk_kernels.h", "tie++ >= ties)", "tie++ > ties)"),
-)
-
-
-@pytest.mark.slow
-@sanitized
-@pytest.mark.parametrize("beyond", BEYOND, ids=[beyond[0] for beyond in BEYOND])
-def test_sanitizers_find_what_is_planted(watched, tmp_path, beyond):
-    kernel, file, *change = beyond
-    planted = build_with_fault(tmp_path / "planted", watched, file, *change, SANITIZE)
-    (operation,) = readers(file)
-    done = run_with(planted, script(operation, orders=1), sanitized=True)
-    assert "heap-buffer-overflow" in done.stderr
-    assert re.search(rf"\b{kernel}<", done.stderr)
-
-
-@pytest.mark.slow
-@sanitized
-def test_what_compute_sanitizer_has_to_find_is_a_write_beyond_a_weight(watched):
-    spoil = 'list(small.planted(small.Place("cpu", "cuda-host")))'
-    module = next(watched.glob("_cuda_host*"))
-    done = run_with(module, f"from speft_kernels.bench.gpu import small\n{spoil}", sanitized=True)
-    assert "heap-buffer-overflow" in done.stderr
-    assert "WRITE of size 4" in done.stderr
-    assert "write_delta" in done.stderr

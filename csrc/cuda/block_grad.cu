@@ -106,7 +106,6 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
         }
     }
 
-    cp_async_wait<0>();
     auto* const total = shared_memory<float>();
     for (int warp = 0; warp < kWarps; ++warp) {
         sync_block();  // the stages are read, or the warp before has added its part

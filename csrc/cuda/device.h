@@ -14,8 +14,8 @@
 //   device_error_text(code)
 //   DeviceGuard(device)         makes a device current, and the former one again at its end
 //   shared_memory<T>()          the block's dynamic shared memory, aligned to 16 bytes
-//   sync_block(), sync_warp()   barriers of all threads of a block, of a warp
-//   exchange_xor, exchange_up, exchange_from, ballot      warp shuffles and votes, of all 32 lanes
+//   sync_block()                barrier of all threads of a block
+//   exchange_xor, exchange_up, exchange_from    warp shuffles of all 32 lanes, which order nothing
 //   count_bits(bits), lowest_bit(bits), bit_cast<To>(from)
 //   atomic_add, atomic_min(pointer, value)      on shared and global memory; the former value
 //   read_only(pointer)          what no one writes while the kernel runs: 2, 4 or 16 bytes

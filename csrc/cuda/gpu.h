@@ -63,10 +63,6 @@ SPEFT_DEVICE void sync_block() {
     __syncthreads();
 }
 
-SPEFT_DEVICE void sync_warp() {
-    __syncwarp();
-}
-
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class T>
@@ -83,10 +79,6 @@ SPEFT_DEVICE T exchange_up(T value, int distance) {
 template <class T>
 SPEFT_DEVICE T exchange_from(T value, int lane) {
     return __shfl_sync(kAllLanes, value, lane);
-}
-
-SPEFT_DEVICE uint32_t ballot(bool vote) {
-    return __ballot_sync(kAllLanes, vote);
 }
 
 SPEFT_DEVICE int count_bits(uint32_t bits) {

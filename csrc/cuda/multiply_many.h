@@ -212,7 +212,6 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
 
     // Through shared memory, so that rows leave 16 bytes at a time.
     constexpr int kOutPitch = kOutputs + kPad;
-    cp_async_wait<0>();
     sync_block();
     auto* const rounded = reinterpret_cast<uint16_t*>(shared);
     const auto* const bias = static_cast<const T*>(product.bias);

@@ -170,7 +170,6 @@ multiply_strips(SampledGrad problem, bool vectors) {
         }
     }
 
-    cp_async_wait<0>();
     sync_block();  // the stages are read
     auto* const total = shared_memory<float>();
     SPEFT_UNROLL

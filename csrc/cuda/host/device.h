@@ -9,6 +9,7 @@
 
 #include "../../cpu/dtype.h"
 #include "fibers.h"
+#include "races.h"
 
 #define SPEFT_KERNEL(...) void
 #define SPEFT_DEVICE inline
@@ -57,15 +58,10 @@ inline void sync_block(int line = __builtin_LINE()) {
     host::barrier(line);
 }
 
-inline void sync_warp(int line = __builtin_LINE()) {
-    const char nothing = 0;
-    host::exchange(&nothing, 1, line);
-}
-
 namespace host {
 
 template <class T>
-T of_lane(const unsigned char* all, int lane) {
+SPEFT_UNWATCHED T of_lane(const unsigned char* all, int lane) {
     T value;
     std::memcpy(&value, all + size_t(lane) * kSlot, sizeof(T));
     return value;
@@ -95,14 +91,6 @@ T exchange_from(T value, int lane, int line = __builtin_LINE()) {
     return host::of_lane<T>(host::gather(value, line), lane);
 }
 
-inline uint32_t ballot(bool vote, int line = __builtin_LINE()) {
-    const unsigned char* all = host::gather(vote, line);
-    uint32_t bits = 0;
-    for (int i = 0; i < 32; ++i)
-        bits |= uint32_t(host::of_lane<bool>(all, i)) << i;
-    return bits;
-}
-
 inline int count_bits(uint32_t bits) {
     return __builtin_popcount(bits);
 }
@@ -116,28 +104,34 @@ T read_only(const T* global) {
     return *global;
 }
 
-// Blocks run one after the other, so that each sees all that those before it have written.
-inline void fence() {}
+inline void fence() {
+    host::fence();
+}
 
+// Relaxed, as the GPU's: alone they order nothing.
 template <class T>
 T atomic_add(T* at, T value) {
-    const T former = *at;
-    *at += value;
-    return former;
+    host::at_atomic(at);
+    return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }
 
 template <class T>
 T atomic_min(T* at, T value) {
-    const T former = *at;
-    if (value < former) *at = value;
+    host::at_atomic(at);
+    T former = __atomic_load_n(at, __ATOMIC_RELAXED);
+    while (value < former && !__atomic_compare_exchange_n(at, &former, value, false,
+                                                          __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
     return former;
 }
 
 inline void load_shared16(uint32_t (&words)[4], const void* shared) {
+    host::races::read(shared, 16);
     std::memcpy(words, shared, 16);
 }
 
 inline void store16(void* global, const uint32_t (&words)[4]) {
+    host::races::written(global, 16);
     std::memcpy(global, words, 16);
 }
 
@@ -164,6 +158,7 @@ struct Row {
 template <bool kTrans>
 void load_matrices(uint32_t (&fragment)[4], const void* row, int line) {
     Row mine;
+    races::read(row, sizeof(mine));
     std::memcpy(&mine, row, sizeof(mine));
     const unsigned char* all = gather(mine, line);
     const int first = lane() / 4, pair = lane() % 4 * 2;

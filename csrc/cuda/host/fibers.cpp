@@ -12,10 +12,14 @@
 #include <vector>
 
 #include "device.h"
+#include "races.h"
 
 #if defined(__SANITIZE_ADDRESS__)
     #include <sanitizer/common_interface_defs.h>
     #define SPEFT_ASAN 1
+#endif
+#ifdef SPEFT_TSAN
+    #include <sys/mman.h>
 #endif
 
 namespace speft {
@@ -49,6 +53,9 @@ struct Fiber {
     std::deque<std::vector<Copy>> groups;  // committed, oldest first
     std::vector<Copy> open;
     void* fake_stack = nullptr;
+    races::Thread watched;
+    void* touched = nullptr;  // by its last atomic operation
+    bool fenced = false;
 };
 
 struct Warp {
@@ -57,26 +64,51 @@ struct Warp {
     int line = 0;
 };
 
+#ifdef SPEFT_TSAN
+// New pages for each block: what two blocks' threads do on their stacks is no race.
+class Stacks {
+  public:
+    explicit Stacks(size_t threads) : bytes_(threads * kStack) {
+        pages_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (pages_ == MAP_FAILED) throw std::bad_alloc();
+    }
+    ~Stacks() { munmap(pages_, bytes_); }
+    Stacks(const Stacks&) = delete;
+    Stacks& operator=(const Stacks&) = delete;
+    unsigned char* of(size_t index) { return static_cast<unsigned char*>(pages_) + index * kStack; }
+
+  private:
+    size_t bytes_;
+    void* pages_;
+};
+#else
 // Kept from block to block: a stack's pages are costly to come by.
-unsigned char* stack_of(size_t index) {
-    thread_local std::vector<std::unique_ptr<unsigned char[]>> stacks;
-    while (stacks.size() <= index)
-        stacks.emplace_back(new unsigned char[kStack]);
-    return stacks[index].get();
-}
+class Stacks {
+  public:
+    explicit Stacks(size_t) {}
+    unsigned char* of(size_t index) {
+        thread_local std::vector<std::unique_ptr<unsigned char[]>> stacks;
+        while (stacks.size() <= index)
+            stacks.emplace_back(new unsigned char[kStack]);
+        return stacks[index].get();
+    }
+};
+#endif
 
 class Block {
   public:
     Block(int threads, size_t shared_bytes, const std::function<void()>& thread, uint64_t seed)
         : thread_(thread),
           random_(seed),
+          stacks_(size_t(threads)),
           fibers_(threads),
           warps_((threads + kLanes - 1) / kLanes),
           shared_(shared_bytes + 16) {
         // Not zero: what a kernel reads before writing it should show.
         std::fill(shared_.begin(), shared_.end(), uint8_t(0xcb));
         for (size_t i = 0; i < fibers_.size(); ++i)
-            fibers_[i].stack = stack_of(i);
+            fibers_[i].stack = stacks_.of(i);
     }
 
     void run(Index3 block);
@@ -105,6 +137,7 @@ class Block {
 
     const std::function<void()>& thread_;
     std::mt19937_64 random_;
+    Stacks stacks_;
     std::vector<Fiber> fibers_;
     std::vector<Warp> warps_;
     std::vector<unsigned char> shared_;
@@ -114,6 +147,10 @@ class Block {
     size_t main_size_ = 0;
     int current_ = -1;
     int at_barrier_ = 0;
+    unsigned barriers_ = 0;  // that all have passed
+    char passed_[2] = {};    // what orders threads at even ones and at odd ones
+    char ended_ = 0;         // and at the block's end
+    void* const watched_ = races::current();
     std::string error_;
 };
 
@@ -121,6 +158,8 @@ thread_local Block* t_block = nullptr;
 
 void deliver(std::vector<Copy>& copies) {
     for (const Copy& copy : copies) {
+        if (copy.valid) races::read(copy.from, 16);
+        races::written(copy.to, 16);
         if (copy.valid)
             std::memcpy(copy.to, copy.from, 16);
         else
@@ -140,6 +179,8 @@ void Block::enter() {
         deliver(group);
     deliver(fiber.open);
     fiber.state = State::kDone;
+    races::release(&block.ended_);
+    races::switch_to(block.watched_);
 #ifdef SPEFT_ASAN
     __sanitizer_start_switch_fiber(nullptr, block.main_stack_, block.main_size_);
 #endif
@@ -153,6 +194,7 @@ void Block::switch_to(int next) {
 #ifdef SPEFT_ASAN
     __sanitizer_start_switch_fiber(&main_fake_stack_, fiber.stack, kStack);
 #endif
+    races::switch_to(fiber.watched.fiber());
     swapcontext(&main_, &fiber.context);
 #ifdef SPEFT_ASAN
     __sanitizer_finish_switch_fiber(main_fake_stack_, nullptr, nullptr);
@@ -166,6 +208,7 @@ void Block::pause(State state, int line) {
 #ifdef SPEFT_ASAN
     __sanitizer_start_switch_fiber(&fiber.fake_stack, main_stack_, main_size_);
 #endif
+    races::switch_to(watched_);
     swapcontext(&fiber.context, &main_);
 #ifdef SPEFT_ASAN
     __sanitizer_finish_switch_fiber(fiber.fake_stack, &main_stack_, &main_size_);
@@ -173,8 +216,12 @@ void Block::pause(State state, int line) {
 }
 
 void Block::barrier(int line) {
+    // A thread may come to the next barrier before another one has left this one.
+    char* const passed = &passed_[barriers_ % 2];
+    races::release(passed);
     ++at_barrier_;
     pause(State::kAtBarrier, line);
+    races::acquire(passed);
 }
 
 void Block::release_barrier() {
@@ -188,6 +235,7 @@ void Block::release_barrier() {
         fiber.state = State::kReady;
     }
     at_barrier_ = 0;
+    ++barriers_;
 }
 
 const unsigned char* Block::exchange(const void* mine, size_t size, int line) {
@@ -198,7 +246,9 @@ const unsigned char* Block::exchange(const void* mine, size_t size, int line) {
     if (warp.line != line)
         fail("lanes of a warp are in different operations, in lines " + std::to_string(warp.line) +
              " and " + std::to_string(line));
-    std::memcpy(warp.slots[turn][current_ % kLanes], mine, size);
+    // Not memcpy, which the thread sanitizer would see.
+    std::copy_n(static_cast<const volatile unsigned char*>(mine), size,
+                warp.slots[turn][current_ % kLanes]);
     if (++warp.arrived == kLanes) {
         warp.arrived = 0;
         const int first = current_ / kLanes * kLanes;
@@ -250,7 +300,22 @@ void Block::run(Index3 block) {
         for (int next : ready)
             if (fibers_[size_t(next)].state == State::kReady) switch_to(next);
     }
+    races::acquire(&ended_);
     t_block = nullptr;
+}
+
+bool run_block(Index3 at, int threads, size_t shared_bytes, const std::function<void()>& thread,
+               uint64_t seed) {
+    // Not on this stack, where the next block would have the same barriers.
+    const auto block = std::make_unique<Block>(threads, shared_bytes, thread, seed);
+    try {
+        block->run(at);
+        return true;
+    } catch (const std::runtime_error& error) {
+        t_block = nullptr;
+        g_error = error.what();
+        return false;
+    }
 }
 
 }  // namespace
@@ -263,17 +328,20 @@ bool run_grid(Index3 grid, int threads, size_t shared_bytes, const std::function
     std::iota(order.begin(), order.end(), uint64_t(0));
     std::mt19937_64 random(g_seed);
     std::shuffle(order.begin(), order.end(), random);
+    static char ended;  // what orders the end of a grid
+    void* const host = races::current();
     for (uint64_t i : order) {
-        Block block(threads, shared_bytes, thread, random());
-        try {
-            block.run({unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
-                       unsigned(i / grid.x / grid.y)});
-        } catch (const std::runtime_error& error) {
-            t_block = nullptr;
-            g_error = error.what();
-            return false;
-        }
+        // Each block is made, run and ended by a thread of its own: nothing orders two blocks.
+        const races::Thread of_block;
+        races::switch_to(of_block.fiber());
+        const bool done = run_block(
+            {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)},
+            threads, shared_bytes, thread, random());
+        races::release(&ended);
+        races::switch_to(host);
+        if (!done) return false;
     }
+    races::acquire(&ended);
     return true;
 }
 
@@ -301,7 +369,20 @@ int lane() {
     return t_block->current_index() % kLanes;
 }
 
+void at_atomic(void* at) {
+    Fiber& fiber = t_block->current();
+    if (fiber.fenced) races::release(at);
+    fiber.touched = at;
+}
+
+void fence() {
+    Fiber& fiber = t_block->current();
+    if (fiber.touched != nullptr) races::acquire(fiber.touched);
+    fiber.fenced = true;
+}
+
 void copy_later(void* to, const void* from, bool valid) {
+    races::written(to, 16);  // from now on, at any time until it is waited for
     t_block->current().open.push_back({to, from, valid});
 }
 

@@ -39,6 +39,11 @@ constexpr size_t kSlot = 64;
 const unsigned char* exchange(const void* mine, size_t size, int line);
 int lane();
 
+// Comes with each atomic operation: what came before a fence before it is ordered before what comes
+// after a fence after a later one, of any thread, at this place.
+void at_atomic(void* at);
+void fence();
+
 // A copy of 16 bytes that is made as late as `wait` allows.
 void copy_later(void* to, const void* from, bool valid);
 void commit();
