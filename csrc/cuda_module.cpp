@@ -5,12 +5,14 @@
 #include <pybind11/stl.h>
 
 #include <initializer_list>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cuda/kernels.h"
 #ifdef SPEFT_ON_HOST
+    #include "cuda/host/counts.h"
     #include "cuda/host/fibers.h"
     #define SPEFT_MODULE _cuda_host
 #else
@@ -55,6 +57,13 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
     m.doc() = "Compiled CUDA kernels of speft_kernels; call them through speft_kernels.ops.";
 #ifdef SPEFT_ON_HOST
     m.def("set_seed", &cuda::host::set_seed);
+    m.def("take_counts", [] {
+        const cuda::host::Counts found = cuda::host::take_counts();
+        return std::map<std::string, uint64_t>{
+            {"copied_bytes", found.copied_bytes}, {"products", found.products},
+            {"matrix_reads", found.matrix_reads}, {"matrix_cycles", found.matrix_cycles},
+            {"vector_reads", found.vector_reads}, {"vector_cycles", found.vector_cycles}};
+    });
 #endif
     m.def("write_delta", [](const std::vector<Ptr>& weights, const std::vector<Ptr>& indices,
                             const std::vector<bool>& wide_indices, const std::vector<int64_t>& nnz,

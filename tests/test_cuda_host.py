@@ -84,6 +84,8 @@ FAULTS = (
         "cp_async_wait<kStages - 2>()",
     ),
     ("wait", "sampled_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
+    # Rows that start between two multiples of 16 bytes, which only a GPU refuses.
+    ("misaligned", "block_grad.cu", "constexpr int kPad = 8;", "constexpr int kPad = 4;"),
     # A key equal to the k-th too few; more set aside than there is room for.
     ("tie", "topk_kernels.h", "tie++ >= ties)", "tie++ >= ties - 1)"),
     ("room", "topk_work.h", "state.found <= uint64_t(segment.capacity)", "true"),
@@ -112,3 +114,15 @@ def test_a_planted_fault_shows(sound, tmp_path, fault):
         named = f"('{operation}'" in done.stderr or f"{operation} (" in done.stderr
         assert done.returncode < 0 or named, done.stderr
     assert operations
+
+
+@pytest.mark.slow
+def test_rows_without_padding_are_counted_as_meeting_in_the_banks(sound, tmp_path):
+    # What test_cuda_counts.py finds nowhere.
+    change = instead("constexpr int kPad = 8;", "constexpr int kPad = 0;")
+    planted = build_with_fault(tmp_path / "planted", sound, "block_grad.cu", change)
+    counts = "found = module.take_counts()\nprint(found['matrix_cycles'] / found['matrix_reads'])"
+    done = run_with(planted, f"{script('block_grad', orders=1)}{counts}")
+    # Rows of 32, 64 or 128 bytes: two, four or eight of eight meet.
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) >= 8

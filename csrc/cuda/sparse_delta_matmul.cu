@@ -17,10 +17,12 @@
 //
 // Count (M tokens, N x K, E entries, q bytes of W an element). Many: 2 M N K operations on the
 // tensor cores; from the L2 cache 2 M K bytes for each 128 outputs, and q N K + 6 E for each 128
-// tokens, of which the entries are 1.5 % at 0.5 % and q = 2. In shared memory a tile is written
-// once and read twice; an entry reads and writes 2 bytes. Few: q N K + 6 E bytes, and 2 M K from
-// the L2 cache for each 32 outputs. An entry takes a warp some 30 instructions for 16 tokens: 150
-// at 0.5 % for each 2 KB of W, beside some 60 of the product, where an H200 has time for 450.
+// tokens, of which the entries are 1.5 % at 0.5 % and q = 2. The twin over 4 bits reads its words
+// once for each of the four columns that they hold: q = 2 there, too. In shared memory a tile is
+// written once and read twice; an entry reads and writes 2 bytes. Few: q N K + 6 E bytes, and 2 M K
+// from the L2 cache for each 32 outputs. An entry takes a warp some 30 instructions for 16 tokens:
+// 150 at 0.5 % for each 2 KB of W, beside some 60 of the product, where an H200 has time for 450.
+// tests/test_cuda_counts.py holds the counts of copies, reads and products.
 #include "bring.h"
 #include "kernels.h"
 #include "multiply_few.h"

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../../cpu/dtype.h"
+#include "counts.h"
 #include "fibers.h"
 #include "races.h"
 
@@ -125,17 +126,24 @@ T atomic_min(T* at, T value) {
     return former;
 }
 
-inline void load_shared16(uint32_t (&words)[4], const void* shared) {
+inline void load_shared16(uint32_t (&words)[4], const void* shared, int line = __builtin_LINE()) {
+    host::expect_aligned(shared, line);
     host::races::read(shared, 16);
+    const unsigned char* all = host::gather(reinterpret_cast<uint64_t>(shared), line);
+    if (host::lane() == 0) host::count_vector_read(all, host::kSlot);
     std::memcpy(words, shared, 16);
 }
 
-inline void store16(void* global, const uint32_t (&words)[4]) {
+inline void store16(void* global, const uint32_t (&words)[4], int line = __builtin_LINE()) {
+    host::expect_aligned(global, line);
     host::races::written(global, 16);
     std::memcpy(global, words, 16);
 }
 
-inline void cp_async16(void* shared, const void* global, bool valid) {
+inline void cp_async16(void* shared, const void* global, bool valid, int line = __builtin_LINE()) {
+    host::expect_aligned(shared, line);
+    host::expect_aligned(global, line);
+    host::count_copy(valid);
     host::copy_later(shared, global, valid);
 }
 
@@ -151,16 +159,19 @@ void cp_async_wait() {
 namespace host {
 
 struct Row {
+    uint64_t address;
     uint16_t elements[8];
 };
 
 // A lane brings the address of one row of one 8 x 8 matrix: lanes 8 i to 8 i + 7 those of matrix i.
 template <bool kTrans>
 void load_matrices(uint32_t (&fragment)[4], const void* row, int line) {
-    Row mine;
-    races::read(row, sizeof(mine));
-    std::memcpy(&mine, row, sizeof(mine));
+    Row mine = {reinterpret_cast<uint64_t>(row), {}};
+    expect_aligned(row, line);
+    races::read(row, sizeof(mine.elements));
+    std::memcpy(mine.elements, row, sizeof(mine.elements));
     const unsigned char* all = gather(mine, line);
+    if (lane() == 0) count_matrix_read(all, kSlot);
     const int first = lane() / 4, pair = lane() % 4 * 2;
     for (int matrix = 0; matrix < 4; ++matrix) {
         uint16_t found[2];
@@ -204,6 +215,7 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     std::memcpy(mine.a, a, sizeof(mine.a));
     std::memcpy(mine.b, b, sizeof(mine.b));
     const unsigned char* all = host::gather(mine, line);
+    if (host::lane() == 0) host::count_product();
     const int group = host::lane() / 4, pair = host::lane() % 4;
     for (int i = 0; i < 4; ++i) {
         const int row = group + 8 * (i / 2), col = 2 * pair + i % 2;

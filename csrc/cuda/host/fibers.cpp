@@ -121,14 +121,14 @@ class Block {
     int current_index() const { return current_; }
     void barrier(int line);
     const unsigned char* exchange(const void* mine, size_t size, int line);
+    void fail(const std::string& reason) {
+        if (error_.empty()) error_ = reason;
+    }
 
   private:
     static void enter();
     void pause(State state, int line);
     void switch_to(int next);
-    void fail(const std::string& reason) {
-        if (error_.empty()) error_ = reason;
-    }
     int alive() const {
         return int(std::count_if(fibers_.begin(), fibers_.end(),
                                  [](const Fiber& f) { return f.state != State::kDone; }));
@@ -300,6 +300,7 @@ void Block::run(Index3 block) {
         for (int next : ready)
             if (fibers_[size_t(next)].state == State::kReady) switch_to(next);
     }
+    if (!error_.empty()) throw std::runtime_error(error_);  // of the last round
     races::acquire(&ended_);
     t_block = nullptr;
 }
@@ -367,6 +368,12 @@ const unsigned char* exchange(const void* mine, size_t size, int line) {
 
 int lane() {
     return t_block->current_index() % kLanes;
+}
+
+void expect_aligned(const void* at, int line) {
+    if (reinterpret_cast<uintptr_t>(at) % 16 != 0)
+        t_block->fail("16 bytes at an address that is no multiple of 16, in line " +
+                      std::to_string(line));
 }
 
 void at_atomic(void* at) {

@@ -39,6 +39,9 @@ constexpr size_t kSlot = 64;
 const unsigned char* exchange(const void* mine, size_t size, int line);
 int lane();
 
+// Of 16 bytes that are moved at once, which a GPU moves only so; else the grid ends with an error.
+void expect_aligned(const void* at, int line);
+
 // Comes with each atomic operation: what came before a fence before it is ordered before what comes
 // after a fence after a later one, of any thread, at this place.
 void at_atomic(void* at);

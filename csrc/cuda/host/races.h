@@ -8,8 +8,8 @@
 // fence() on both sides of an atomic operation. Shuffles, votes and matrix instructions wait for a
 // warp but order nothing.
 //
-// Nothing of this does anything unless SPEFT_TSAN is defined, and fibers.cpp itself must be
-// compiled without the sanitizer: what it keeps of the threads is shared by all of them.
+// Nothing of this does anything unless SPEFT_TSAN is defined, and the .cpp files here must be
+// compiled without the sanitizer: what they keep of the threads is shared by all of them.
 #pragma once
 
 #include <cstddef>
