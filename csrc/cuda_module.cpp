@@ -96,6 +96,7 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
                                                 at<void>(scales),
                                                 wide_scales,
                                                 group,
+                                                cols / group,
                                                 at<void>(bias),
                                                 at<int32_t>(starts),
                                                 at<uint16_t>(places),

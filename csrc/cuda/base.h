@@ -58,10 +58,15 @@ SPEFT_DEVICE uint32_t pair_of(uint16_t low, uint16_t high) {
     return uint32_t(low) | uint32_t(high) << 16;
 }
 
-// The scale of the columns around `column` of a row.
+// The group that columns around `column` share a scale with. In 32 bits, because 64 are divided by
+// a hundred instructions.
+SPEFT_DEVICE int group_of(const DeltaProduct& product, int64_t column) {
+    return int(uint32_t(column) / uint32_t(product.group));
+}
+
 template <class T>
-SPEFT_DEVICE float scale_at(const DeltaProduct& product, int64_t row, int64_t column) {
-    const int64_t at = row * (product.cols / product.group) + column / product.group;
+SPEFT_DEVICE float scale_at(const DeltaProduct& product, int64_t row, int group) {
+    const int64_t at = row * product.groups + group;
     return product.wide_scales ? static_cast<const float*>(product.scales)[at]
                                : widen(static_cast<const T*>(product.scales)[at]);
 }

@@ -52,12 +52,14 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
     const int64_t begin = part.begin, end = part.end;
     const int turns = part.turns;
 
-    const Columns<uint16_t> of_dy = {
-        static_cast<const uint16_t*>(problem.dy) + problem.block_rows[block] * problem.height + row,
-        problem.dy_stride, rows, dy_vectors};
-    const Columns<uint16_t> of_x = {
-        static_cast<const uint16_t*>(problem.x) + problem.block_cols[block] * problem.width + col,
-        problem.x_stride, cols, x_vectors};
+    const auto* const dy_columns =
+        static_cast<const uint16_t*>(problem.dy) + problem.block_rows[block] * problem.height + row;
+    const auto* const x_columns =
+        static_cast<const uint16_t*>(problem.x) + problem.block_cols[block] * problem.width + col;
+    const Chunks<kStretch, kRows, kRows + kPad, kThreads, uint16_t> of_dy(problem.dy_stride,
+                                                                          kStretch, rows);
+    const Chunks<kStretch, kCols, kCols + kPad, kThreads, uint16_t> of_x(problem.x_stride, kStretch,
+                                                                         cols);
 
     auto* const stages = shared_memory<uint16_t>();
     const auto stage = [&](int turn) {
@@ -66,9 +68,19 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
     const auto fetch = [&](int turn) {
         if (turn < turns) {
             const int64_t start = begin + int64_t(turn) * kStretch;
-            bring<kStretch, kRows, kRows + kPad, kThreads, 4>(stage(turn), of_dy, start, end);
-            bring<kStretch, kCols, kCols + kPad, kThreads, 4>(
-                stage(turn) + kStretch * (kRows + kPad), of_x, start, end);
+            const uint16_t* const dy = dy_columns + start * problem.dy_stride;
+            const uint16_t* const x = x_columns + start * problem.x_stride;
+            uint16_t* const to = stage(turn) + kStretch * (kRows + kPad);
+            if (dy_vectors)
+                of_dy.bring_rows(stage(turn), dy, end - start);
+            else
+                bring_singly<kStretch, kRows, kRows + kPad, kThreads>(
+                    stage(turn), dy, problem.dy_stride, end - start, rows);
+            if (x_vectors)
+                of_x.bring_rows(to, x, end - start);
+            else
+                bring_singly<kStretch, kCols, kCols + kPad, kThreads>(to, x, problem.x_stride,
+                                                                      end - start, cols);
         }
         cp_async_commit();  // also an empty group: the waits below count groups
     };

@@ -64,10 +64,10 @@ struct DeltaProduct {
     const void* weight;  // [rows, cols], or words [rows, cols / 4]; null without a base
     int64_t weight_stride;
     int64_t rows, cols;
-    const void* scales;  // [rows, cols / group], float32 where wide, else of x's dtype
+    const void* scales;  // [rows, groups], float32 where wide, else of x's dtype
     bool wide_scales;
-    int64_t group;
-    const void* bias;  // [rows], or null
+    int64_t group, groups;  // columns that share a scale, and how many of these a row has
+    const void* bias;       // [rows], or null
     // D by tiles (speft_kernels/tiles.py).
     const int32_t* starts;
     const uint16_t* places;

@@ -22,7 +22,11 @@ struct Turn {
     static constexpr int kPieces = kTwin ? 2 : kParts;
     static constexpr int kPiece = kTwin ? 4 : kChunk;
 
+    // Of each line and part of the words. Asked for as early as the line, for they come as late.
+    static constexpr int kScaledParts = kTwin ? 1 : kParts;
+
     Some<Element> weight[kLines];
+    float scales[kScaledParts][kLines];
     Some<uint16_t, kPiece> x[kPieces][2];
 
     // Row `line` of W that this lane has of rows from `above`.
@@ -43,6 +47,14 @@ struct Turn {
                 const int64_t row = row_of(above, i), column = span.stored + column_of();
                 const bool real = row < product.rows && column_of() < span.count;
                 weight[i] = load<kChunk>(from + row * product.weight_stride + column, real);
+                if constexpr (Stored<kBase>::kQuantized) {
+                    SPEFT_UNROLL
+                    for (int part = 0; part < kScaledParts; ++part) {
+                        const int64_t first = span.column + part * part_width<kBase>(product);
+                        const int group = group_of(product, first + column_of());
+                        scales[part][i] = real ? scale_at<T>(product, row, group) : 0.0f;
+                    }
+                }
             }
             SPEFT_UNROLL
             for (int i = 0; i < kPieces; ++i)
@@ -61,16 +73,11 @@ struct Turn {
     }
 
     // Row `line` of W as numbers of T, of one part of its words.
-    SPEFT_DEVICE Some<uint16_t> numbers(const DeltaProduct& product, int line, int64_t above,
-                                        int64_t column, int count, int part) const {
-        if constexpr (Stored<kBase>::kQuantized) {
-            const int64_t row = row_of(above, line);
-            const bool real = row < product.rows && column_of() < count;
-            const float scale = real ? scale_at<T>(product, row, column + column_of()) : 0.0f;
-            return widened<T, kBase>(weight[line], part, scale);
-        } else {
+    SPEFT_DEVICE Some<uint16_t> numbers(int line, int part) const {
+        if constexpr (Stored<kBase>::kQuantized)
+            return widened<T, kBase>(weight[line], part, scales[kTwin ? 0 : part][line]);
+        else
             return weight[line];
-        }
     }
 
     // Four of a piece of x, from element `from` on, as the product takes them.
@@ -167,8 +174,7 @@ multiply_few(DeltaProduct product) {
                     Some<uint16_t> lines[4];
                     SPEFT_UNROLL
                     for (int line = 0; line < 4; ++line)
-                        lines[line] = ring[i].numbers(product, 4 * step + line, above, span.column,
-                                                      span.count, part);
+                        lines[line] = ring[i].numbers(4 * step + line, part);
                     SPEFT_UNROLL
                     for (int j = 0; j < kAcross; ++j) {
                         const uint32_t columns[2] = {
@@ -183,8 +189,7 @@ multiply_few(DeltaProduct product) {
                 for (int part = 0; part < kParts; ++part)
                     SPEFT_UNROLL
                 for (int j = 0; j < kAcross; ++j) {
-                    const int64_t column = span.column + part * part_width<kBase>(product);
-                    const auto line = ring[i].numbers(product, j, above, column, span.count, part);
+                    const auto line = ring[i].numbers(j, part);
                     SPEFT_UNROLL
                     for (int step = 0; step < 2; ++step) {
                         uint32_t rows[4];

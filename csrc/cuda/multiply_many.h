@@ -84,45 +84,77 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
                              : reinterpret_cast<uint16_t*>(made + turn % 2 * Tile::kTileBytes);
     };
 
-    const auto* const x = static_cast<const uint16_t*>(product.x);
-    const auto* const weight = static_cast<const Element*>(product.weight);
+    const int tokens = int(smaller(kTokens, product.tokens - token));
+    const auto* const x = static_cast<const uint16_t*>(product.x) + token * product.x_stride;
+    const auto* const weight = static_cast<const Element*>(product.weight) +
+                               (kTwin ? outputs.stored : row * product.weight_stride);
+    const Chunks<kTokens, kSide, kLeftPitch, kThreads, uint16_t> of_x(product.x_stride, tokens,
+                                                                      kSide);
+    const Chunks<Tile::kRows, Tile::kCols, Tile::kStoredPitch, kThreads, Element> of_weight(
+        product.weight_stride, kTwin ? kSide : count, kTwin ? count : kSide);
+    const auto fetch_x = [&](int turn, const Span& span, int64_t depth) {
+        const uint16_t* const from = x + (kTwin ? depth : span.column);
+        const int real = kTwin ? int(smaller(kSide, product.rows - depth)) : span.count;
+        if (x_vectors)
+            of_x.bring_columns(left_of(turn), from, real);
+        else
+            bring_singly<kTokens, kSide, kLeftPitch, kThreads>(left_of(turn), from,
+                                                               product.x_stride, tokens, real);
+    };
+    const auto fetch_weight = [&](int turn, const Span& span, int64_t depth) {
+        const Element* const from = weight + (kTwin ? depth * product.weight_stride : span.stored);
+        const int64_t left = product.rows - depth;
+        if (!weight_vectors)
+            bring_singly<Tile::kRows, Tile::kCols, Tile::kStoredPitch, kThreads>(
+                stored_of(turn), from, product.weight_stride, kTwin ? left : count,
+                kTwin ? count : span.count);
+        else if (kTwin)
+            of_weight.bring_rows(stored_of(turn), from, left);
+        else
+            of_weight.bring_columns(stored_of(turn), from, span.count);
+    };
     const auto fetch = [&](int turn) {
         if (turn < turns) {
             const Span span = summed(turn);
             const int64_t depth = int64_t(turn) * kSide;
-            const Columns<uint16_t> of_x = {
-                x + (kTwin ? depth : span.column), product.x_stride,
-                kTwin ? int(smaller(kSide, product.rows - depth)) : span.count, x_vectors};
-            bring<kTokens, kSide, kLeftPitch, kThreads, 1>(left_of(turn), of_x, token,
-                                                           product.tokens);
-            if (kBase != Base::kNone && (kTwin || turn % kParts == 0)) {
-                const Columns<Element> of_weight = {
-                    weight + (kTwin ? outputs.stored : span.stored), product.weight_stride,
-                    kTwin ? outputs.count : span.count, weight_vectors};
-                bring<Tile::kRows, Tile::kCols, Tile::kStoredPitch, kThreads, 1>(
-                    stored_of(turn), of_weight, kTwin ? depth : row, product.rows);
-            }
+            fetch_x(turn, span, depth);
+            if (kBase != Base::kNone && (kTwin || turn % kParts == 0))
+                fetch_weight(turn, span, depth);
         }
         cp_async_commit();  // also an empty group: the waits below count groups
     };
 
+    // What a thread makes of a quantized tile: eight columns of rows that are kTall apart, each
+    // with a scale that was loaded a turn before it is needed.
+    constexpr int kChunks = Tile::kCols / kChunk, kTall = kThreads / kChunks;
+    constexpr int kMade = Tile::kRows / kTall;
+    static_assert(kMade * kTall == Tile::kRows, "each thread makes as many");
+    const int made_row = int(threadIdx.x) / kChunks,
+              made_column = int(threadIdx.x) % kChunks * kChunk;
+    float scales[kMade] = {};
+    const auto load_scales = [&](int turn) {
+        if (!Stored<kBase>::kQuantized || turn >= turns) return;
+        const Span span = kTwin ? outputs : summed(turn);
+        const int64_t above = (kTwin ? int64_t(turn) * kSide : row) + made_row;
+        const int group = group_of(product, span.column + made_column);
+        SPEFT_UNROLL
+        for (int i = 0; i < kMade; ++i) {
+            const bool real = above + i * kTall < product.rows && made_column < span.count;
+            scales[i] = real ? scale_at<T>(product, above + i * kTall, group) : 0.0f;
+        }
+    };
+
     // Makes a turn's tile of what is stored of it.
     const auto widen_tile = [&](int turn) {
-        constexpr int kChunks = Tile::kCols / kChunk;
-        const Span span = kTwin ? outputs : summed(turn);
-        const int64_t above = kTwin ? int64_t(turn) * kSide : row;
         const int part = int(kTwin ? output / in_part : turn % kParts);
-        // The sums leave no registers for several at a time.
-        SPEFT_UNROLL_BY(1)
-        for (int i = int(threadIdx.x); i < Tile::kRows * kChunks; i += kThreads) {
-            const int r = i / kChunks, c = i % kChunks * kChunk;
+        SPEFT_UNROLL
+        for (int i = 0; i < kMade; ++i) {
+            const int r = made_row + i * kTall, c = made_column;
             Some<uint16_t> numbers = {};
             if constexpr (Stored<kBase>::kQuantized) {
-                const bool real = above + r < product.rows && c < span.count;
-                const float scale = real ? scale_at<T>(product, above + r, span.column + c) : 0.0f;
                 const auto stored =
                     load<kChunk>(stored_of(turn) + r * Tile::kStoredPitch + c, true);
-                numbers = widened<T, kBase>(stored, part, scale);
+                numbers = widened<T, kBase>(stored, part, scales[i]);
             }
             Bytes16 bytes;
             SPEFT_UNROLL
@@ -155,6 +187,7 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
     const int warp_token = warp_id() % 2 * kWarpTokens, warp_output = warp_id() / 2 * kWarpOutputs;
     float sums[kDown][kAcross][4] = {};
 
+    load_scales(0);
     Run next = my_run(0), after = my_run(1);
     Entry entry = entry_of(product, next.begin, next.end);
     SPEFT_UNROLL
@@ -167,6 +200,7 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         if (turn + 1 < turns) {
             if (!Tile::kDirect) {
                 widen_tile(turn + 1);
+                load_scales(turn + 2);
                 sync_block();  // the tile is whole
             }
             if (next.begin < next.end) add_entry(tile_of(turn + 1), entry);
@@ -233,7 +267,6 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
     sync_block();
     const int64_t width = kTwin ? product.cols : product.rows;
     auto* const y = static_cast<uint16_t*>(product.y) + token * width + first;
-    const int tokens = int(smaller(kTokens, product.tokens - token));
     if (y_vectors) {
         constexpr int kChunks = kOutputs / kChunk;
         for (int i = int(threadIdx.x); i < tokens * kChunks; i += kThreads) {

@@ -55,27 +55,43 @@ constexpr size_t kSharedBytes =
              kStrips * kSumPitch * sizeof(float));
 static_assert(kSharedBytes <= 163 * 1024, "what sm_80 has");
 
-// Brings a stretch of dy's columns [row, row + kBlockRows), a token a warp; zeros beyond the last
-// token or column.
-SPEFT_DEVICE void bring_dy(uint16_t* stage, const SampledGrad& problem, int64_t row, int64_t start,
-                           int64_t end, bool vectors) {
+// A stretch of dy's columns [row, row + kBlockRows), a token a warp at a time. Where a thread reads
+// and writes stays the same, as in Chunks of bring.h.
+class OfDy {
+    static constexpr int kEach = kStretch / kWarps;  // tokens of a warp
     static_assert(kBlockRows == kWarp * kVector, "a warp brings a token");
-    const int column = lane_id() * kVector;
-    const int left = int(problem.out_features - row) - column;
-    SPEFT_UNROLL
-    for (int token = warp_id(); token < kStretch; token += kWarps) {
-        uint16_t* const to = stage + place_of_token(token) * kPitch + column;
-        const int valid = start + token < end ? left : 0;  // elements, of those from here on
-        const auto* const from =
-            static_cast<const uint16_t*>(problem.dy) +
-            (valid > 0 ? (start + token) * problem.dy_stride + row + column : 0);
-        if (vectors)
-            cp_async16(to, from, valid > 0);
-        else
-            for (int i = 0; i < kVector; ++i)
-                to[i] = i < valid ? from[i] : uint16_t(0);
+
+  public:
+    SPEFT_DEVICE OfDy(const SampledGrad& problem, int64_t row)
+        : stride_(problem.dy_stride), column_(lane_id() * kVector) {
+        const int64_t left = problem.out_features - row;
+        real_ = left < kBlockRows ? int(left) : kBlockRows;
+        from_ = static_cast<const uint16_t*>(problem.dy) + warp_id() * stride_ + row;
     }
-}
+
+    // Brings the stretch that starts at token `start`; zeros from token `end` on. Of columns beyond
+    // the last, whose sums no one reads, the first ones of the block.
+    SPEFT_DEVICE void bring(uint16_t* stage, int64_t start, int64_t end, bool vectors) const {
+        const uint16_t* const from = from_ + start * stride_;
+        const int left = int(end - start < kStretch ? end - start : kStretch) - warp_id();
+        SPEFT_UNROLL
+        for (int i = 0; i < kEach; ++i) {
+            uint16_t* const to = stage + place_of_token(warp_id() + i * kWarps) * kPitch + column_;
+            const uint16_t* const token = from + i * kWarps * stride_;
+            if (vectors) {
+                cp_async16(to, token + (column_ < real_ ? column_ : 0), i * kWarps < left);
+                continue;
+            }
+            for (int c = 0; c < kVector; ++c)
+                to[c] = i * kWarps < left && column_ + c < real_ ? token[column_ + c] : uint16_t(0);
+        }
+    }
+
+  private:
+    const uint16_t* from_;
+    int64_t stride_;
+    int column_, real_;
+};
 
 template <class T>
 SPEFT_KERNEL(kThreads)
@@ -87,28 +103,33 @@ multiply_strips(SampledGrad problem, bool vectors) {
     const int turns = part.turns;
     const int lane = lane_id(), chunk = lane % 4 * kVector;
 
-    // Four threads bring a stretch of a line, the same ones each time.
+    // Four threads bring a stretch of a line, the same ones each time. Lines are aligned: where one
+    // starts counts its vectors, so that 32 bits do.
     constexpr int kCopies = kTileLines * 4 / kThreads;
+    constexpr uint32_t kNoLine = ~0u;
     const int lines = problem.tile_lines[tile + 1] - problem.tile_lines[tile];
-    int positions[kCopies];
+    const uint32_t line_vectors = uint32_t(problem.x_stride / kVector);
+    uint32_t starts[kCopies];
     SPEFT_UNROLL
     for (int i = 0; i < kCopies; ++i) {
         const int line = (i * kThreads + int(threadIdx.x)) / 4;
-        positions[i] = line < lines ? problem.line[problem.tile_lines[tile] + line] : -1;
+        starts[i] = line < lines
+                        ? uint32_t(problem.line[problem.tile_lines[tile] + line]) * line_vectors
+                        : kNoLine;
     }
+    const OfDy of_dy(problem, row);
     auto* const stages = shared_memory<uint16_t>();
     const auto stage = [&](int turn) { return stages + turn % kStages * kStageElements; };
     const auto fetch = [&](int turn) {
         if (turn < turns) {
             const int64_t start = begin + int64_t(turn) * kStretch;
-            bring_dy(stage(turn), problem, row, start, end, vectors);
+            of_dy.bring(stage(turn), start, end, vectors);
             uint16_t* const to = stage(turn) + kStretch * kPitch + threadIdx.x * kVector;
-            const auto* const from =
-                static_cast<const uint16_t*>(problem.x) + (start + chunk < end ? start + chunk : 0);
+            const auto* const from = static_cast<const uint16_t*>(problem.x) + start + chunk;
             SPEFT_UNROLL
             for (int i = 0; i < kCopies; ++i)
-                if (positions[i] >= 0)
-                    cp_async16(to + i * kThreads * kVector, from + positions[i] * problem.x_stride,
+                if (starts[i] != kNoLine)
+                    cp_async16(to + i * kThreads * kVector, from + uint64_t(starts[i]) * kVector,
                                start + chunk < end);
         }
         cp_async_commit();  // also an empty group: the waits below count groups
