@@ -66,8 +66,9 @@ def splits(blocks: int, tokens: int, stretch: int, device: torch.device) -> int:
         stretch: tokens that a block takes at a time; a part has eight of them at least, so that
             what a part costs by itself stays small.
     """
-    wanted = 4 * multiprocessors(device)
-    return max(1, min(-(-wanted // max(1, blocks)), tokens // (8 * stretch)))
+    # Not more than four waves of blocks: a few blocks in a fifth would cost a whole one.
+    wanted = 4 * multiprocessors(device) // max(1, blocks)
+    return max(1, min(wanted, tokens // (8 * stretch)))
 
 
 @cache

@@ -89,6 +89,7 @@ class SparsityPlan:
         used = pattern.used_cols
         if keep is not None:
             _check_kept(keep, used, pattern)
+            keep = keep.contiguous()
         plan = cls(pattern, used if keep is None else keep, costs, tokens)
         if plan.kept_width > KEEP_COLUMNS_SHARE * pattern.shape[1]:
             return cls(pattern, None, costs, tokens)

@@ -244,6 +244,10 @@ def test_a_block_pattern_keeps_whole_groups_of_columns():
     pattern = SparsePattern.from_blocks((4, 12), (2, 2), torch.tensor([1, 9]))
     keep = torch.tensor([6, 7, 2, 3, 8, 9], dtype=torch.int32)
     assert torch.equal(SparsityPlan.build(pattern, keep=keep).kept_columns, keep)
+    apart = torch.stack((keep, keep), dim=1)[:, 0]  # kernels read them one after the other
+    kept = SparsityPlan.build(pattern, keep=apart).kept_columns
+    assert kept.is_contiguous()
+    assert torch.equal(kept, keep)
     for wrong in ([2, 6, 3, 7], [2, 3, 6, 7, 8], [3, 2, 6, 7]):
         with pytest.raises(PatternError, match="keep must name whole groups of 2 columns"):
             SparsityPlan.build(pattern, keep=torch.tensor(wrong, dtype=torch.int32))

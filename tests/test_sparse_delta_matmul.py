@@ -224,6 +224,20 @@ def test_every_bit_is_the_same_again_and_past_the_dispatcher(backend, dtype):
         assert torch.equal(direct, tracked)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(OP))
+def test_a_bias_may_be_a_part_of_another_tensor(backend, dtype):
+    pattern = make_pattern("realistic", 40, 24)
+    for m in (3, 50):
+        o = operands(m, pattern, dtype)
+        x, weight, values, n = o["x"], o["weight"], o["values"], pattern.shape[0]
+        for bias in (torch.randn(2 * n).to(dtype)[::2], torch.randn(1).to(dtype).expand(n)):
+            ours, same = (
+                ops.sparse_delta_matmul(x, weight, values, pattern, b, backend=backend)
+                for b in (bias, bias.clone(memory_format=torch.contiguous_format))
+            )
+            assert torch.equal(ours, same)
+
+
 def new_tensors(backend, tokens, pattern, dtype=torch.float32):
     """The sizes of the tensors that an implementation makes, in order."""
 

@@ -34,7 +34,7 @@ constexpr size_t kStageElements = size_t(kStretch) * (kRows + kPad + kCols + kPa
 
 template <int kRows, int kCols>
 constexpr size_t kSharedBytes =
-    std::max(kStages * kStageElements<kRows, kCols> * 2, size_t(kRows) * kCols * 4);
+    std::max(kStages * kStageElements<kRows, kCols> * 2, size_t(kRows) * (kCols + kSumPad) * 4);
 
 template <class T, int kRows, int kCols>
 SPEFT_KERNEL(kThreads)
@@ -127,10 +127,13 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
             SPEFT_UNROLL
         for (int j = 0; j < kColTiles; ++j)
             SPEFT_UNROLL
-        for (int v = 0; v < 4; ++v) {
+        for (int v = 0; v < 4; v += 2) {
             const int r = i * 16 + lane_id() / 4 + v / 2 * 8;
-            float& place = total[r * kCols + j * 8 + lane_id() % 4 * 2 + v % 2];
-            place = warp == 0 ? sums[i][j][v] : place + sums[i][j][v];
+            auto& place =
+                *reinterpret_cast<Pair*>(total + r * (kCols + kSumPad) + j * 8 + lane_id() % 4 * 2);
+            Pair sum = {sums[i][j][v], sums[i][j][v + 1]};
+            if (warp > 0) sum = {place.first + sum.first, place.second + sum.second};
+            place = sum;
         }
     }
     sync_block();
@@ -142,7 +145,7 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
     for (int i = int(threadIdx.x); i < rows * cols; i += kThreads) {
         const int r = i / cols, c = i % cols;
         float& place = out[block * size + (row + r) * problem.width + col + c];
-        place = (accumulate ? place : 0.0f) + total[r * kCols + c];
+        place = (accumulate ? place : 0.0f) + total[r * (kCols + kSumPad) + c];
     }
 }
 

@@ -46,6 +46,13 @@ struct alignas(8) Bytes8 {
     uint32_t words[2];
 };
 
+// Two neighbouring sums of a product's result. Rows that are a multiple of 16 floats and kSumPad
+// more apart put what 16 lanes store of them in different banks.
+struct alignas(8) Pair {
+    float first, second;
+};
+constexpr int kSumPad = 8;
+
 struct alignas(16) Bytes16 {
     uint32_t words[4];
 };

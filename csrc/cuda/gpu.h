@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../dtypes.h"
+#include "kernels.h"
 
 #define SPEFT_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define SPEFT_DEVICE __device__ __forceinline__
@@ -24,20 +25,33 @@ inline const char* device_error_text(int code) {
     return cudaGetErrorString(cudaError_t(code));
 }
 
+// The runtime remembers what failed until it is asked: asked here, so that no later launch finds
+// the error of a call that the caller has been told of.
+inline int told(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
+}
+
 class DeviceGuard {
   public:
     explicit DeviceGuard(int device) {
-        error_ = cudaGetDevice(&former_);
-        if (error_ == cudaSuccess && former_ != device) error_ = cudaSetDevice(device);
+        error_ = told(cudaGetDevice(&former_));
+        if (error_ != 0 || former_ == device) return;
+        error_ = told(cudaSetDevice(device));
+        changed_ = error_ == 0;
     }
-    ~DeviceGuard() { cudaSetDevice(former_); }
+    // Only where it changed: to set a device that this thread has not used makes a context there.
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(former_);
+    }
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;
     int error() const { return error_; }
 
   private:
     int former_ = 0;
-    cudaError_t error_ = cudaSuccess;
+    int error_ = 0;
+    bool changed_ = false;
 };
 
 template <class... Parameters, class... Arguments>
@@ -45,9 +59,10 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_
            Arguments... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
     if (shared_bytes > 48 * 1024) {  // what a block has without asking
-        const cudaError_t error = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-        if (error != cudaSuccess) return error;
+        const int error = told(cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+        if (error == cudaErrorInvalidValue) return kTooLittleShared;
+        if (error != 0) return error;
     }
     kernel<<<grid, threads, shared_bytes, cudaStream_t(stream)>>>(Parameters(arguments)...);
     return cudaGetLastError();

@@ -1,6 +1,6 @@
 // The CUDA kernels' launchers. They trust their arguments: checking is done one floor up, in
 // speft_kernels/ops. Each launches on `stream` of `device`, waits for nothing, allocates nothing,
-// and returns 0, kUnsupported, or the device's code, of which error_text() knows the meaning.
+// and returns 0, one of the codes below, or the device's, of which error_text() knows the meaning.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,8 @@ struct Place {
 
 // No kernel serves these sizes or this dtype.
 constexpr int kUnsupported = -1;
+// The device has less shared memory than a block of the kernel takes.
+constexpr int kTooLittleShared = -2;
 
 const char* error_text(int code);
 

@@ -9,6 +9,8 @@ namespace cuda {
 constexpr int kWarps = 8;
 constexpr int kRound = 16;  // tokens of a block
 constexpr int kFewTokens = 2 * kRound;
+template <bool kTwin>
+constexpr int kFewOutputs = kTwin ? 64 : 32;  // of a block
 
 // What one warp sums over in a turn, in registers. Lane 4 g + t has tokens g and g + 8. Of
 // x @ W^T it has columns 8 t to 8 t + 7 of 32, and rows g + 8 j of W: 16 bytes are two steps of a
@@ -90,38 +92,56 @@ struct Turn {
     }
 };
 
+// The entries of the tiles of D that a warp meets in its turns, one run a tile: where a run stands
+// is asked for two turns before its first entries are needed, and those one turn before.
+template <int kRuns>
+struct Ahead {
+    Run now[kRuns], next[kRuns];
+    Entry entries[kRuns];  // of `now`, the first of each lane
+};
+
 // Adds the entries of a tile of D, that begins at column `first` of x and column `beside` of the
-// warp's outputs, to its sums.
+// warp's outputs, to its sums. `mine` is the lane's first entry of the run.
 template <class T, bool kTwin, int kAcross>
 SPEFT_DEVICE void add_entries(float (&sums)[kAcross][4], const DeltaProduct& product, Run run,
-                              int64_t token, int64_t first, int beside) {
+                              Entry mine, int64_t token, int64_t first, int beside) {
+    constexpr int kTogether = 3;  // their x is asked for before the first is needed; four would spill
     const int group = lane_id() / 4, place = lane_id() % 4;
     const auto* const x = static_cast<const T*>(product.x) + first;
     const int64_t one = token + group, two = one + 8;
     for (int begin = run.begin; begin < run.end; begin += kWarp) {
-        const Entry mine = entry_of(product, begin + lane_id(), run.end);
+        if (begin > run.begin) mine = entry_of(product, begin + lane_id(), run.end);
         const int count = run.end - begin < kWarp ? run.end - begin : kWarp;
-        for (int e = 0; e < count; ++e) {
-            const int at = exchange_from(mine.place, e);
-            const float value = exchange_from(mine.value, e);
-            const int from = kTwin ? at / kSide : at % kSide;
-            const int to = beside + (kTwin ? at % kSide : at / kSide);
-            // Which of the lanes, the products and their two columns holds output `to`.
-            const int holder = kTwin ? to / 16 : to % 8 / 2;
-            const int tile = kTwin ? to % 8 : to / 8;
-            const int side = kTwin ? to / 8 % 2 : to % 2;
-            if (holder != place) continue;
-            const float x_one =
-                one < product.tokens ? widen(x[one * product.x_stride + from]) : 0.0f;
-            const float x_two =
-                two < product.tokens ? widen(x[two * product.x_stride + from]) : 0.0f;
+        for (int e = 0; e < count; e += kTogether) {
+            int holds[kTogether];  // which of the lane's sums; none of them: -1
+            float values[kTogether], x_one[kTogether], x_two[kTogether];
             SPEFT_UNROLL
+            for (int i = 0; i < kTogether; ++i) {
+                const int source = e + i < count ? e + i : e;
+                const int at = exchange_from(mine.place, source);
+                values[i] = exchange_from(mine.value, source);
+                const int from = kTwin ? at / kSide : at % kSide;
+                const int to = beside + (kTwin ? at % kSide : at / kSide);
+                // Which of the lanes, the products and their two columns holds output `to`.
+                const int holder = kTwin ? to / 16 : to % 8 / 2;
+                const int tile = kTwin ? to % 8 : to / 8;
+                const int side = kTwin ? to / 8 % 2 : to % 2;
+                const bool held = e + i < count && holder == place;
+                holds[i] = held ? 2 * tile + side : -1;
+                x_one[i] =
+                    held && one < product.tokens ? widen(x[one * product.x_stride + from]) : 0.0f;
+                x_two[i] =
+                    held && two < product.tokens ? widen(x[two * product.x_stride + from]) : 0.0f;
+            }
+            SPEFT_UNROLL
+            for (int i = 0; i < kTogether; ++i)
+                SPEFT_UNROLL
             for (int j = 0; j < kAcross; ++j)
                 SPEFT_UNROLL
             for (int s = 0; s < 2; ++s) {
-                if (j == tile && s == side) {
-                    sums[j][s] += x_one * value;
-                    sums[j][2 + s] += x_two * value;
+                if (holds[i] == 2 * j + s) {
+                    sums[j][s] += x_one[i] * values[i];
+                    sums[j][2 + s] += x_two[i] * values[i];
                 }
             }
         }
@@ -132,7 +152,7 @@ template <class T, Base kBase, bool kTwin>
 SPEFT_KERNEL(kWarps* kWarp)
 multiply_few(DeltaProduct product) {
     constexpr int kParts = Stored<kBase>::kParts;
-    constexpr int kWide = kTwin ? 64 : 32, kAcross = kWide / 8;
+    constexpr int kWide = kFewOutputs<kTwin>, kAcross = kWide / 8, kSumPitch = kWide + kSumPad;
     // Turns in registers: as many as there is room for beside what words are widened to.
     constexpr int kAhead = kBase == Base::kInt4 ? 1 : 2;
     using Part = Turn<T, kBase, kTwin>;
@@ -150,6 +170,24 @@ multiply_few(DeltaProduct product) {
     };
     const auto above_at = [&](int turn) { return kTwin ? int64_t(turn) * kSide : row; };
 
+    // The runs of a turn: of tiles beside each other for the twin, else of the parts of the words.
+    constexpr int kRuns = kTwin ? 2 : kParts;
+    Ahead<kRuns> delta;
+    const auto run_at = [&](int turn, int i) -> Run {
+        if (turn >= turns || (kTwin && i >= outputs.tiles)) return {0, 0};
+        return kTwin ? run_of<kBase>(product, turn, outputs.tile + i)
+                     : run_of<kBase>(product, row / kSide,
+                                     span_of<kBase, kSide>(product, turn, i).tile);
+    };
+    const auto first_entry = [&](Run run) {
+        return entry_of(product, run.begin + lane_id(), run.end);
+    };
+    SPEFT_UNROLL
+    for (int i = 0; i < kRuns; ++i) {
+        delta.now[i] = run_at(warp_id(), i);
+        delta.next[i] = run_at(warp_id() + kWarps, i);
+    }
+
     float sums[kAcross][4] = {};
     Part ring[kAhead];
     const auto bring = [&](Part& to, int turn) {
@@ -158,12 +196,14 @@ multiply_few(DeltaProduct product) {
     SPEFT_UNROLL
     for (int i = 0; i < kAhead; ++i)
         bring(ring[i], warp_id() + i * kWarps);
+    SPEFT_UNROLL
+    for (int i = 0; i < kRuns; ++i)
+        delta.entries[i] = first_entry(delta.now[i]);
     for (int begin = warp_id(); begin < turns; begin += kAhead * kWarps) {
         SPEFT_UNROLL
         for (int i = 0; i < kAhead; ++i) {
             const int turn = begin + i * kWarps;
             if (turn >= turns) break;
-            const Span span = span_at(turn);
             const int64_t above = above_at(turn);
             if constexpr (kBase != Base::kNone && kTwin) {
                 const int part = int(blockIdx.x / in_part);
@@ -202,18 +242,17 @@ multiply_few(DeltaProduct product) {
                 }
             }
             bring(ring[i], turn + kAhead * kWarps);
-            if constexpr (kTwin) {
-                for (int side = 0; side < int(smaller(2, outputs.tiles)); ++side)
-                    add_entries<T, kTwin>(sums, product,
-                                          run_of<kBase>(product, turn, outputs.tile + side), token,
-                                          above, side * kSide);
-            } else {
-                for (int part = 0; part < kParts; ++part) {
-                    const Span of_part = span_of<kBase, kSide>(product, turn, part);
-                    add_entries<T, kTwin>(sums, product,
-                                          run_of<kBase>(product, row / kSide, of_part.tile), token,
-                                          of_part.column, 0);
-                }
+            SPEFT_UNROLL
+            for (int r = 0; r < kRuns; ++r) {
+                const Run run = delta.now[r];
+                const Entry mine = delta.entries[r];
+                delta.now[r] = delta.next[r];
+                delta.entries[r] = first_entry(delta.now[r]);
+                delta.next[r] = run_at(turn + 2 * kWarps, r);
+                const int64_t first =
+                    kTwin ? above : span_of<kBase, kSide>(product, turn, r).column;
+                add_entries<T, kTwin>(sums, product, run, mine, token, first,
+                                      kTwin ? r * kSide : 0);
             }
         }
     }
@@ -222,10 +261,10 @@ multiply_few(DeltaProduct product) {
     SPEFT_UNROLL
     for (int j = 0; j < kAcross; ++j)
         SPEFT_UNROLL
-    for (int v = 0; v < 4; ++v) {
-        const int r = lane_id() / 4 + v / 2 * 8, pair = lane_id() % 4 * 2 + v % 2;
-        const int c = kTwin ? pair * 8 + j : j * 8 + pair;
-        all[(warp_id() * kRound + r) * kWide + c] = sums[j][v];
+    for (int v = 0; v < 4; v += 2) {
+        const int r = warp_id() * kRound + lane_id() / 4 + v / 2 * 8;
+        *reinterpret_cast<Pair*>(all + r * kSumPitch + j * 8 + lane_id() % 4 * 2) = {
+            sums[j][v], sums[j][v + 1]};
     }
     sync_block();  // the sums of all warps are there
     const int64_t width = kTwin ? product.cols : product.rows;
@@ -236,8 +275,9 @@ multiply_few(DeltaProduct product) {
         const int c = i % kWide;
         if (r >= product.tokens || c >= count) continue;
         float total = bias ? widen(bias[first + c]) : 0.0f;
+        const int at = i / kWide * kSumPitch + (kTwin ? c % 8 * 8 + c / 8 : c);
         for (int warp = 0; warp < kWarps; ++warp)
-            total += all[warp * kRound * kWide + i];
+            total += all[warp * kRound * kSumPitch + at];
         y[r * width + first + c] = narrow<T>(total);
     }
 }

@@ -46,13 +46,12 @@ constexpr int kStages = 3;
 constexpr int kVector = 8;                    // elements of 16 bytes
 constexpr int kPitch = kBlockRows + kVector;  // puts eight tokens of dy in all banks
 constexpr int kStageElements = kStretch * (kPitch + kTileLines);
-// What is picked from at the end takes the stages' place; a strip a line, one place apart from the
-// banks of the next.
-constexpr int kSumPitch = kStripRows + 1;
+// What is picked from at the end takes the stages' place, a row of the strips a line.
 constexpr int kStrips = kTileGroups * kGroup;
+constexpr int kSumPitch = kStrips + kSumPad;
 constexpr size_t kSharedBytes =
     std::max(kStages * kStageElements * sizeof(uint16_t) + kStrips * sizeof(uint32_t),
-             kStrips * kSumPitch * sizeof(float));
+             kStripRows * kSumPitch * sizeof(float));
 static_assert(kSharedBytes <= 163 * 1024, "what sm_80 has");
 
 // A stretch of dy's columns [row, row + kBlockRows), a token a warp at a time. Where a thread reads
@@ -198,16 +197,17 @@ multiply_strips(SampledGrad problem, bool vectors) {
         SPEFT_UNROLL
     for (int i = 0; i < kRowTiles; ++i)
         SPEFT_UNROLL
-    for (int v = 0; v < 4; ++v) {
+    for (int v = 0; v < 4; v += 2) {
         if (j >= own) continue;
-        const int strip = (mine + j) * kGroup + lane % 4 * 2 + v % 2;
-        total[strip * kSumPitch + i * 16 + v / 2 * 8 + lane / 4] = sums[j][i][v];
+        const int strip = (mine + j) * kGroup + lane % 4 * 2, r = i * 16 + v / 2 * 8 + lane / 4;
+        *reinterpret_cast<Pair*>(total + r * kSumPitch + strip) = {sums[j][i][v],
+                                                                   sums[j][i][v + 1]};
     }
     sync_block();
     const int last = problem.tile_entries[tile + 1];
     for (int e = problem.tile_entries[tile] + int(threadIdx.x); e < last; e += kThreads) {
         const float sum =
-            total[problem.at[e] / kStripRows * kSumPitch + problem.at[e] % kStripRows];
+            total[problem.at[e] % kStripRows * kSumPitch + problem.at[e] / kStripRows];
         if (problem.splits == 1) {
             float& to = problem.out[problem.slot[e]];
             to = problem.accumulate ? to + sum : sum;

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "device.h"
+
 #ifdef SPEFT_ON_HOST
     #include <numeric>
 #else
@@ -23,8 +25,8 @@ inline int sums_before(void* scratch, size_t* scratch_bytes, int64_t* numbers, i
     static_cast<void>(stream);
     return 0;
 #else
-    return cub::DeviceScan::ExclusiveSum(scratch, *scratch_bytes, numbers, numbers, count,
-                                         cudaStream_t(stream));
+    return told(cub::DeviceScan::ExclusiveSum(scratch, *scratch_bytes, numbers, numbers, count,
+                                              cudaStream_t(stream)));
 #endif
 }
 

@@ -41,7 +41,7 @@ int multiply(const DeltaProduct& product, Place place) {
     const bool weight_vectors = in_vectors<Element>(product.weight, product.weight_stride, width);
     const bool few =
         product.tokens <= kFewTokens && (kBase == Base::kNone || (x_vectors && weight_vectors));
-    const int64_t outputs = few ? (kTwin ? 64 : 32) : kOutputs;
+    const int64_t outputs = few ? kFewOutputs<kTwin> : kOutputs;
     const int64_t across =
         kTwin ? Stored<kBase>::kParts * parts_of(width, outputs) : parts_of(product.rows, outputs);
     const int64_t tiles = few ? across : across * parts_of(product.tokens, kTokens);
@@ -49,7 +49,7 @@ int multiply(const DeltaProduct& product, Place place) {
     if (tiles > INT32_MAX || turns > INT32_MAX / 4) return kUnsupported;
     if (few) {
         const dim3 grid(unsigned(tiles), unsigned(parts_of(product.tokens, kRound)));
-        const size_t shared_bytes = size_t(kWarps) * kRound * outputs * sizeof(float);
+        const size_t shared_bytes = size_t(kWarps) * kRound * (outputs + kSumPad) * sizeof(float);
         return launch(multiply_few<T, kBase, kTwin>, grid, kWarps * kWarp, shared_bytes,
                       place.stream, product);
     }

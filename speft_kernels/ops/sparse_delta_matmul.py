@@ -368,7 +368,7 @@ def _in_cuda(
 ) -> Tensor:
     tiles = delta.tiles
     assert tiles is not None  # the form that is registered
-    x, values = _native.rows_contiguous(x), delta.values[tiles.order]
+    x, values = _native.rows_contiguous(x), delta.values.index_select(0, tiles.order)
     y = x.new_empty(x.shape[0], out_features)
     weight, scales = (base.data, base.scales) if isinstance(base, QuantizedWeight) else (base, None)
     weight = None if weight is None else _native.rows_contiguous(weight)
@@ -411,6 +411,7 @@ def _serve(
     by_column = CompactIndices(*csc[:-1])
     by_tile = Tiles(*tiles) if tiles else None
     delta = Delta(values, CompactIndices(*csr), by_column, csc[-1], by_tile)
+    bias = None if bias is None else bias.contiguous()
     serve = registry.resolve("sparse_delta_matmul", x.device, x.dtype, backend).function
     return serve(x, base, delta, bias, out_features, twin)
 
