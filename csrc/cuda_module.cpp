@@ -59,10 +59,14 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
     m.def("set_seed", &cuda::host::set_seed);
     m.def("take_counts", [] {
         const cuda::host::Counts found = cuda::host::take_counts();
-        return std::map<std::string, uint64_t>{
-            {"copied_bytes", found.copied_bytes}, {"products", found.products},
-            {"matrix_reads", found.matrix_reads}, {"matrix_cycles", found.matrix_cycles},
-            {"vector_reads", found.vector_reads}, {"vector_cycles", found.vector_cycles}};
+        return std::map<std::string, uint64_t>{{"copies", found.copies},
+                                               {"copy_cycles", found.copy_cycles},
+                                               {"copied_bytes", found.copied_bytes},
+                                               {"products", found.products},
+                                               {"matrix_reads", found.matrix_reads},
+                                               {"matrix_cycles", found.matrix_cycles},
+                                               {"vector_reads", found.vector_reads},
+                                               {"vector_cycles", found.vector_cycles}};
     });
 #endif
     m.def("write_delta", [](const std::vector<Ptr>& weights, const std::vector<Ptr>& indices,

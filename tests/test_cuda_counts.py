@@ -1,7 +1,8 @@
 """What the CUDA kernels ask of the hardware is what their files say they ask, counted on a CPU.
 
-Bytes that asynchronous copies bring, 512-byte reads of shared memory and the cycles they take, and
-products of the tensor cores. For sizes that fill their tiles the counts are exact.
+Bytes that asynchronous copies bring, 512 bytes at a time into and out of shared memory and the
+cycles they take, and products of the tensor cores. For sizes that fill their tiles the counts are
+exact.
 """
 
 import pytest
@@ -25,7 +26,11 @@ def counted(call):
     module = _cuda_native.kernels("cuda-host")
     module.take_counts()
     call()
-    return module.take_counts()
+    found = module.take_counts()
+    # No copy and no ldmatrix of any kernel meets a bank twice.
+    assert found["copy_cycles"] <= 4 * found["copies"]
+    assert found["matrix_cycles"] == 4 * found["matrix_reads"]
+    return found
 
 
 def normal(*shape):
@@ -34,7 +39,7 @@ def normal(*shape):
 
 @pytest.mark.parametrize("bits", [16, 8, 4, 0], ids=lambda bits: f"{bits} bits")
 @pytest.mark.parametrize("twin", [False, True], ids=("product", "twin"))
-def test_many_tokens_read_each_tile_once_and_no_bank_twice(bits, twin):
+def test_many_tokens_bring_each_tile_once(bits, twin):
     tokens, rows, columns = 256, 256, 512
     pattern = uniform_pattern((rows, columns), 0.01, seed=0)
     values, weight = torch.randn(pattern.nnz), normal(rows, columns)
@@ -56,7 +61,6 @@ def test_many_tokens_read_each_tile_once_and_no_bank_twice(bits, twin):
     assert found["copied_bytes"] == brought
     # A warp has 64 x 64 of a tile: for four products down and eight across, 8 reads.
     assert found["matrix_reads"] == products * 8 // 32
-    assert found["matrix_cycles"] == 4 * found["matrix_reads"]
 
 
 def test_few_tokens_copy_nothing():
@@ -76,7 +80,6 @@ def test_block_grad_reads_both_sides_of_each_block(side):
     found = counted(lambda: ops.block_grad(dy, x, pattern, backend="cuda-host"))
     assert found["products"] == tokens * count * side * side // PRODUCT
     assert found["copied_bytes"] == count * 2 * tokens * 2 * side
-    assert found["matrix_cycles"] == 4 * found["matrix_reads"]
     # One read feeds two products of dy's side and one of x's; a warp has the whole block.
     blocks = count * tokens // 16
     assert found["matrix_reads"] == blocks * (side // 16 + side // 16)
@@ -107,12 +110,10 @@ def test_sampled_grad_reads_what_its_strips_need(make, density):
             turns += of_warp.unique_consecutive().numel()
     squares = -(-strips.columns.numel() // 64) * tokens // 64
     assert found["matrix_reads"] * READ == 64 * tokens * turns + 2 * 64 * 64 * squares
-    assert found["matrix_cycles"] == 4 * found["matrix_reads"]
 
 
-def test_keep_columns_turns_in_all_banks():
+def test_keep_columns_turns_each_square_once():
     columns = torch.arange(0, 256, 2, dtype=torch.int32)
     keep = torch.ops.speft.keep_columns
     found = counted(lambda: keep(normal(128, 256), columns, 128, "cuda-host"))
     assert found["matrix_reads"] * READ == 2 * 128 * columns.numel()
-    assert found["matrix_cycles"] == 4 * found["matrix_reads"]

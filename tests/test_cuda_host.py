@@ -85,7 +85,7 @@ FAULTS = (
     ),
     ("wait", "sampled_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
     # Rows that start between two multiples of 16 bytes, which only a GPU refuses.
-    ("misaligned", "block_grad.cu", "constexpr int kPad = 8;", "constexpr int kPad = 4;"),
+    ("misaligned", "sampled_grad.cu", "kPitch = kBlockRows + kVector;", "kPitch = kBlockRows + 4;"),
     # A key equal to the k-th too few; more set aside than there is room for.
     ("tie", "topk_kernels.h", "tie++ >= ties)", "tie++ >= ties - 1)"),
     ("room", "topk_work.h", "state.found <= uint64_t(segment.capacity)", "true"),
@@ -94,7 +94,12 @@ FAULTS = (
     # The last of 32 entries is added twice.
     ("twice", "multiply_many.h", "next.begin + kWarp; at", "next.begin + kWarp - 1; at"),
     # The tokens of dy in another order than those of x.
-    ("order", "sampled_grad.cu", "place_of_token(token) * kPitch", "token * kPitch"),
+    (
+        "order",
+        "sampled_grad.cu",
+        "place_of_token(warp_id() + i * kWarps)",
+        "(warp_id() + i * kWarps)",
+    ),
     # The last group of each warp is left out, and the first one reads its strips' neighbours.
     ("group", "sampled_grad.cu", "if (j >= own) break;", "if (j + 1 >= own) break;"),
     ("off by one", "sampled_grad.cu", "+ lane / 4];", "+ (lane + 4) / 4];"),
@@ -117,10 +122,10 @@ def test_a_planted_fault_shows(sound, tmp_path, fault):
 
 
 @pytest.mark.slow
-def test_rows_without_padding_are_counted_as_meeting_in_the_banks(sound, tmp_path):
+def test_rows_that_are_not_swizzled_are_counted_as_meeting_in_the_banks(sound, tmp_path):
     # What test_cuda_counts.py finds nowhere.
-    change = instead("constexpr int kPad = 8;", "constexpr int kPad = 0;")
-    planted = build_with_fault(tmp_path / "planted", sound, "block_grad.cu", change)
+    change = instead("((column / 8) ^ (row / kOfBanks % kTurns)) * 8", "column / 8 * 8")
+    planted = build_with_fault(tmp_path / "planted", sound, "bring.h", change)
     counts = "found = module.take_counts()\nprint(found['matrix_cycles'] / found['matrix_reads'])"
     done = run_with(planted, f"{script('block_grad', orders=1)}{counts}")
     # Rows of 32, 64 or 128 bytes: two, four or eight of eight meet.

@@ -111,4 +111,6 @@ def test_what_orders_threads_is_needed_and_missed(raced, tmp_path, order):
     planted = build_with_fault(tmp_path / "planted", raced, file, without(place), RACES)
     done = run_with(planted, script(*readers(file), orders=1), RACES)
     # Or what is read too early is an address that the system or the emulation refuses.
-    assert re.search("ThreadSanitizer: (data race|SEGV)|16 bytes at an address", done.stderr), done.stderr
+    assert re.search("ThreadSanitizer: (data race|SEGV)|16 bytes at an address", done.stderr), (
+        done.stderr
+    )

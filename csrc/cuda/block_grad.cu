@@ -26,11 +26,9 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kDepth = 16;  // tokens of one product
 constexpr int kStretch = kWarps * kDepth;
 constexpr int kStages = 3;
-// 16 bytes beside each row put the eight rows that ldmatrix reads at once into different banks.
-constexpr int kPad = 8;
 
 template <int kRows, int kCols>
-constexpr size_t kStageElements = size_t(kStretch) * (kRows + kPad + kCols + kPad);
+constexpr size_t kStageElements = size_t(kStretch) * (kRows + kCols);
 
 template <int kRows, int kCols>
 constexpr size_t kSharedBytes =
@@ -40,6 +38,8 @@ template <class T, int kRows, int kCols>
 SPEFT_KERNEL(kThreads)
 multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
     constexpr int kRowTiles = kRows / 16, kColTiles = kCols / 8;
+    using OfDy = Swizzled<kRows>;
+    using OfX = Swizzled<kCols>;
     const int64_t tiles_down = (problem.height + kRows - 1) / kRows;
     const int64_t tiles_across = (problem.width + kCols - 1) / kCols;
     const int64_t block = blockIdx.x / (tiles_down * tiles_across);
@@ -56,10 +56,8 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
         static_cast<const uint16_t*>(problem.dy) + problem.block_rows[block] * problem.height + row;
     const auto* const x_columns =
         static_cast<const uint16_t*>(problem.x) + problem.block_cols[block] * problem.width + col;
-    const Chunks<kStretch, kRows, kRows + kPad, kThreads, uint16_t> of_dy(problem.dy_stride,
-                                                                          kStretch, rows);
-    const Chunks<kStretch, kCols, kCols + kPad, kThreads, uint16_t> of_x(problem.x_stride, kStretch,
-                                                                         cols);
+    const Chunks<kStretch, OfDy, kThreads, uint16_t> of_dy(problem.dy_stride, kStretch, rows);
+    const Chunks<kStretch, OfX, kThreads, uint16_t> of_x(problem.x_stride, kStretch, cols);
 
     auto* const stages = shared_memory<uint16_t>();
     const auto stage = [&](int turn) {
@@ -70,17 +68,16 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
             const int64_t start = begin + int64_t(turn) * kStretch;
             const uint16_t* const dy = dy_columns + start * problem.dy_stride;
             const uint16_t* const x = x_columns + start * problem.x_stride;
-            uint16_t* const to = stage(turn) + kStretch * (kRows + kPad);
+            uint16_t* const to = stage(turn) + kStretch * kRows;
             if (dy_vectors)
                 of_dy.bring_rows(stage(turn), dy, end - start);
             else
-                bring_singly<kStretch, kRows, kRows + kPad, kThreads>(
-                    stage(turn), dy, problem.dy_stride, end - start, rows);
+                bring_singly<kStretch, OfDy, kThreads>(stage(turn), dy, problem.dy_stride,
+                                                       end - start, rows);
             if (x_vectors)
                 of_x.bring_rows(to, x, end - start);
             else
-                bring_singly<kStretch, kCols, kCols + kPad, kThreads>(to, x, problem.x_stride,
-                                                                      end - start, cols);
+                bring_singly<kStretch, OfX, kThreads>(to, x, problem.x_stride, end - start, cols);
         }
         cp_async_commit();  // also an empty group: the waits below count groups
     };
@@ -96,19 +93,18 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
         // Lane l brings row l % 8 of the 8 x 8 matrix l / 8; matrices follow each other down k
         // first for x, and across first for dy, as the fragments of the product want them.
         const int depth = warp_id() * kDepth, lane = lane_id();
-        const uint16_t* const dy =
-            stage(turn) + (depth + lane / 16 * 8 + lane % 8) * (kRows + kPad) + lane / 8 % 2 * 8;
-        const uint16_t* const x = stage(turn) + kStretch * (kRows + kPad) +
-                                  (depth + lane / 8 % 2 * 8 + lane % 8) * (kCols + kPad) +
-                                  lane / 16 * 8;
+        const uint16_t* const dy = stage(turn);
+        const uint16_t* const x = dy + kStretch * kRows;
         uint32_t left[kRowTiles][4];
         SPEFT_UNROLL
         for (int i = 0; i < kRowTiles; ++i)
-            ldmatrix_x4_trans(left[i], dy + i * 16);
+            ldmatrix_x4_trans(left[i], dy + OfDy::at(depth + lane / 16 * 8 + lane % 8,
+                                                     lane / 8 % 2 * 8 + i * 16));
         SPEFT_UNROLL
         for (int j = 0; j < kColTiles; j += 2) {
             uint32_t right[4];
-            ldmatrix_x4_trans(right, x + j * 8);
+            ldmatrix_x4_trans(
+                right, x + OfX::at(depth + lane / 8 % 2 * 8 + lane % 8, lane / 16 * 8 + j * 8));
             SPEFT_UNROLL
             for (int i = 0; i < kRowTiles; ++i) {
                 const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};

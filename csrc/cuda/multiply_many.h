@@ -17,9 +17,8 @@ constexpr int kOutputs = 128;
 constexpr int kWarpTokens = 64;
 constexpr int kWarpOutputs = 64;
 constexpr int kStages = 4;
-// 16 bytes beside each row put the eight rows that ldmatrix reads at once into different banks.
-constexpr int kPad = 8;
-constexpr int kLeftPitch = kSide + kPad;
+using LeftLayout = Swizzled<kSide>;
+constexpr int kOutPitch = kOutputs + 8;  // of y's tile: puts what is stored at once in all banks
 constexpr int kGroup = 8;  // tiles of tokens that share a tile of W while it is in the L2 cache
 static_assert(kThreads / kWarp == kOutputs / kSide, "a warp for each tile of D in one of W");
 
@@ -29,18 +28,17 @@ struct Tiles {
     // A tile of W has its rows as W has them: outputs, or for the twin what is summed over.
     static constexpr int kRows = kTwin ? kSide : kOutputs;
     static constexpr int kCols = kTwin ? kOutputs : kSide;
-    static constexpr int kPitch = kCols + kPad;
+    using Layout = Swizzled<kCols>;
     // Whether W comes as the tensor cores read it; else a tile of its own is made of it.
     static constexpr bool kDirect = kBase == Base::kPlain;
-    static constexpr int kStoredPitch = kDirect ? kPitch : kCols;
-    static constexpr size_t kLeftBytes = size_t(kTokens) * kLeftPitch * 2;
+    using StoredLayout = std::conditional_t<kDirect, Layout, Plain<kCols>>;
+    static constexpr size_t kLeftBytes = size_t(kTokens) * kSide * 2;
     static constexpr size_t kStoredBytes =
-        kBase == Base::kNone ? 0 : size_t(kRows) * kStoredPitch * sizeof(Element);
+        kBase == Base::kNone ? 0 : size_t(kRows) * kCols * sizeof(Element);
     static constexpr size_t kStageBytes = kLeftBytes + kStoredBytes;
-    static constexpr size_t kTileBytes = size_t(kRows) * kPitch * 2;
-    static constexpr size_t kBytes =
-        std::max(kStages * kStageBytes + (kDirect ? 0 : 2 * kTileBytes),
-                 size_t(kTokens) * (kOutputs + kPad) * 2);
+    static constexpr size_t kTileBytes = size_t(kRows) * kCols * 2;
+    static constexpr size_t kBytes = std::max(
+        kStages * kStageBytes + (kDirect ? 0 : 2 * kTileBytes), size_t(kTokens) * kOutPitch * 2);
 };
 
 template <class T, Base kBase, bool kTwin>
@@ -86,11 +84,10 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
 
     const int tokens = int(smaller(kTokens, product.tokens - token));
     const auto* const x = static_cast<const uint16_t*>(product.x) + token * product.x_stride;
-    const auto* const weight = static_cast<const Element*>(product.weight) +
-                               (kTwin ? outputs.stored : row * product.weight_stride);
-    const Chunks<kTokens, kSide, kLeftPitch, kThreads, uint16_t> of_x(product.x_stride, tokens,
-                                                                      kSide);
-    const Chunks<Tile::kRows, Tile::kCols, Tile::kStoredPitch, kThreads, Element> of_weight(
+    const auto* weight = static_cast<const Element*>(product.weight);
+    if (kBase != Base::kNone) weight += kTwin ? outputs.stored : row * product.weight_stride;
+    const Chunks<kTokens, LeftLayout, kThreads, uint16_t> of_x(product.x_stride, tokens, kSide);
+    const Chunks<Tile::kRows, typename Tile::StoredLayout, kThreads, Element> of_weight(
         product.weight_stride, kTwin ? kSide : count, kTwin ? count : kSide);
     const auto fetch_x = [&](int turn, const Span& span, int64_t depth) {
         const uint16_t* const from = x + (kTwin ? depth : span.column);
@@ -98,14 +95,14 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         if (x_vectors)
             of_x.bring_columns(left_of(turn), from, real);
         else
-            bring_singly<kTokens, kSide, kLeftPitch, kThreads>(left_of(turn), from,
-                                                               product.x_stride, tokens, real);
+            bring_singly<kTokens, LeftLayout, kThreads>(left_of(turn), from, product.x_stride,
+                                                        tokens, real);
     };
     const auto fetch_weight = [&](int turn, const Span& span, int64_t depth) {
         const Element* const from = weight + (kTwin ? depth * product.weight_stride : span.stored);
         const int64_t left = product.rows - depth;
         if (!weight_vectors)
-            bring_singly<Tile::kRows, Tile::kCols, Tile::kStoredPitch, kThreads>(
+            bring_singly<Tile::kRows, typename Tile::StoredLayout, kThreads>(
                 stored_of(turn), from, product.weight_stride, kTwin ? left : count,
                 kTwin ? count : span.count);
         else if (kTwin)
@@ -153,14 +150,14 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
             Some<uint16_t> numbers = {};
             if constexpr (Stored<kBase>::kQuantized) {
                 const auto stored =
-                    load<kChunk>(stored_of(turn) + r * Tile::kStoredPitch + c, true);
+                    load<kChunk>(stored_of(turn) + Tile::StoredLayout::at(r, c), true);
                 numbers = widened<T, kBase>(stored, part, scales[i]);
             }
             Bytes16 bytes;
             SPEFT_UNROLL
             for (int w = 0; w < 4; ++w)
                 bytes.words[w] = pair_of(numbers.elements[2 * w], numbers.elements[2 * w + 1]);
-            *reinterpret_cast<Bytes16*>(tile_of(turn) + r * Tile::kPitch + c) = bytes;
+            *reinterpret_cast<Bytes16*>(tile_of(turn) + Tile::Layout::at(r, c)) = bytes;
         }
     };
 
@@ -178,9 +175,10 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
     const auto add_entry = [&](uint16_t* tile, Entry entry) {
         const int r = entry.place / kSide + (kTwin ? 0 : quarter * kSide);
         const int c = entry.place % kSide + (kTwin ? quarter * kSide : 0);
+        uint16_t& place = tile[Tile::Layout::at(r, c)];
         T weight_there;
-        weight_there.bits = tile[r * Tile::kPitch + c];
-        tile[r * Tile::kPitch + c] = narrow<T>(widen(weight_there) + entry.value).bits;
+        weight_there.bits = place;
+        place = narrow<T>(widen(weight_there) + entry.value).bits;
     };
 
     constexpr int kDown = kWarpTokens / 16, kAcross = kWarpOutputs / 8;
@@ -214,25 +212,29 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         if (turn < 0) continue;
         // Lane l brings row l % 8 of the 8 x 8 matrix l / 8. Of x, matrices follow each other down
         // the tokens first; of W, down what is summed over.
-        const uint16_t* const left =
-            left_of(turn) + (warp_token + lane % 16) * kLeftPitch + lane / 16 * 8;
-        const uint16_t* const right =
-            tile_of(turn) +
-            (kTwin ? (lane % 16) * Tile::kPitch + warp_output + lane / 16 * 8
-                   : (warp_output + lane % 8 + lane / 16 * 8) * Tile::kPitch + lane / 8 % 2 * 8);
+        const uint16_t* const left = left_of(turn);
+        const uint16_t* const right = tile_of(turn);
         SPEFT_UNROLL
         for (int depth = 0; depth < kSide; depth += kProduct) {
+            const int of_x_row = warp_token + lane % 16, of_x_column = depth + lane / 16 * 8;
             uint32_t rows_of_x[kDown][4];
             SPEFT_UNROLL
             for (int i = 0; i < kDown; ++i)
-                ldmatrix_x4(rows_of_x[i], left + i * 16 * kLeftPitch + depth);
+                ldmatrix_x4(rows_of_x[i],
+                            left + LeftLayout::at(of_x_row, of_x_column) + i * 16 * kSide);
             SPEFT_UNROLL
             for (int j = 0; j < kAcross; j += 2) {
                 uint32_t of_weight[4];
                 if (kTwin)
-                    ldmatrix_x4_trans(of_weight, right + depth * Tile::kPitch + j * 8);
+                    ldmatrix_x4_trans(
+                        of_weight, right + Tile::Layout::at(depth + lane % 16,
+                                                            warp_output + lane / 16 * 8 + j * 8));
                 else
-                    ldmatrix_x4(of_weight, right + j * 8 * Tile::kPitch + depth);
+                    ldmatrix_x4(of_weight,
+                                right +
+                                    Tile::Layout::at(warp_output + lane % 8 + lane / 16 * 8,
+                                                     depth + lane / 8 % 2 * 8) +
+                                    j * 8 * kSide);
                 const uint32_t one[2] = {of_weight[0], of_weight[1]};
                 const uint32_t two[2] = {of_weight[2], of_weight[3]};
                 SPEFT_UNROLL
@@ -245,7 +247,6 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
     }
 
     // Through shared memory, so that rows leave 16 bytes at a time.
-    constexpr int kOutPitch = kOutputs + kPad;
     sync_block();
     auto* const rounded = reinterpret_cast<uint16_t*>(shared);
     const auto* const bias = static_cast<const T*>(product.bias);

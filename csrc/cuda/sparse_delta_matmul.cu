@@ -18,11 +18,18 @@
 // Count (M tokens, N x K, E entries, q bytes of W an element). Many: 2 M N K operations on the
 // tensor cores; from the L2 cache 2 M K bytes for each 128 outputs, and q N K + 6 E for each 128
 // tokens, of which the entries are 1.5 % at 0.5 % and q = 2. The twin over 4 bits reads its words
-// once for each of the four columns that they hold: q = 2 there, too. In shared memory a tile is
-// written once and read twice; an entry reads and writes 2 bytes. Few: q N K + 6 E bytes, and 2 M K
-// from the L2 cache for each 32 outputs. An entry takes a warp some 30 instructions for 16 tokens:
-// 150 at 0.5 % for each 2 KB of W, beside some 60 of the product, where an H200 has time for 450.
-// tests/test_cuda_counts.py holds the counts of copies, reads and products.
+// once for each of the four columns that they hold: q = 2 there, too. An entry reads and writes 2
+// bytes of shared memory. A tile's turn takes 128 cycles of shared memory on its way in, 256 on its
+// way out, and 64 of some 280 instructions of each warp are products, which take a Hopper's tensor
+// cores 410 cycles at the rate of mma.sync: 0.62 of wgmma's, a figure of others. Two blocks of four
+// warps on a multiprocessor issue 560 in 820, one a cycle on each of its four schedulers.
+//
+// Few: q N K + 6 E bytes, and 2 M K from the L2 cache for each 32 outputs. An entry takes a warp
+// some 30 instructions for 16 tokens: 150 at 0.5 % for each 2 KB of W, beside some 60 of the
+// product, where an H200 has time for 450. What waits matters more: W and its scales, the runs and
+// the entries are asked for a turn or two ahead, x of three entries at once.
+//
+// tests/test_cuda_counts.py holds the counts of copies, shared memory and products.
 #include "bring.h"
 #include "kernels.h"
 #include "multiply_few.h"

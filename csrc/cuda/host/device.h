@@ -143,7 +143,7 @@ inline void store16(void* global, const uint32_t (&words)[4], int line = __built
 inline void cp_async16(void* shared, const void* global, bool valid, int line = __builtin_LINE()) {
     host::expect_aligned(shared, line);
     host::expect_aligned(global, line);
-    host::count_copy(valid);
+    host::count_copied(valid);
     host::copy_later(shared, global, valid);
 }
 

@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <deque>
 #include <memory>
@@ -54,6 +55,7 @@ struct Fiber {
     std::vector<Copy> open;
     void* fake_stack = nullptr;
     races::Thread watched;
+    size_t committed = 0;     // groups so far
     void* touched = nullptr;  // by its last atomic operation
     bool fenced = false;
 };
@@ -62,6 +64,9 @@ struct Warp {
     alignas(16) unsigned char slots[2][kLanes][kSlot];
     int arrived = 0;
     int line = 0;
+    // Where the lanes' first, second, ... copies of a group go: one instruction each, of those
+    // lanes that make it.
+    std::vector<std::vector<std::array<uint64_t, kLanes>>> copies;
 };
 
 #ifdef SPEFT_TSAN
@@ -120,6 +125,7 @@ class Block {
     Fiber& current() { return fibers_[size_t(current_)]; }
     int current_index() const { return current_; }
     void barrier(int line);
+    void note_copy(const void* to);
     const unsigned char* exchange(const void* mine, size_t size, int line);
     void fail(const std::string& reason) {
         if (error_.empty()) error_ = reason;
@@ -224,6 +230,16 @@ void Block::barrier(int line) {
     races::acquire(passed);
 }
 
+void Block::note_copy(const void* to) {
+    auto& groups = warps_[size_t(current_ / kLanes)].copies;
+    const Fiber& fiber = current();
+    if (fiber.committed >= groups.size()) groups.resize(fiber.committed + 1);
+    auto& copies = groups[fiber.committed];
+    const size_t which = fiber.open.size();
+    if (which >= copies.size()) copies.resize(which + 1);
+    copies[which][size_t(current_ % kLanes)] = reinterpret_cast<uint64_t>(to);
+}
+
 void Block::release_barrier() {
     int line = 0;
     for (Fiber& fiber : fibers_) {
@@ -302,6 +318,11 @@ void Block::run(Index3 block) {
     }
     if (!error_.empty()) throw std::runtime_error(error_);  // of the last round
     races::acquire(&ended_);
+    for (const Warp& warp : warps_)
+        for (const auto& group : warp.copies)
+            for (const auto& addresses : group)
+                count_copy(reinterpret_cast<const unsigned char*>(addresses.data()),
+                           sizeof(uint64_t));
     t_block = nullptr;
 }
 
@@ -389,6 +410,7 @@ void fence() {
 }
 
 void copy_later(void* to, const void* from, bool valid) {
+    t_block->note_copy(to);
     races::written(to, 16);  // from now on, at any time until it is waited for
     t_block->current().open.push_back({to, from, valid});
 }
@@ -397,6 +419,7 @@ void commit() {
     Fiber& fiber = t_block->current();
     fiber.groups.push_back(std::move(fiber.open));
     fiber.open.clear();
+    ++fiber.committed;
 }
 
 void wait(int pending) {
