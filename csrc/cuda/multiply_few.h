@@ -149,8 +149,10 @@ SPEFT_DEVICE void add_entries(float (&sums)[kAcross][4], const DeltaProduct& pro
     }
 }
 
+// 0 leaves it to ptxas how many blocks a multiprocessor holds; of the smallest kernel, that without
+// a base, it would hold so many that it spills.
 template <class T, Base kBase, bool kTwin>
-SPEFT_KERNEL(kWarps* kWarp)
+SPEFT_KERNEL(kWarps* kWarp, kBase == Base::kNone ? 1 : 0)
 multiply_few(DeltaProduct product) {
     constexpr int kParts = Stored<kBase>::kParts;
     constexpr int kWide = kFewOutputs<kTwin>, kAcross = kWide / 8, kSumPitch = kWide + kSumPad;
