@@ -195,18 +195,24 @@ def test_what_fails_is_left_out_and_the_others_are_timed(clock):
     assert verdict.met is False
 
 
-def test_a_device_that_is_lost_ends_the_process_and_costs_one_case(tmp_path, monkeypatch):
-    lost = GpuCase("op", "case", [side("ours", ours=True, error=RuntimeError("wild access"))])
-    monkeypatch.setattr(cases, "setup", lambda *_: lost)
-    monkeypatch.setattr(Device, "is_lost", lambda _: True)
-    command = [str(tmp_path), "step", "--device", "cpu"]
-    for _ in cases.step_specs():
-        assert run.main(command) == check.RESTART
-    assert run.main(command) == 0  # all cases have had their turn
-    found = record.build(tmp_path, "cpu", lambda stage: journal.fingerprint("step"))
-    assert [case["error"] for case in found["cases"]] == [
-        "DeviceLostError: case, ours: RuntimeError: wild access"
-    ] * len(cases.step_specs())
+def test_what_a_kernel_that_does_nothing_takes_is_measured_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setitem(run.STAGES, "kernels", list)
+    assert run.main([str(tmp_path), "kernels", "--device", "cpu"]) == 0
+    light = record.build(tmp_path, "cpu", lambda stage: journal.fingerprint("kernels"))["light"]
+    assert 0 < light["least_us"] < 1e4
+
+
+def test_the_quartiles_of_ratios_are_kept(clock):
+    sides = [side("ours", clock, 0.02, True, {"peer": 1e9}), side("peer", clock, 0.01)]
+    case = GpuCase(
+        "op", "case", sides, memory_goals={"peer": 1.0}, own_bytes={"ours": 1, "peer": 2}
+    )
+    entry = run.entry_of(case, measure(case, Device("cpu")))
+    assert [len(ratio) for ratio in entry["ratios"]] == [6, 4]
+    found = record.goals({"cases": [entry]})
+    assert found[0].quartiles == pytest.approx([2.0, 2.0])
+    assert found[0].ms == pytest.approx(20.0)
+    assert found[1].ms is None
 
 
 def test_floors_and_memory_are_compared_with(clock):
@@ -270,20 +276,6 @@ def test_a_journal_keeps_what_is_its_own_and_survives_a_cut_off_line(tmp_path):
     assert [entry["stage"] for entry in journal.read(path)] == ["step"]
 
 
-def test_a_case_that_took_its_process_along_is_not_tried_again(tmp_path):
-    specs = [Spec("layer", name) for name in ("q", "k", "gate")]
-    book = Journal(tmp_path / "journal.jsonl", "kernels", "abc", "cpu")
-    for spec in specs[:2]:
-        book.add("begin", spec=vars(spec))
-    book.add("case", spec=vars(specs[0]), operation="layer")
-    assert run._not_yet(specs, book) == specs[2:]
-    assert run._not_yet(specs, book) == specs[2:]
-    assert [entry.get("error") for entry in book.entries("case")] == [
-        None,
-        "its process ended while it ran",
-    ]
-
-
 def test_sources_have_a_fingerprint(tmp_path):
     for name in ("speft_kernels/a.py", "tests/b.py", "setup.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -315,7 +307,8 @@ def entry_of_a_case(spec, ratio):
     kept = [35000000, 10**9, 10**9] if spec.operation == "layer" else [35000000, None, None]
     values = [1, 12.34, 10.11, 123456789, 123456789012, 123.4, 1234.0, *kept]
     names = ["triton, x kept", "triton, x whole", "torch, x kept", "dense dW, gather", "by torch"]
-    ratios = [[ours, peer, ratio, None] for ours in names[:3] for peer in names[3:]]
+    rounds = [ratio - 0.0123, ratio + 0.0123]
+    ratios = [[ours, peer, ratio, None, *rounds] for ours in names[:3] for peer in names[3:]]
     ratios[0][3] = 0.15
     return {
         "spec": vars(spec),
@@ -337,7 +330,7 @@ def test_a_record_of_every_case_is_small_enough_to_commit(tmp_path):
     for stage, chosen in stages.items():
         book = Journal(tmp_path / journal.NAME, stage, "abc", "H200")
         book.add("machine", gpu="NVIDIA H200", commit="0123456789ab")
-        book.add("light", bytes_per_second=4.3e12, operations_per_second=7.9e14)
+        book.add("light", bytes_per_second=4.3e12, operations_per_second=7.9e14, least_us=2.34)
         for i, spec in enumerate(chosen):
             book.add("case", **entry_of_a_case(spec, 0.1 if i else 0.2))
         book.add("stage", status="complete", seconds=400.0, detail="")
@@ -351,13 +344,16 @@ def test_a_record_of_every_case_is_small_enough_to_commit(tmp_path):
     assert (tmp_path / record.JSON).stat().st_size < MOST_BYTES
     table = (tmp_path / record.TABLE).read_text(encoding="utf-8")
     assert len(table) < MOST_BYTES // 2
-    lacking = "build (not run), test (not ended), sanitize (not run), tune (not run)"
-    assert found["status"] == f"complete but for {lacking}"
+    lacking = ("build (not run)", "small (not run)", "test (not ended)", "sanitize (not run)")
+    assert found["status"] == f"complete but for {', '.join(lacking)}, tune (not run)"
     assert found["tests"]["failures"] == {"a::b[c]": "it | failed"}
     assert len(found["cases"]) == len(specs)
     # The first case of either stage misses its goal; the matrix has none.
     having = len(specs) - len(stages["matrix"])
     assert f"Goals: {having - 2} of {having} met" in table
+    # Beside a goal of some microseconds stand our time, and what of it is starting a kernel.
+    assert "Of each time 2.34 us are those of starting a kernel." in table
+    assert "| 12.34 | 0.200 | 0.188 to 0.212 | 0.15 | NO |" in table
     assert "| sampled_grad, x | 0.5 |" in table
     assert "663,857" in table  # 8192 tokens in 12.34 ms
     assert "failed: `a::b[c]`" in table
@@ -387,7 +383,9 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(probed, tmp_path, capsys):
 def test_stages_are_listed_and_unknown_ones_refused(probed, capsys):
     assert check.main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["build", "test", "kernels", "step", "sanitize", "matrix", "tune"]
+    # Which kernels run at all is known first, and what is fast before what is right.
+    assert listed[:5] == ["build", "small", "kernels", "test", "step"]
+    assert listed[5:] == ["sanitize", "matrix", "tune"]
     assert tuple(listed) == record.STAGES == tuple(check.LIMITS)
     for words, message in (
         (["kernel"], "unknown stage 'kernel'. Did you mean 'kernels'?"),

@@ -4,12 +4,15 @@ plugin, time.
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from speft_kernels.bench.gpu import check, device, install, journal, record
 from speft_kernels.bench.gpu.journal import Journal
@@ -35,7 +38,7 @@ def pip(monkeypatch):
     """Commands of pip, answered by a function of their environment; nothing is installed."""
     monkeypatch.setattr(install, "_environment", lambda own: False)
     monkeypatch.setattr(install, "_remove_older_kernels", lambda: None)
-    monkeypatch.setattr(install, "installed", lambda python: True)
+    monkeypatch.setattr(install, "import_error", lambda python, with_cuda=False: "")
     asked = []
 
     def answering(answer):
@@ -50,14 +53,65 @@ def pip(monkeypatch):
 
 def test_a_file_that_nvcc_refuses_costs_the_cuda_backend_alone(tmp_path, pip):
     asked, answering = pip
-    run = answering(lambda more: (0, "") if "SPEFT_BUILD_CUDA" in more else (1, COMPILERS_WORDS))
+    run = answering(
+        lambda more: (1, COMPILERS_WORDS) if more["SPEFT_BUILD_CUDA"] == "1" else (0, "")
+    )
     built = install.install("90a", run, tmp_path)
-    assert asked == [{"SPEFT_CUDA_ARCHS": "90a"}, {"SPEFT_BUILD_CUDA": "0"}]
+    # setup.py leaves the kernels out in silence where it finds no nvcc, unless it is told to build.
+    with_cuda = {"SPEFT_BUILD_CUDA": "1", "SPEFT_CUDA_ARCHS": "90a"}
+    assert asked == [with_cuda, {"SPEFT_BUILD_CUDA": "0"}]
     assert built.python == sys.executable
     assert 'block_grad.cu(12): error: identifier "wgmma" is undefined' in built.error
     # Known from then on, and not taken for a build of all.
     assert install.install("90a", run, tmp_path) == built
     assert len(asked) == 2
+
+
+def test_cuda_kernels_that_were_built_and_cannot_be_imported_are_an_error(
+    tmp_path, pip, monkeypatch
+):
+    asked, answering = pip
+
+    def refused(python, with_cuda=False):
+        return "undefined symbol: speft_f" if with_cuda else ""
+
+    monkeypatch.setattr(install, "import_error", refused)
+    built = install.install("90a", answering(lambda more: (0, "")), tmp_path)
+    assert built == install.Built(sys.executable, "undefined symbol: speft_f")
+    assert len(asked) == 2
+
+
+def test_what_was_built_without_nvcc_is_built_again_where_there_is_one(tmp_path, pip, monkeypatch):
+    asked, answering = pip
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    run = answering(lambda more: (int(more["SPEFT_BUILD_CUDA"]), "error: there is no nvcc"))
+    assert install.install("90a", run, tmp_path).error == "error: there is no nvcc"
+    monkeypatch.setenv("CUDA_HOME", "/opt/cuda")
+    install.install("90a", run, tmp_path)
+    assert len(asked) == 4
+
+
+def test_imports_that_fail_are_told_in_the_words_of_python(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\ncase $2 in *_cuda*) echo 'ImportError: no symbol' >&2; exit 1;; esac\n"
+    )
+    python.chmod(0o755)
+    assert install.import_error(str(python)) == ""
+    assert install.import_error(str(python), with_cuda=True) == "ImportError: no symbol"
+
+
+def test_kernels_that_cannot_run_are_said_loudly(session, monkeypatch):
+    """As where the package was built, and torch sees no GPU."""
+    monkeypatch.setattr(install, "install", lambda archs, run: install.Built(sys.executable))
+    session.run("build", force=False)
+    build = session.write()["stages"]["build"]
+    assert build["status"] == "failed"
+    first, second = build["detail"].splitlines()
+    assert first.startswith("CUDA kernels CANNOT RUN: ")
+    assert second.startswith("Triton kernels CANNOT RUN: there is no CUDA device")
+    assert not session.with_cuda
 
 
 def test_what_does_not_build_at_all_says_why(tmp_path, pip):
@@ -85,6 +139,7 @@ def test_kernels_of_an_older_build_are_removed(tmp_path):
 def test_stages_go_on_without_the_cuda_kernels_and_the_record_says_so(session, monkeypatch, capsys):
     built = install.Built(sys.executable, "a.cu(1): error: no")
     monkeypatch.setattr(install, "install", lambda archs, run: built)
+    monkeypatch.setattr(install, "lacking", lambda python: {})
     monkeypatch.setattr(session, "_command", lambda *_, again: ([sys.executable, "-c", ""], {}))
     for stage in check.STAGES:
         session.run(stage, force=False)
@@ -133,9 +188,84 @@ def test_the_default_folder_is_one_that_git_ignores():
 
 def test_the_card_is_asked_for_by_its_own_name(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\necho "$@" > $(dirname $0)/called\necho 580.1, 1980\n')
+    tool.write_text('#!/bin/sh\necho "$@" > $(dirname $0)/called\necho 580.1, 1755\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert device._reported("12-34") == {"driver": "580.1", "sm_mhz_now": "1980"}
+    assert device._reported("12-34") == {"driver": "580.1", "sm_mhz_busy": "1755"}
     assert (tmp_path / "called").read_text().split()[-1] == "--id=GPU-12-34"
     assert device._reported("") == {}
+
+
+# The suite under pytest-xdist
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """The plugin of the GPU suite."""
+    folder = ROOT / "tests" / "gpu"
+    monkeypatch.syspath_prepend(str(folder))
+    spec = importlib.util.spec_from_file_location("gpu_suite", folder / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_workers_are_replaced_as_often_as_they_end_and_share_the_cores(session):
+    session.machine = replace(H200, xdist=True)
+    command, more = session._command("test", sys.executable, 100.0, again=False)
+    assert command[command.index("-n") + 1] == "8"
+    assert int(command[command.index("--max-worker-restart") + 1]) >= 1000
+    assert int(more["OMP_NUM_THREADS"]) * 8 <= H200.cores
+    session.machine = H200
+    command, more = session._command("test", sys.executable, 100.0, again=False)
+    assert "--max-worker-restart" not in command  # an option of the plugin that is not there
+    assert "OMP_NUM_THREADS" not in more
+
+
+def test_a_generator_that_a_failed_capture_has_spoilt_is_a_lost_device(suite, monkeypatch):
+    def refused(*_, device):
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "randn", lambda *_, device: None)
+    assert not suite._is_lost()
+    monkeypatch.setattr(torch, "randn", refused)
+    assert suite._is_lost()
+
+
+def outcome(name, when, message):
+    crash = SimpleNamespace(message=message)
+    return SimpleNamespace(
+        **{"nodeid": name, "when": when, "outcome": "failed", "duration": 0.0},
+        **{"longrepr": SimpleNamespace(reprcrash=crash), "user_properties": []},
+    )
+
+
+def test_a_worker_that_ends_after_a_failure_does_not_hide_its_reason(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "_journal", Journal(tmp_path / journal.NAME, "test", "abc", "H200"))
+    suite.pytest_runtest_logreport(outcome("a", "call", "illegal memory access"))
+    for name in "ab":
+        suite.pytest_runtest_logreport(outcome(name, "???", "worker 'gw1' crashed"))
+    found = record.build(tmp_path, "H200", lambda stage: "abc")["tests"]
+    assert found["failures"] == {"a": "illegal memory access", "b": "worker 'gw1' crashed"}
+
+
+def test_the_operations_are_tested_first_and_what_takes_most_memory_last(suite):
+    folder = ROOT / "tests" / "gpu"
+    names = sorted(path.stem.removeprefix("test_gpu_") for path in folder.glob("test_gpu_*.py"))
+    assert names == sorted(suite.ORDER)
+
+    class Item(SimpleNamespace):
+        __hash__ = object.__hash__
+
+        def add_marker(self, marker):
+            pass
+
+    elsewhere = Item(path=ROOT / "tests" / "test_plan.py", nodeid="elsewhere")
+    items = [Item(path=folder / f"test_gpu_{name}.py", nodeid=name) for name in names]
+    items.insert(3, elsewhere)
+    suite.pytest_collection_modifyitems(None, items)
+    assert items.pop(3) is elsewhere
+    assert [item.nodeid for item in items] == list(suite.ORDER)
+    assert suite.ORDER[:2] == ("operations", "sampled_grad")
+    assert suite.ORDER[-1] == "beyond_int32"

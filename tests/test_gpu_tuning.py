@@ -84,6 +84,25 @@ def test_wrong_candidates_and_those_that_ended_their_process_are_put_down(book, 
     assert found[str(died)]["error"] == "its process ended while it ran"
 
 
+def test_a_candidate_that_the_stages_end_cut_off_is_due_again(book):
+    one = problem(SMALL)
+    facts = {"settings": str(SMALL), "default": str(PackLaunch.default()), "problem": one.name}
+    book.add("begin", **facts)
+    book.add("cut", **facts)
+    assert tuning.tune(one, Workbench(Device("cpu"), TINY), book, float("inf"))
+    (entry,) = book.entries("tuned")
+    assert entry["ms"] > 0
+
+
+def test_only_triton_takes_part(tmp_path, monkeypatch):
+    """Another backend that loses the device would end the stage."""
+    seen = []
+    monkeypatch.setattr(tuning, "problems", lambda: [problem(SMALL)])
+    monkeypatch.setattr(tuning, "tune", lambda one, bench, *_: seen.append(bench))
+    assert tuning.main([str(tmp_path), "--device", "cpu"]) == tuning.OUT_OF_TIME
+    assert seen[0].backends("keep_columns") == ["triton"]
+
+
 def test_what_is_out_of_time_goes_on_later(book):
     bench = Workbench(Device("cpu"), TINY)
     assert not tuning.tune(problem(SMALL), bench, book, time.monotonic())

@@ -34,13 +34,14 @@ KEPT = ROOT / "benchmarks" / "results"
 
 # Seconds that a stage may take; those up to the steps are to fit into half an hour.
 LIMITS = {
-    **{"build": 300, "test": 470, "kernels": 470, "step": 470},
+    **{"build": 270, "small": 120, "kernels": 470, "test": 470, "step": 470},
     **{"sanitize": 470, "matrix": 470, "tune": 300},
 }
 STAGES = {
     "build": "compile the package for this GPU and install it in place",
-    "test": "the GPU suite: pytest -m gpu tests/gpu",
+    "small": "each operation by each backend once, on small tensors, in a process of its own",
     "kernels": "each operation and one layer against their peers, the goals first",
+    "test": "the GPU suite: pytest -m gpu tests/gpu",
     "step": "training steps of Llama models of 8B and 1B against the frozen model and LoRA",
     "sanitize": "the GPU kernels on small tensors under compute-sanitizer",
     "matrix": "the kernels at all tokens, densities and masks that the stage kernels leaves out",
@@ -168,13 +169,18 @@ class Session:
         self.built = True
         start, journal = time.monotonic(), self.journal("build")
         if self.dry:
-            found = install.Built(sys.executable if install.installed(sys.executable) else None)
+            refused = install.import_error(sys.executable)
+            found = install.Built(None if refused else sys.executable, refused)
         else:
             found = install.install(self.machine.archs, self._install_run)
-        self.python, self.with_cuda = found.python, not found.error
-        status, detail = "complete" if found.python and not found.error else "failed", found.error
+        lacking = install.lacking(found.python) if found.python and not self.dry else {}
+        self.python, self.with_cuda = found.python, not found.error and "CUDA" not in lacking
+        detail = found.error
         if found.python and found.error:
             detail = f"without the CUDA kernels, everything else goes on: {found.error}"
+        missing = [f"{kind} kernels CANNOT RUN: {why}" for kind, why in lacking.items()]
+        detail = "\n".join([*missing, *filter(None, [detail])])
+        status = "failed" if detail or not found.python else "complete"
         seconds = round(time.monotonic() - start, 1)
         journal.add("stage", status=status, seconds=seconds, detail=detail)
         print(f"== build: {status} {detail}", flush=True)
@@ -223,14 +229,18 @@ class Session:
         dry = {"SPEFT_GPU_DRY_RUN": "1", "TRITON_INTERPRET": "1"} if self.dry else {}
         if stage != "test":
             device = ["--device", "cpu" if self.dry else "cuda", "--key", self.device]
-            run = {"sanitize": ["sanitize"], "tune": ["tuning"]}.get(stage, ["run", stage])
+            run = ["sanitize" if stage in ("small", "sanitize") else "run", stage]
+            run = ["tuning"] if stage == "tune" else run
             module = [python, "-W", "ignore", "-m", f"speft_kernels.bench.gpu.{run[0]}"]
             return [*module, str(self.out), *run[1:], *device, "--seconds", f"{seconds:.0f}"], dry
-        spread = ["-n", str(self.workers)] if self.workers else []
+        # A worker that loses the device is replaced. By default 4 x as many are, and no more.
+        spread = ["-n", str(self.workers), "--max-worker-restart", "1000"] if self.workers else []
         pytest = [python, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         more = {"SPEFT_GPU_JOURNAL": str(self.out / NAME), "SPEFT_GPU_KEY": self.device, **dry}
-        # Each of the tests' processes would start as many compilers as there are cores.
+        # Each of the tests' processes would start as many compilers and threads as there are cores.
         more["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
+        if self.workers:
+            more["OMP_NUM_THREADS"] = str(max(1, self.machine.cores // self.workers))
         if again:
             more["SPEFT_GPU_AGAIN"] = "1"
         if self.machine.timeout:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,12 @@ print(json.dumps({
 }))
 """
 _IMPORTS = "import torch, speft_kernels._C, speft_kernels.triton_kernels"
+_IMPORTS_CUDA = f"{_IMPORTS}, speft_kernels._cuda"
+_LACKING = """
+import json
+from speft_kernels import _cuda_native, _triton
+print(json.dumps({"CUDA": _cuda_native.missing("cuda"), "Triton": _triton.missing()}))
+"""
 _SITES = "import json, site, sys; print(json.dumps([p for p in sys.path if 'site-packages' in p]))"
 
 # Runs a command; tells its exit status, None where it was out of time, and its output.
@@ -79,15 +86,25 @@ def probe(python: str) -> Machine | str:
     return Machine(**found)
 
 
-def _last_line(command: Sequence[str]) -> Any:
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=180)
+def _last_line(command: Sequence[str], **where: Any) -> Any:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=180, **where)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def installed(python: str) -> bool:
-    """Whether this Python imports the compiled package from anywhere."""
-    command = [python, "-c", _IMPORTS]
-    return subprocess.run(command, cwd="/", capture_output=True).returncode == 0
+def import_error(python: str, *, with_cuda: bool = False) -> str:
+    """Why this Python does not import the compiled package from anywhere; "" where it does."""
+    command = [python, "-c", _IMPORTS_CUDA if with_cuda else _IMPORTS]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    return "" if done.returncode == 0 else _errors(done.stderr) or f"exit status {done.returncode}"
+
+
+def lacking(python: str) -> dict[str, str]:
+    """Kind of kernels -> why the installed package cannot run them, for those that it cannot."""
+    try:
+        found = _last_line([python, "-c", _LACKING], cwd="/", env=environment({}))
+    except (subprocess.SubprocessError, IndexError, json.JSONDecodeError) as error:
+        return {"CUDA and Triton": f"cannot be told: {getattr(error, 'stderr', '') or error}"}
+    return {kind: why for kind, why in found.items() if why}
 
 
 @dataclass(frozen=True)
@@ -111,13 +128,19 @@ def install(archs: str, run: Run, folder: Path = FOLDER) -> Built:
         run: as `Run`. A build that is out of time is given up: its objects are kept, and the next
             run goes on with them.
     """
+    nvcc = os.environ.get("CUDA_HOME") or shutil.which("nvcc") or ""
     wanted = {"sources": fingerprint("build"), "archs": archs, "with": sys.executable}
+    wanted["nvcc"] = nvcc  # what failed without one is tried again when there is one
     stamp = folder / "stamp.json"
     if (built := _stamped(stamp, wanted)) is not None:
         return built
     own = folder / "venv" / "bin" / "python"
     error = ""
-    for more in ({"SPEFT_CUDA_ARCHS": archs}, {"SPEFT_BUILD_CUDA": "0"}):
+    # Unless it is told that it must, setup.py leaves the kernels out where it finds no nvcc.
+    for with_cuda in (True, False):
+        more = {"SPEFT_BUILD_CUDA": str(int(with_cuda))}
+        if with_cuda:
+            more["SPEFT_CUDA_ARCHS"] = archs
         for python in (sys.executable, str(own)):
             if python == str(own) and not _environment(own):
                 continue
@@ -125,7 +148,8 @@ def install(archs: str, run: Run, folder: Path = FOLDER) -> Built:
             pip = [sys.executable, "-m", "pip", "--python", python, "install"]
             flags = ["--no-build-isolation", "--no-deps", "--no-input", "--no-index"]
             ended, said = run([*pip, *flags, "-e", str(ROOT)], more)
-            if ended == 0 and installed(python):
+            refused = import_error(python, with_cuda=with_cuda) if ended == 0 else ""
+            if ended == 0 and not refused:
                 if error:
                     _remove_older_kernels()
                 folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +158,7 @@ def install(archs: str, run: Run, folder: Path = FOLDER) -> Built:
                 return Built(python, error)
             if ended is None:
                 return Built(None, "out of time; what was compiled is kept for the next run")
-            error = error or _errors(said) or f"pip ended with {ended}"
+            error = error or refused or _errors(said) or f"pip ended with {ended}"
     return Built(None, error)
 
 
@@ -159,7 +183,9 @@ def _stamped(stamp: Path, wanted: Mapping[str, str]) -> Built | None:
     except (OSError, json.JSONDecodeError):
         return None
     built = Built(str(kept.pop("python", "")), str(kept.pop("error", "")))
-    return built if kept == wanted and built.python and installed(built.python) else None
+    if kept != wanted or not built.python:
+        return None
+    return None if import_error(built.python, with_cuda=not built.error) else built
 
 
 def _environment(python: Path) -> bool:

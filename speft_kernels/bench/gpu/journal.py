@@ -70,9 +70,9 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def entries(self, kind: str) -> Iterator[dict[str, Any]]:
+    def entries(self, *kinds: str) -> Iterator[dict[str, Any]]:
         for entry in read(self.path):
-            if entry["kind"] == kind and self._owns(entry):
+            if entry["kind"] in kinds and self._owns(entry):
                 yield entry
 
     def status(self) -> str | None:

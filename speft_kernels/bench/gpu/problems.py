@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -107,10 +107,18 @@ class Spec:
 
 
 class Workbench:
-    """A device, a scale, and the masks, which are drawn once."""
+    """A device, a scale, and the masks, which are drawn once.
+
+    Attributes:
+        barred: backend -> why it takes no part in the present case.
+        trying: to be told the name of a side before its kernels run, in a case's setup as well:
+            who is to blame when the process ends.
+    """
 
     def __init__(self, device: Device, scale: Scale) -> None:
         self.device, self.scale = device, scale
+        self.barred: Mapping[str, str] = {}
+        self.trying: Callable[[str], None] = lambda side: None
         self._patterns: dict[tuple[Shape, str, float, int], SparsePattern] = {}
 
     def shape(self, spec: Spec) -> Shape:
@@ -153,13 +161,13 @@ class Workbench:
         return f"{spec.projection} {n} x {k}, {self.tokens(spec)} tokens, {mask}"
 
     def backends(self, *operations: str, dtype: torch.dtype = torch.bfloat16) -> list[str]:
-        """The backends that serve all of these operations on the device, but for the reference and
-        those of a CPU.
+        """The backends that serve all of these operations on the device, but for the reference,
+        those of a CPU, and those that are barred.
         """
         return [
             name
             for name in registry.BACKENDS
-            if name not in ("reference", "cpu", "cuda-host")
+            if name not in ("reference", "cpu", "cuda-host", *self.barred)
             and all(_serves(operation, self.device.torch, dtype, name) for operation in operations)
         ]
 

@@ -10,13 +10,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...files import replaced
 from .journal import NAME, fingerprint, read
+from .sanitize import NO_TOOL
 
 JSON, TABLE = "gpu.json", "gpu.md"
-STAGES = ("build", "test", "kernels", "step", "sanitize", "matrix", "tune")
+STAGES = ("build", "small", "kernels", "test", "step", "sanitize", "matrix", "tune")
 NOT_YET = "not yet run on a GPU"
 DRY = "a dry run on a CPU: no figure means anything"
 
@@ -62,7 +63,7 @@ def build(out: Path, device: str, sources: Callable[[str], str] = fingerprint) -
         "stages": {stage: stages[stage] for stage in STAGES if stage in stages},
         **facts,
         "tests": _tests(entries),
-        "sanitizer": _sanitizer(entries),
+        **_watched(entries),
         "tuned": _tuned(entries),
         "columns": list(COLUMNS),
         "cases": [_case(entry) for entry in _last_of_each(entries)],
@@ -120,8 +121,10 @@ def _tests(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _sanitizer(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of each tool how many operations it passed, and what it said of the others."""
+def _watched(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many operations passed on small tensors, alone and under each of the sanitizer's tools,
+    and what was said of the others.
+    """
     last = {(e["tool"], e["operation"]): e for e in entries if e["kind"] == "sanitizer"}
     found: dict[str, Any] = {}
     for (tool, operation), entry in last.items():
@@ -129,7 +132,7 @@ def _sanitizer(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         of_tool[entry["outcome"]] = of_tool.get(entry["outcome"], 0) + 1
         if entry["outcome"] != "passed":
             of_tool.setdefault("messages", {})[operation] = entry["message"]
-    return found
+    return {"small": found.pop(NO_TOOL, {}), "sanitizer": found}
 
 
 def _tuned(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -150,12 +153,35 @@ def _tuned(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def goals(record: Mapping[str, Any]) -> list[tuple[str, str, str, float, float]]:
-    """Operation, case, "ours / peer", ratio, and the largest wanted, of each goal in the record."""
+class Goal(NamedTuple):
+    """A ratio, and the largest wanted.
+
+    Attributes:
+        what: "ours / peer".
+        quartiles: of the rounds' ratios, where it is one of times.
+        ms: our side's time; None where the ratio is one of memory.
+    """
+
+    operation: str
+    case: str
+    what: str
+    ratio: float
+    at_most: float
+    quartiles: Sequence[float]
+    ms: float | None
+
+    @property
+    def met(self) -> bool:
+        return self.ratio <= self.at_most
+
+
+def goals(record: Mapping[str, Any]) -> list[Goal]:
+    """Each goal in the record."""
     return [
-        (case["operation"], case["case"], f"{ours} / {peer}", ratio, at_most)
+        Goal(case["operation"], case["case"], f"{ours} / {peer}", ratio, at_most, quartiles, ms)
         for case in record["cases"]
-        for ours, peer, ratio, at_most in case.get("ratios", ())
+        for ours, peer, ratio, at_most, *quartiles in case.get("ratios", ())
+        for ms in [_named(case["sides"][ours])["ms"] if ours in case["sides"] else None]
         if at_most is not None
     ]
 
@@ -200,6 +226,8 @@ def _machine(record: Mapping[str, Any]) -> str:
         copied, multiplied = light["bytes_per_second"], light["operations_per_second"]
         lines.append(f"- a large copy, read and written: {copied / 1e12:.2f} TB/s")
         lines.append(f"- a bf16 product of 8192 x 8192 x 8192: {multiplied / 1e12:.0f} TFLOP/s")
+        if "least_us" in light:
+            lines.append(f"- a kernel that does nothing, as it is timed: {light['least_us']} us")
     return "\n".join(lines) + "\n"
 
 
@@ -225,10 +253,16 @@ def _stages(record: Mapping[str, Any]) -> str:
             errors = [(what, f"{ratio:.3g}") for what, ratio in sorted(worst.items())]
             head = ("operation, backend, dtype", "largest error / (2 x torch's + one rounding)")
             parts += ["", _markdown(head, errors)]
-    for tool, outcomes in record.get("sanitizer", {}).items():
+    watched = {f"compute-sanitizer {tool}": o for tool, o in record.get("sanitizer", {}).items()}
+    if small := record.get("small"):
+        watched = {"Operations alone on small tensors": small, **watched}
+    for what, outcomes in watched.items():
         said = [f"{n} {outcome}" for outcome, n in outcomes.items() if outcome != "messages"]
-        parts.append(f"compute-sanitizer {tool}: {', '.join(said)}.\n")
-        parts += [f"- {name}: {why}" for name, why in outcomes.get("messages", {}).items()]
+        parts.append(f"{what}: {', '.join(said)}.\n")
+        parts += [
+            f"- {name}: {' / '.join(why.splitlines())}"
+            for name, why in outcomes.get("messages", {}).items()
+        ]
     return "\n".join(parts) + "\n"
 
 
@@ -236,13 +270,26 @@ def _goals(record: Mapping[str, Any]) -> str:
     found = goals(record)
     if not found:
         return ""
-    met = sum(ratio <= at_most for *_, ratio, at_most in found)
     rows = [
-        (operation, case, what, f"{ratio:.3f}", f"{at_most:g}", "yes" if ratio <= at_most else "NO")
-        for operation, case, what, ratio, at_most in found
+        (
+            *(goal.operation, goal.case, goal.what),
+            "" if goal.ms is None else f"{goal.ms:.4g}",
+            f"{goal.ratio:.3f}",
+            " to ".join(f"{quartile:.3f}" for quartile in goal.quartiles),
+            f"{goal.at_most:g}",
+            "yes" if goal.met else "NO",
+        )
+        for goal in found
     ]
-    head = ("operation", "case", "ours / peer", "ratio", "goal", "met")
-    return f"## Goals: {met} of {len(found)} met\n\n{_markdown(head, rows)}"
+    head = ("operation", "case", "ours / peer", "ms", "ratio", "quartiles", "goal", "met")
+    title = f"## Goals: {sum(goal.met for goal in found)} of {len(found)} met"
+    return "\n\n".join([title, *_least(record), _markdown(head, rows)])
+
+
+def _least(record: Mapping[str, Any]) -> list[str]:
+    """What a time has on top of the kernel's own, where that was measured."""
+    least = record.get("light", {}).get("least_us")
+    return [] if least is None else [f"Of each time {least} us are those of starting a kernel."]
 
 
 def _steps(record: Mapping[str, Any]) -> str:
@@ -276,7 +323,7 @@ def _ours(record: Mapping[str, Any]) -> str:
         times: dict[str, float] = {}
         for name, values in case.get("sides", {}).items():
             side = _named(values)
-            backend = name.removeprefix("SPEFT ").split(",")[0]
+            backend = backend_of(name)
             if side["ours"]:
                 times[backend] = min(side["ms"], times.get(backend, side["ms"]))
         if len(times) > 1:
@@ -294,6 +341,11 @@ def _ours(record: Mapping[str, Any]) -> str:
         return ""
     head = _markdown(("operation", "case", *names, "fastest"), rows)
     return f"## Our backends, ms\n\n{head}"
+
+
+def backend_of(side: str) -> str:
+    """The backend in the name of a side of ours; of a peer's name something that is none."""
+    return side.removeprefix("SPEFT ").split(",")[0]
 
 
 def _operation(record: Mapping[str, Any], operation: str) -> str:
@@ -384,7 +436,8 @@ def summary(record: Mapping[str, Any]) -> str:
         lines += [f"    failed: {name}" for name in list(tests["failures"])[:10]]
     errors = sum("error" in case for case in record["cases"])
     lines.append(f"  cases: {len(record['cases']) - errors} measured, {errors} failed")
-    for operation, case, what, ratio, at_most in goals(record):
-        verdict = "met" if ratio <= at_most else "MISSED"
-        lines.append(f"  {verdict:6} {ratio:8.3f} goal {at_most:5g}  {operation}, {case}: {what}")
+    lines += [f"  {sentence}" for sentence in _least(record)]
+    for goal in goals(record):
+        verdict, of = "met" if goal.met else "MISSED", f"{goal.operation}, {goal.case}: {goal.what}"
+        lines.append(f"  {verdict:6} {goal.ratio:8.3f} goal {goal.at_most:5g}  {of}")
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """Each GPU kernel on small tensors, against the reference.
 
-What runs under compute-sanitizer on a GPU, and in many orders of the threads on a CPU (CUDA's, as
-backend "cuda-host"). The tensors end where they end, so that what reads beyond them is seen.
+What runs first on a GPU and under compute-sanitizer (sanitize.py), and in many orders of the
+threads on a CPU (CUDA's, as backend "cuda-host"). The tensors end where they end, so that what
+reads beyond them is seen.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from ... import _cuda_native, _native, _triton, ops
 from ...pattern import SparsePattern
 from ...quantized import QuantizedWeight
+from .sanitize import MISSING
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,12 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="cuda")
     options = parser.parse_args()
+    missing = (
+        _triton.missing() if options.backend == "triton" else _cuda_native.missing(options.backend)
+    )
+    if missing is not None:
+        print(missing)
+        return MISSING
     found = wrong(options.operations, Place(options.device, options.backend))
     for name, case in found:
         print(f"wrong: {name} {case}")

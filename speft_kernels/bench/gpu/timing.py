@@ -24,7 +24,15 @@ LEAD, LONGEST_LEAD = 1.25, 5e-3
 
 
 class DeviceLostError(RuntimeError):
-    """An error left the device unusable for this process."""
+    """An error left the device unusable for this process.
+
+    Args:
+        side: the one that did it; "" where nobody knows.
+    """
+
+    def __init__(self, side: str, why: str) -> None:
+        super().__init__(f"{side}: {why}" if side else why)
+        self.side = side
 
 
 @dataclass(frozen=True)
@@ -89,23 +97,28 @@ class Measured:
     verdicts: Sequence[Verdict]
 
 
-def measure(case: GpuCase, device: Device) -> Measured:
+def measure(
+    case: GpuCase, device: Device, trying: Callable[[str], None] = lambda side: None
+) -> Measured:
     """Check each side, time those that are right.
 
+    Args:
+        trying: told the name of each side before it is tried, and "" before the timing.
+
     Raises:
-        DeviceLostError: a side left the device unusable; the message names it.
+        DeviceLostError: a side left the device unusable.
     """
     left_out = dict(case.left_out)
     sides, expected, peaks = [], {}, {}
     for side in case.sides:
+        trying(side.name)
         try:
             expected[side.name], peak = _tried(side, device)
             peaks[side.name] = peak + case.own_bytes.get(side.name, 0)
             sides.append(side)
         except Exception as error:
-            left_out[side.name] = reason(error)
-            if device.is_lost():
-                raise DeviceLostError(f"{case.name}, {side.name}: {reason(error)}") from error
+            left_out[side.name] = why_left_out(side.name, error, device)
+    trying("")
     if left_out:
         device.free()  # what was taken in vain, and may be all there is
     peers = {side.name for side in sides if not side.ours}
@@ -151,6 +164,17 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:200]
 
 
+def why_left_out(side: str, error: Exception, device: Device) -> str:
+    """The reason, where the others can go on.
+
+    Raises:
+        DeviceLostError: they cannot.
+    """
+    if device.is_lost():
+        raise DeviceLostError(side, reason(error)) from error
+    return reason(error)
+
+
 def _tried(side: GpuSide, device: Device) -> tuple[Spent, int]:
     """Call a side until it is warm, and check it; return its time and its peak."""
     outputs: list[object] = []
@@ -181,8 +205,12 @@ def _rounds(
     for _ in range(rounds):
         for side in sides:
             lead = _lead(expected[side.name])
-            readings = [device.timed(side.run, lead, side.waits) for _ in range(calls)]
-            device.synchronize()
+            try:
+                readings = [device.timed(side.run, lead, side.waits) for _ in range(calls)]
+                device.synchronize()
+            except Exception as error:
+                why_left_out(side.name, error, device)
+                raise
             spent[side.name] += [read() for read in readings]
     return spent
 

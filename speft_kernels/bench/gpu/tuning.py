@@ -23,7 +23,7 @@ from . import cases
 from .device import Device
 from .journal import NAME, Journal, fingerprint, stage_parser
 from .problems import LLAMA, MOST_TOKENS, TINY, Spec, Workbench
-from .run import OUT_OF_TIME, RESTART, short, watchdog
+from .run import OUT_OF_TIME, RESTART, cut_off_noted, short, watchdog
 from .timing import DeviceLostError, GpuCase, GpuSide, measure
 
 # Candidates of a problem, on a GPU and in a dry run.
@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + options.seconds
     device = Device(options.device)
     bench = Workbench(device, LLAMA if device.is_cuda else TINY)
+    bench.barred = dict.fromkeys(("cuda", "torch"), "not tuned")  # a fault of theirs would end it
     journal = Journal(options.out / NAME, "tune", fingerprint("tune"), options.key)
     if (why := _triton.missing()) is not None:
         print(f"nothing to tune: {why}", flush=True)
@@ -131,9 +132,13 @@ def tune(problem: Problem, bench: Workbench, journal: Journal, deadline: float) 
     default = problem.kind.default(*asked[0])
     near = _nearest(problem.candidates(asked[0], machine(bench.device.torch)), default)
     known = {e["settings"] for e in journal.entries("tuned") if e["problem"] == problem.name}
-    # One that was begun and never ended took its process with it.
-    for entry in journal.entries("begin"):
+    # One that was begun and never ended took its process with it, unless the stage was cut off.
+    begun = {}
+    for entry in journal.entries("begin", "cut"):
         if entry["problem"] == problem.name and entry["settings"] not in known:
+            begun[entry["settings"]] = entry
+    for entry in begun.values():
+        if entry["kind"] == "begin":
             known.add(entry["settings"])
             journal.add("tuned", **_only(entry), error="its process ended while it ran")
     for settings in near[: MOST if bench.device.is_cuda else FEW]:
@@ -143,7 +148,7 @@ def tune(problem: Problem, bench: Workbench, journal: Journal, deadline: float) 
             return False
         facts = {"problem": problem.name, "settings": str(settings), "default": str(default)}
         journal.add("begin", **facts)
-        with watchdog(LONGEST):
+        with cut_off_noted(journal, **facts), watchdog(LONGEST):
             journal.add("tuned", **facts, **_timed(side, problem.kind, settings, bench.device))
     return True
 

@@ -23,7 +23,7 @@ from ...harness import Saved, Work
 from ...memory import saved_for_backward
 from ..bounds import summation_bound
 from ..problems import Spec, Workbench
-from ..timing import GpuCase, GpuSide, reason
+from ..timing import GpuCase, GpuSide, reason, why_left_out
 from .sampled_grad import exact_entries, is_goal
 
 FROZEN = "frozen linear"
@@ -97,15 +97,18 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
     sides, left_out = [], {}
     goals = {FROZEN: GOAL} if is_goal(spec) and spec.density == GOAL_DENSITY else {}
     for backend in bench.backends("sampled_grad", "keep_columns", "write_delta"):
+        bench.trying(backend)
         try:
             with served_by(backend):
                 ours = SparseDeltaLinear.from_linear(_One(weight).linear, pattern)
                 goal = {} if backend == "torch" else goals
                 made = side(backend, ours, True, goals=goal, work=_work(dy, x, pattern.nnz))
+            bench.device.synchronize()  # it ran forward
         except Exception as error:
-            left_out[backend] = reason(error)
+            left_out[backend] = why_left_out(backend, error, bench.device)
             continue
         sides.append(_served(made, backend))
+    bench.trying("")
     sides.append(side(FROZEN, _One(weight), work=_work(dy, x, 0)))
     adapters, absent = peft_layers(pattern.nnz, n, k)
     left_out.update(absent)

@@ -17,7 +17,7 @@ from ...checks import close, flat
 from ...harness import Work
 from ..bounds import summation_bound
 from ..problems import MOST_TOKENS, Spec, Workbench
-from ..timing import GpuCase, GpuSide, reason
+from ..timing import GpuCase, GpuSide, why_left_out
 
 DENSE = "dense dW, gather"
 # Of the dense way's time, for realistic masks on the most tokens, called as the layer calls it.
@@ -35,10 +35,12 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
     sides = []
     left_out = {}
     for backend in bench.backends("sampled_grad", "keep_columns"):
+        bench.trying(backend)
         try:
             kept = ops.keep_columns(x, plan_of(pattern), backend=backend)
+            bench.device.synchronize()  # else the first side that is tried would be blamed
         except Exception as error:
-            left_out[backend] = reason(error)
+            left_out[backend] = why_left_out(backend, error, bench.device)
             continue
         forms = {"x kept": kept}
         if kept.dim() == 2:  # the plan keeps x as it is

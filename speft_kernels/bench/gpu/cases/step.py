@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....errors import BackendError
 from ....model import sparse_layers
 from ....ops import registry
 from ....pattern import SparsePattern
@@ -36,7 +37,7 @@ from ...harness import Work, WrongResultError
 from ...trainers import Prepare, Trainer, speft
 from ..bounds import summation_bound
 from ..problems import Spec, Workbench, rotated
-from ..timing import GpuCase, GpuSide, reason
+from ..timing import GpuCase, GpuSide, why_left_out
 from .layer import LORA, LORA_RANK, served_by
 from .sampled_grad import exact_entries
 
@@ -63,8 +64,11 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
     costs its own case. The peers are measured beside each.
 
     Raises:
-        BackendError: the backend does not serve the device.
+        BackendError: the backend does not serve the device, or is barred: the peers are measured
+            beside the others.
     """
+    if spec.backend in bench.barred:
+        raise BackendError(bench.barred[spec.backend])
     for operation in ("sampled_grad", "keep_columns", "write_delta"):
         registry.resolve(operation, bench.device.torch, torch.bfloat16, spec.backend)
     with warnings.catch_warnings():
@@ -94,7 +98,13 @@ def _setup(spec: Spec, bench: Workbench) -> GpuCase:
     for name, prepare in prepares.items():
         backend = name.removeprefix("SPEFT ") if name.startswith("SPEFT ") else None
         before = device.allocated()
-        trainer = _made(partial(Trainer, model, prepare, batches, share=True), backend, floor)
+        bench.trying(name)
+        make = partial(Trainer, model, prepare, batches, share=True)
+        try:
+            trainer: Trainer | str = _made(make, backend, floor)
+            device.synchronize()
+        except Exception as error:
+            trainer = why_left_out(name, error, device)
         device.free()
         if isinstance(trainer, str):
             left_out[name] = trainer
@@ -130,21 +140,18 @@ def _setup(spec: Spec, bench: Workbench) -> GpuCase:
     )
 
 
-def _made(make: Callable[[], Trainer], backend: str | None, floor: Trainer | None) -> Trainer | str:
+def _made(make: Callable[[], Trainer], backend: str | None, floor: Trainer | None) -> Trainer:
     """A side that is right and has taken its first steps, with the optimizer's state and whatever
-    is built once; or, where that cannot be had, the reason.
+    is built once.
     """
-    try:
-        with served_by(backend) if backend else nullcontext():
-            trainer = make()
-            if floor is not None:
-                _check_loss(trainer, floor)
-            if backend is not None:
-                _check_gradient(trainer)
-            for _ in range(2):  # the second finds out which layers read the same input
-                trainer.step()
-    except Exception as error:
-        return reason(error)
+    with served_by(backend) if backend else nullcontext():
+        trainer = make()
+        if floor is not None:
+            _check_loss(trainer, floor)
+        if backend is not None:
+            _check_gradient(trainer)
+        for _ in range(2):  # the second finds out which layers read the same input
+            trainer.step()
     return trainer
 
 
