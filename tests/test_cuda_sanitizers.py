@@ -5,6 +5,7 @@ finds a race in any order of theirs, also where fibers never part: within a warp
 operations, and between blocks. csrc/cuda/host/races.h says what orders two threads.
 """
 
+import os
 import re
 
 import pytest
@@ -31,24 +32,24 @@ def module_of(folder):
     return next(folder.glob("_cuda_host*"))
 
 
+def built(folder, sanitizer):
+    if reason := missing(sanitizer):
+        required = os.environ.get("SPEFT_REQUIRE_SANITIZERS") == "1"
+        (pytest.fail if required else pytest.skip)(reason)
+    build(folder, sanitizer)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def bounded(tmp_path_factory):
     """The folder of a module under the address and undefined-behaviour sanitizers."""
-    if reason := missing(BOUNDS):
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("bounded")
-    build(folder, BOUNDS)
-    return folder
+    return built(tmp_path_factory.mktemp("bounded"), BOUNDS)
 
 
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory):
     """The folder of a module under the thread sanitizer."""
-    if reason := missing(RACES):
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("raced")
-    build(folder, RACES)
-    return folder
+    return built(tmp_path_factory.mktemp("raced"), RACES)
 
 
 # One order of the threads: modules compiled so are slow, and what is found depends on none.

@@ -105,8 +105,8 @@ struct Ahead {
 template <class T, bool kTwin, int kAcross>
 SPEFT_DEVICE void add_entries(float (&sums)[kAcross][4], const DeltaProduct& product, Run run,
                               Entry mine, int64_t token, int64_t first, int beside) {
-    constexpr int kTogether =
-        3;  // their x is asked for before the first is needed; four would spill
+    // Entries whose x is asked for before the first is needed; four would spill.
+    constexpr int kTogether = 3;
     const int group = lane_id() / 4, place = lane_id() % 4;
     const auto* const x = static_cast<const T*>(product.x) + first;
     const int64_t one = token + group, two = one + 8;
