@@ -46,10 +46,6 @@ void check(int code, const char* operation, std::initializer_list<Named> sizes) 
     throw std::runtime_error(text + ") failed: " + cuda::error_text(code));
 }
 
-cuda::Place place(int device, Ptr stream) {
-    return {device, at<void>(stream)};
-}
-
 }  // namespace
 
 PYBIND11_MODULE(SPEFT_MODULE, m) {
@@ -69,27 +65,26 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
                                                {"vector_cycles", found.vector_cycles}};
     });
 #endif
-    m.def("write_delta", [](const std::vector<Ptr>& weights, const std::vector<Ptr>& indices,
-                            const std::vector<bool>& wide_indices, const std::vector<int64_t>& nnz,
-                            const std::vector<Ptr>& base, const std::vector<Ptr>& values, int dtype,
-                            int device, Ptr stream) {
-        std::vector<cuda::DeltaWrite> deltas;
-        int64_t entries = 0;
-        for (size_t i = 0; i < weights.size(); entries += nnz[i++])
-            deltas.push_back({at<void>(weights[i]), at<void>(indices[i]), at<void>(base[i]),
-                              values.empty() ? nullptr : at<void>(values[i]), nnz[i],
-                              wide_indices[i]});
-        py::gil_scoped_release released;
-        check(cuda::write_delta(deltas.data(), int64_t(deltas.size()), DType(dtype),
-                                place(device, stream)),
-              "write_delta", {{"weights", int64_t(deltas.size())}, {"entries", entries}});
-    });
+    m.def("write_delta",
+          [](const std::vector<Ptr>& weights, const std::vector<Ptr>& indices,
+             const std::vector<bool>& wide_indices, const std::vector<int64_t>& nnz,
+             const std::vector<Ptr>& base, const std::vector<Ptr>& values, int dtype, Ptr stream) {
+              std::vector<cuda::DeltaWrite> deltas;
+              int64_t entries = 0;
+              for (size_t i = 0; i < weights.size(); entries += nnz[i++])
+                  deltas.push_back({at<void>(weights[i]), at<void>(indices[i]), at<void>(base[i]),
+                                    values.empty() ? nullptr : at<void>(values[i]), nnz[i],
+                                    wide_indices[i]});
+              py::gil_scoped_release released;
+              check(cuda::write_delta(deltas.data(), int64_t(deltas.size()), DType(dtype),
+                                      at<void>(stream)),
+                    "write_delta", {{"weights", int64_t(deltas.size())}, {"entries", entries}});
+          });
     m.def(
         "sparse_delta_matmul",
         [](Ptr x, int64_t x_stride, int64_t tokens, Ptr weight, int64_t weight_stride, int64_t rows,
            int64_t cols, int base, Ptr scales, bool wide_scales, int64_t group, Ptr bias,
-           Ptr starts, Ptr places, Ptr values, Ptr y, bool twin, int dtype, int device,
-           Ptr stream) {
+           Ptr starts, Ptr places, Ptr values, Ptr y, bool twin, int dtype, Ptr stream) {
             const cuda::DeltaProduct product = {at<void>(x),
                                                 x_stride,
                                                 tokens,
@@ -107,7 +102,7 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
                                                 at<float>(values),
                                                 at<void>(y)};
             check(cuda::sparse_delta_matmul(product, cuda::Base(base), twin, DType(dtype),
-                                            place(device, stream)),
+                                            at<void>(stream)),
                   "sparse_delta_matmul", {{"tokens", tokens}, {"rows", rows}, {"columns", cols}});
         },
         released);
@@ -115,7 +110,7 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
         "block_grad",
         [](Ptr dy, int64_t dy_stride, Ptr x, int64_t x_stride, int64_t tokens, Ptr block_rows,
            Ptr block_cols, int64_t num_blocks, int64_t height, int64_t width, Ptr out,
-           bool accumulate, Ptr scratch, int64_t splits, int dtype, int device, Ptr stream) {
+           bool accumulate, Ptr scratch, int64_t splits, int dtype, Ptr stream) {
             const cuda::BlockGrad problem = {at<void>(dy),
                                              dy_stride,
                                              at<void>(x),
@@ -131,7 +126,7 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
                                              at<float>(scratch),
                                              splits};
             check(
-                cuda::block_grad(problem, DType(dtype), place(device, stream)), "block_grad",
+                cuda::block_grad(problem, DType(dtype), at<void>(stream)), "block_grad",
                 {{"tokens", tokens}, {"blocks", num_blocks}, {"height", height}, {"width", width}});
         },
         released);
@@ -144,24 +139,24 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
         .def_readonly("scratch_bytes", &cuda::TopkPlan::scratch_bytes);
     m.def("plan_topk", [](const std::vector<Ptr>& x, const std::vector<Ptr>& y,
                           const std::vector<int64_t>& sizes, const std::vector<int64_t>& ks,
-                          bool together, int64_t multiprocessors, int dtype, int device) {
+                          bool together, int64_t multiprocessors, int dtype, Ptr stream) {
         cuda::TopkProblem problem = {{}, {}, sizes, ks, together, DType(dtype), multiprocessors};
         for (const Ptr address : x)
             problem.x.push_back(at<void>(address));
         for (const Ptr address : y)
             problem.y.push_back(at<void>(address));
         cuda::TopkPlan plan;
-        check(cuda::plan_topk(problem, place(device, 0), &plan), "plan_topk",
+        check(cuda::plan_topk(problem, &plan, at<void>(stream)), "plan_topk",
               {{"matrices", plan.sizes.matrices}});
         return plan;
     });
     m.def(
         "topk_salience",
         [](const cuda::TopkPlan& plan, Ptr table, Ptr scratch, int metric, Ptr indices, Ptr told,
-           int dtype, int device, Ptr stream) {
+           int dtype, Ptr stream) {
             const cuda::TopkCall call = {at<void>(table), at<void>(scratch), metric,
                                          at<int64_t>(indices), at<uint64_t>(told)};
-            check(cuda::topk_salience(plan.sizes, call, DType(dtype), place(device, stream)),
+            check(cuda::topk_salience(plan.sizes, call, DType(dtype), at<void>(stream)),
                   "topk_salience",
                   {{"matrices", plan.sizes.matrices}, {"tiles", plan.sizes.tiles}});
         },
@@ -169,11 +164,11 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
     m.def(
         "keep_columns",
         [](Ptr x, int64_t stride, int64_t tokens, Ptr columns, int64_t width, int64_t block_tokens,
-           int64_t blocks, Ptr kept, int device, Ptr stream) {
+           int64_t blocks, Ptr kept, Ptr stream) {
             const cuda::KeepColumns problem = {
                 at<void>(x), stride,       tokens, at<int32_t>(columns),
                 width,       block_tokens, blocks, at<void>(kept)};
-            check(cuda::keep_columns(problem, place(device, stream)), "keep_columns",
+            check(cuda::keep_columns(problem, at<void>(stream)), "keep_columns",
                   {{"tokens", tokens}, {"columns", width}, {"tokens of a block", block_tokens}});
         },
         released);
@@ -182,7 +177,7 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
         [](Ptr dy, int64_t dy_stride, int64_t out_features, Ptr x, int64_t x_stride, int64_t tokens,
            Ptr tile_block, Ptr tile_lines, Ptr tile_groups, Ptr tile_entries, int64_t tiles,
            Ptr line, Ptr group_rows, Ptr strip_line, Ptr entry_at, Ptr slot, int64_t nnz, Ptr out,
-           bool accumulate, Ptr scratch, int64_t splits, int dtype, int device, Ptr stream) {
+           bool accumulate, Ptr scratch, int64_t splits, int dtype, Ptr stream) {
             const cuda::SampledGrad problem = {at<void>(dy),
                                                dy_stride,
                                                out_features,
@@ -204,7 +199,7 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
                                                accumulate,
                                                at<float>(scratch),
                                                splits};
-            check(cuda::sampled_grad(problem, DType(dtype), place(device, stream)), "sampled_grad",
+            check(cuda::sampled_grad(problem, DType(dtype), at<void>(stream)), "sampled_grad",
                   {{"tokens", tokens}, {"out_features", out_features}, {"entries", nnz}});
         },
         released);

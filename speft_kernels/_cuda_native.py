@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +52,17 @@ def kernels(backend: str) -> ModuleType:
     return module
 
 
-def place(tensor: Tensor) -> tuple[int, int]:
-    """Return the index of the tensor's device and torch's current stream there, as integers."""
-    if tensor.device.type != "cuda":
-        return 0, 0
-    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+def launch(backend: str, name: str, tensor: Tensor, *arguments: object) -> Any:
+    """Call a function of the extension on the tensor's device, with torch's current stream there
+    as the last argument, and return what it returns.
+
+    It launches on the current device. torch makes that the tensor's and goes back without making a
+    context on a device that has none: a process whose model is on the second GPU takes no memory of
+    the first.
+    """
+    with torch.cuda.device_of(tensor):
+        stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+        return getattr(kernels(backend), name)(*arguments, stream)
 
 
 def splits(blocks: int, tokens: int, stretch: int, device: torch.device) -> int:

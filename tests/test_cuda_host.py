@@ -5,6 +5,7 @@ on, backend "cuda-host"). Here: that the order of the threads changes nothing, a
 a GPU would only show at times does show.
 """
 
+import contextlib
 import os
 
 import pytest
@@ -51,7 +52,7 @@ def test_a_launcher_that_cannot_serve_says_which_operation_and_sizes():
         match=r"block_grad \(tokens 8, blocks 1, height 4, width 4\) failed: no kernel",
     ):
         # float32, which the tensor cores do not multiply: refused one floor up, too.
-        module.block_grad(0, 4, 0, 4, 8, 0, 0, 1, 4, 4, 0, False, 0, 1, 0, 0, 0)
+        module.block_grad(0, 4, 0, 4, 8, 0, 0, 1, 4, 4, 0, False, 0, 1, 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,36 @@ def test_rows_that_are_not_swizzled_are_counted_as_meeting_in_the_banks(sound, t
     # Rows of 32, 64 or 128 bytes: two, four or eight of eight meet.
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) >= 8
+
+
+@pytest.mark.parametrize("backend", ["cuda-host", "triton"])
+def test_kernels_are_called_where_the_tensors_are(monkeypatch, backend):
+    # On a machine with several GPUs a launch goes to the current one, whatever its pointers are of.
+    pytest.importorskip("triton")
+    within, seen = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        within.append(tensor.data_ptr())
+        yield
+        within.pop()
+
+    class Spy:
+        def __getattr__(self, name):
+            seen.append(tuple(within))
+            return lambda *_, **__: None
+
+        def __getitem__(self, grid):
+            return self.launched
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    here = torch.zeros(4)
+    if backend == "triton":
+        from speft_kernels.triton_kernels import launch
+
+        launch.launch(Spy(), (1,), launch.Launch(), count=4, pointer=here)
+    else:
+        monkeypatch.setattr(_cuda_native, "kernels", lambda backend: Spy())
+        _cuda_native.launch(backend, "write_delta", here, 1, 2)
+    assert seen == [(here.data_ptr(),)]
+    assert not within

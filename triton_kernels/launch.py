@@ -113,11 +113,7 @@ def launch(kernel: Any, grid: tuple[int, ...], settings: Launch, **arguments: An
         _recording[1].append(Recorded(kernel, grid, settings, arguments))
         return
     options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
-    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](**arguments, **options)
-    else:
+    with torch.cuda.device_of(next(a for a in arguments.values() if isinstance(a, Tensor))):
         kernel[grid](**arguments, **options)
 
 

@@ -156,40 +156,38 @@ SPEFT_KERNEL(kThreads) add_parts(BlockGrad problem) {
 }
 
 template <class T, int kRows, int kCols>
-int multiply_tiles(const BlockGrad& problem, Place place) {
+int multiply_tiles(const BlockGrad& problem, void* stream) {
     const int64_t tiles = ((problem.height + kRows - 1) / kRows) *
                           ((problem.width + kCols - 1) / kCols) * problem.num_blocks;
     if (tiles > INT32_MAX || problem.splits > 65535) return kUnsupported;
     return launch(multiply<T, kRows, kCols>, dim3(unsigned(tiles), unsigned(problem.splits)),
-                  kThreads, kSharedBytes<kRows, kCols>, place.stream, problem,
+                  kThreads, kSharedBytes<kRows, kCols>, stream, problem,
                   in_vectors<uint16_t>(problem.dy, problem.dy_stride, problem.height),
                   in_vectors<uint16_t>(problem.x, problem.x_stride, problem.width));
 }
 
 template <class T>
-int multiply_blocks(const BlockGrad& problem, Place place) {
+int multiply_blocks(const BlockGrad& problem, void* stream) {
     const bool thin = problem.height <= 16, narrow = problem.width <= 16;
-    if (thin && narrow) return multiply_tiles<T, 16, 16>(problem, place);
-    if (thin) return multiply_tiles<T, 16, 64>(problem, place);
-    if (narrow) return multiply_tiles<T, 64, 16>(problem, place);
+    if (thin && narrow) return multiply_tiles<T, 16, 16>(problem, stream);
+    if (thin) return multiply_tiles<T, 16, 64>(problem, stream);
+    if (narrow) return multiply_tiles<T, 64, 16>(problem, stream);
     if (problem.height <= 32 && problem.width <= 32)
-        return multiply_tiles<T, 32, 32>(problem, place);
-    return multiply_tiles<T, 64, 64>(problem, place);
+        return multiply_tiles<T, 32, 32>(problem, stream);
+    return multiply_tiles<T, 64, 64>(problem, stream);
 }
 
 }  // namespace
 
-int block_grad(const BlockGrad& problem, DType dtype, Place place) {
-    const DeviceGuard guard(place.device);
-    if (guard.error() != 0) return guard.error();
+int block_grad(const BlockGrad& problem, DType dtype, void* stream) {
     if (problem.num_blocks == 0) return 0;
     int error = kUnsupported;
-    if (dtype == DType::kBFloat16) error = multiply_blocks<BFloat16>(problem, place);
-    if (dtype == DType::kFloat16) error = multiply_blocks<Float16>(problem, place);
+    if (dtype == DType::kBFloat16) error = multiply_blocks<BFloat16>(problem, stream);
+    if (dtype == DType::kFloat16) error = multiply_blocks<Float16>(problem, stream);
     if (error != 0 || problem.splits == 1) return error;
     const int64_t count = problem.num_blocks * problem.height * problem.width;
-    return launch(add_parts, dim3(unsigned((count + kThreads - 1) / kThreads)), kThreads, 0,
-                  place.stream, problem);
+    return launch(add_parts, dim3(unsigned((count + kThreads - 1) / kThreads)), kThreads, 0, stream,
+                  problem);
 }
 
 }  // namespace cuda

@@ -12,10 +12,9 @@
 //   SPEFT_UNROLL, SPEFT_UNROLL_BY(turns)    before a loop: all of its turns at once, or so many
 //   launch(...)                 on a stream: returns 0, or a code for error_text()
 //   device_error_text(code)
-//   DeviceGuard(device)         makes a device current, and the former one again at its end
 //   shared_memory<T>()          the block's dynamic shared memory, aligned to 16 bytes
 //   sync_block()                barrier of all threads of a block
-//   exchange_xor, exchange_up, exchange_from    warp shuffles of all 32 lanes, which order nothing
+//   exchange_xor, exchange_from    warp shuffles of all 32 lanes, which order nothing
 //   count_bits(bits), lowest_bit(bits), bit_cast<To>(from)
 //   atomic_add, atomic_min(pointer, value)      on shared and global memory; the former value
 //   read_only(pointer)          what no one writes while the kernel runs: 2, 4 or 16 bytes

@@ -32,28 +32,6 @@ inline int told(cudaError_t error) {
     return error;
 }
 
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(int device) {
-        error_ = told(cudaGetDevice(&former_));
-        if (error_ != 0 || former_ == device) return;
-        error_ = told(cudaSetDevice(device));
-        changed_ = error_ == 0;
-    }
-    // Only where it changed: to set a device that this thread has not used makes a context there.
-    ~DeviceGuard() {
-        if (changed_) cudaSetDevice(former_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-    int error() const { return error_; }
-
-  private:
-    int former_ = 0;
-    int error_ = 0;
-    bool changed_ = false;
-};
-
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void* stream,
            Arguments... arguments) {
@@ -83,12 +61,6 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <class T>
 SPEFT_DEVICE T exchange_xor(T value, int mask) {
     return __shfl_xor_sync(kAllLanes, value, mask);
-}
-
-// The value of the lane `distance` below; a lane that has none keeps its own.
-template <class T>
-SPEFT_DEVICE T exchange_up(T value, int distance) {
-    return __shfl_up_sync(kAllLanes, value, distance);
 }
 
 template <class T>

@@ -60,16 +60,14 @@ SPEFT_KERNEL(kThreads) turn_columns(KeepColumns problem) {
 
 }  // namespace
 
-int keep_columns(const KeepColumns& problem, Place place) {
-    const DeviceGuard guard(place.device);
-    if (guard.error() != 0) return guard.error();
+int keep_columns(const KeepColumns& problem, void* stream) {
     const int64_t down = (problem.block_tokens + kSide - 1) / kSide;
     const int64_t across = (problem.width + kSide - 1) / kSide;
     if (problem.block_tokens % kVector != 0 || down > INT32_MAX || across > 65535 ||
         problem.blocks > 65535)
         return kUnsupported;
     return launch(turn_columns, dim3(unsigned(down), unsigned(across), unsigned(problem.blocks)),
-                  kThreads, kSide * kPitch * sizeof(uint16_t), place.stream, problem);
+                  kThreads, kSide * kPitch * sizeof(uint16_t), stream, problem);
 }
 
 }  // namespace cuda

@@ -1,6 +1,7 @@
 // The CUDA kernels' launchers. They trust their arguments: checking is done one floor up, in
-// speft_kernels/ops. Each launches on `stream` of `device`, waits for nothing, allocates nothing,
-// and returns 0, one of the codes below, or the device's, of which error_text() knows the meaning.
+// speft_kernels/ops, which also makes the tensors' device the current one. Each launches on
+// `stream` of that device, waits for nothing, allocates nothing, and returns 0, one of the codes
+// below, or the device's, of which error_text() knows the meaning.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +11,6 @@
 
 namespace speft {
 namespace cuda {
-
-struct Place {
-    int device;
-    void* stream;
-};
 
 // No kernel serves these sizes or this dtype.
 constexpr int kUnsupported = -1;
@@ -33,7 +29,7 @@ struct DeltaWrite {
     int64_t nnz;
     bool wide_indices;
 };
-int write_delta(const DeltaWrite* deltas, int64_t count, DType dtype, Place place);
+int write_delta(const DeltaWrite* deltas, int64_t count, DType dtype, void* stream);
 
 // out[b] (+)= dy[:, rows_b]^T @ x[:, cols_b], the tokens in `splits` parts whose sums stand in
 // scratch [splits, num_blocks, height, width] until they are added in order; null for one part.
@@ -52,7 +48,7 @@ struct BlockGrad {
     float* scratch;
     int64_t splits;
 };
-int block_grad(const BlockGrad& problem, DType dtype, Place place);
+int block_grad(const BlockGrad& problem, DType dtype, void* stream);
 
 // What a sparse delta is added to: a matrix of x's dtype, int8, int16 words of four bits each
 // (speft_kernels/quantized.py says which columns a word holds), or nothing.
@@ -77,7 +73,7 @@ struct DeltaProduct {
     void* y;  // contiguous
 };
 int sparse_delta_matmul(const DeltaProduct& product, Base base, bool twin, DType dtype,
-                        Place place);
+                        void* stream);
 
 // The k largest scores of each matrix, or of all together, in two steps: a plan on the host, whose
 // table the caller brings to the device beside a scratch of the plan's size; and the launches.
@@ -99,7 +95,7 @@ struct TopkPlan {
     std::vector<char> table;
     int64_t scratch_bytes;
 };
-int plan_topk(const TopkProblem& problem, Place place, TopkPlan* plan);
+int plan_topk(const TopkProblem& problem, TopkPlan* plan, void* stream);
 
 struct TopkCall {
     const void* table;
@@ -109,7 +105,7 @@ struct TopkCall {
     uint64_t* told;    // [1 + matrices]: the first matrix with a NaN or infinite score, all ones
                        // where there is none; how many indices each matrix has
 };
-int topk_salience(const TopkSizes& sizes, const TopkCall& call, DType dtype, Place place);
+int topk_salience(const TopkSizes& sizes, const TopkCall& call, DType dtype, void* stream);
 
 // kept[b, c, t] = x[b * block_tokens + t, columns[c]], zero where there is no such token; 16-bit
 // elements, block_tokens a multiple of 8, kept aligned to 16 bytes.
@@ -123,7 +119,7 @@ struct KeepColumns {
     int64_t blocks;
     void* kept;
 };
-int keep_columns(const KeepColumns& problem, Place place);
+int keep_columns(const KeepColumns& problem, void* stream);
 
 // out[slot[e]] (+)= sum over tokens of dy[m, row(e)] * x[line(e), m], the entries as tiles of thin
 // strips, which speft_kernels/thin_strips.py describes. The tokens are summed in `splits` parts,
@@ -155,7 +151,7 @@ struct SampledGrad {
     float* scratch;
     int64_t splits;
 };
-int sampled_grad(const SampledGrad& problem, DType dtype, Place place);
+int sampled_grad(const SampledGrad& problem, DType dtype, void* stream);
 
 }  // namespace cuda
 }  // namespace speft

@@ -3,12 +3,12 @@
 
 #include "device.h"
 #include "salience.h"
+#include "scan.h"
 
 namespace speft {
 namespace cuda {
 
 constexpr int kThreads = kTileThreads;
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kLevels = 3;
 constexpr int kDigitBits = 11;  // of the last digit 10
 constexpr int kBins = 1 << kDigitBits;
@@ -28,31 +28,11 @@ SPEFT_DEVICE Digit digit_of(int level) {
     return {0, kBins / 2, ~0u << (32 - 2 * kDigitBits)};
 }
 
-// The sum of what the threads before this one bring, and that of all. Every thread must come, and
-// pass another barrier before it comes again.
-template <int kBlock, class N>
-SPEFT_DEVICE N sum_before(N mine, void* of_warps, N* total) {
-    N* const sums = static_cast<N*>(of_warps);
-    N running = mine;
-    SPEFT_UNROLL
-    for (int step = 1; step < kWarp; step *= 2) {
-        const N below = exchange_up(running, step);
-        if (lane_id() >= step) running += below;
-    }
-    if (lane_id() == kWarp - 1) sums[warp_id()] = running;
-    sync_block();  // the warps' sums are there
-    N before = running - mine;
-    *total = 0;
-    SPEFT_UNROLL
-    for (int warp = 0; warp < kBlock / kWarp; ++warp) {
-        if (warp < warp_id()) before += sums[warp];
-        *total += sums[warp];
-    }
-    return before;
-}
-
 struct Shared {
-    uint64_t sums[kWarps];
+    union {
+        SumsOfBlock<kThreads, uint64_t> sums;
+        SumsOfBlock<kThreads, uint32_t> short_sums;
+    };
     uint64_t found[2];  // what one thread tells all
     uint32_t bins[kBins];
 };

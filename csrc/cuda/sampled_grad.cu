@@ -228,27 +228,25 @@ SPEFT_KERNEL(kThreads) place_sums(SampledGrad problem) {
 }
 
 template <class T>
-int multiply_tiles(const SampledGrad& problem, Place place) {
+int multiply_tiles(const SampledGrad& problem, void* stream) {
     // Whether dy may be read 16 bytes at a time: of every token and every block, whole.
     const bool vectors = reinterpret_cast<uintptr_t>(problem.dy) % 16 == 0 &&
                          problem.dy_stride % kVector == 0 && problem.out_features % kVector == 0;
     return launch(multiply_strips<T>, dim3(unsigned(problem.tiles), unsigned(problem.splits)),
-                  kThreads, kSharedBytes, place.stream, problem, vectors);
+                  kThreads, kSharedBytes, stream, problem, vectors);
 }
 
 }  // namespace
 
-int sampled_grad(const SampledGrad& problem, DType dtype, Place place) {
-    const DeviceGuard guard(place.device);
-    if (guard.error() != 0) return guard.error();
+int sampled_grad(const SampledGrad& problem, DType dtype, void* stream) {
     if (problem.nnz == 0) return 0;
     if (problem.tiles > INT32_MAX || problem.splits > 65535) return kUnsupported;
     int error = kUnsupported;
-    if (dtype == DType::kBFloat16) error = multiply_tiles<BFloat16>(problem, place);
-    if (dtype == DType::kFloat16) error = multiply_tiles<Float16>(problem, place);
+    if (dtype == DType::kBFloat16) error = multiply_tiles<BFloat16>(problem, stream);
+    if (dtype == DType::kFloat16) error = multiply_tiles<Float16>(problem, stream);
     if (error != 0 || problem.splits == 1) return error;
     return launch(place_sums, dim3(unsigned((problem.nnz + kThreads - 1) / kThreads)), kThreads, 0,
-                  place.stream, problem);
+                  stream, problem);
 }
 
 }  // namespace cuda

@@ -1,4 +1,5 @@
-// Sums of a long array on the device: CUB's, and the standard library's for the tests on a CPU.
+// Sums of all that come before, over a block and over a long array on the device: CUB's, and the
+// standard library's for the tests on a CPU.
 #pragma once
 
 #include <cstddef>
@@ -9,11 +10,41 @@
 #ifdef SPEFT_ON_HOST
     #include <numeric>
 #else
+    #include <cub/block/block_scan.cuh>
     #include <cub/device/device_scan.cuh>
 #endif
 
 namespace speft {
 namespace cuda {
+
+// What sum_before takes of the shared memory of a block of kBlock threads.
+#ifdef SPEFT_ON_HOST
+template <int kBlock, class N>
+struct SumsOfBlock {
+    N numbers[kBlock];
+};
+#else
+template <int kBlock, class N>
+using BlockScan = ::cub::BlockScan<N, kBlock, ::cub::BLOCK_SCAN_WARP_SCANS>;
+template <int kBlock, class N>
+using SumsOfBlock = typename BlockScan<kBlock, N>::TempStorage;
+#endif
+
+// The sum of what the threads before this one bring, and that of all. Every thread must come, and
+// pass another barrier before it comes again.
+template <int kBlock, class N>
+SPEFT_DEVICE N sum_before(N mine, SumsOfBlock<kBlock, N>& shared, N* total) {
+#ifdef SPEFT_ON_HOST
+    shared.numbers[threadIdx.x] = mine;
+    sync_block();
+    *total = std::accumulate(shared.numbers, shared.numbers + kBlock, N(0));
+    return std::accumulate(shared.numbers, shared.numbers + threadIdx.x, N(0));
+#else
+    N before;
+    BlockScan<kBlock, N>(shared).ExclusiveSum(mine, before, *total);
+    return before;
+#endif
+}
 
 // In place: each number becomes the sum of those before it. With scratch a null pointer nothing is
 // launched, and *scratch_bytes becomes what it needs.

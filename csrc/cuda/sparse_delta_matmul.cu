@@ -40,7 +40,7 @@ namespace cuda {
 namespace {
 
 template <class T, Base kBase, bool kTwin>
-int multiply(const DeltaProduct& product, Place place) {
+int multiply(const DeltaProduct& product, void* stream) {
     using Element = typename Stored<kBase>::Element;
     const int64_t width = product.cols / Stored<kBase>::kParts;
     const bool x_vectors =
@@ -57,32 +57,32 @@ int multiply(const DeltaProduct& product, Place place) {
     if (few) {
         const dim3 grid(unsigned(tiles), unsigned(parts_of(product.tokens, kRound)));
         const size_t shared_bytes = size_t(kWarps) * kRound * (outputs + kSumPad) * sizeof(float);
-        return launch(multiply_few<T, kBase, kTwin>, grid, kWarps * kWarp, shared_bytes,
-                      place.stream, product);
+        return launch(multiply_few<T, kBase, kTwin>, grid, kWarps * kWarp, shared_bytes, stream,
+                      product);
     }
     const int64_t y_width = kTwin ? product.cols : product.rows;
     return launch(multiply_many<T, kBase, kTwin>, dim3(unsigned(tiles)), kThreads,
-                  Tiles<kBase, kTwin>::kBytes, place.stream, product, x_vectors, weight_vectors,
+                  Tiles<kBase, kTwin>::kBytes, stream, product, x_vectors, weight_vectors,
                   in_vectors<uint16_t>(product.y, y_width, kTwin ? width : y_width));
 }
 
 template <class T, Base kBase>
-int multiply_either(const DeltaProduct& product, bool twin, Place place) {
-    return twin ? multiply<T, kBase, true>(product, place)
-                : multiply<T, kBase, false>(product, place);
+int multiply_either(const DeltaProduct& product, bool twin, void* stream) {
+    return twin ? multiply<T, kBase, true>(product, stream)
+                : multiply<T, kBase, false>(product, stream);
 }
 
 template <class T>
-int multiply_any(const DeltaProduct& product, Base base, bool twin, Place place) {
+int multiply_any(const DeltaProduct& product, Base base, bool twin, void* stream) {
     switch (base) {
         case Base::kNone:
-            return multiply_either<T, Base::kNone>(product, twin, place);
+            return multiply_either<T, Base::kNone>(product, twin, stream);
         case Base::kPlain:
-            return multiply_either<T, Base::kPlain>(product, twin, place);
+            return multiply_either<T, Base::kPlain>(product, twin, stream);
         case Base::kInt8:
-            return multiply_either<T, Base::kInt8>(product, twin, place);
+            return multiply_either<T, Base::kInt8>(product, twin, stream);
         case Base::kInt4:
-            return multiply_either<T, Base::kInt4>(product, twin, place);
+            return multiply_either<T, Base::kInt4>(product, twin, stream);
     }
     return kUnsupported;
 }
@@ -90,12 +90,10 @@ int multiply_any(const DeltaProduct& product, Base base, bool twin, Place place)
 }  // namespace
 
 int sparse_delta_matmul(const DeltaProduct& product, Base base, bool twin, DType dtype,
-                        Place place) {
-    const DeviceGuard guard(place.device);
-    if (guard.error() != 0) return guard.error();
+                        void* stream) {
     if (product.tokens == 0) return 0;
-    if (dtype == DType::kBFloat16) return multiply_any<BFloat16>(product, base, twin, place);
-    if (dtype == DType::kFloat16) return multiply_any<Float16>(product, base, twin, place);
+    if (dtype == DType::kBFloat16) return multiply_any<BFloat16>(product, base, twin, stream);
+    if (dtype == DType::kFloat16) return multiply_any<Float16>(product, base, twin, stream);
     return kUnsupported;
 }
 

@@ -7,6 +7,7 @@ namespace speft {
 namespace cuda {
 
 constexpr int kFew = 128;  // threads for a tile's run, of some hundred entries
+using SumsOfFew = SumsOfBlock<kFew, uint32_t>;
 
 // An entry of a segment at a place as good as random within the j-th of `samples` equal parts.
 template <class T, bool kPair>
@@ -28,9 +29,10 @@ SPEFT_DEVICE uint32_t sampled_key(const Work& work, int64_t size, int64_t j) {
                             at - matrix.start, work.score);
 }
 
-// Grid: segments. It comes first, and so it also makes the state of each.
+// Grid: segments. It comes first, and so it also makes the state of each. As they are few, a
+// multiprocessor need not hold several blocks, for which ptxas would save registers and spill.
 template <class T, bool kPair>
-SPEFT_KERNEL(kThreads)
+SPEFT_KERNEL(kThreads, 1)
 find_bound(Work work) {
     Shared& shared = *shared_memory<Shared>();
     uint32_t* const keys = reinterpret_cast<uint32_t*>(&shared + 1);
@@ -95,7 +97,8 @@ collect(Work work) {
     if (worst > kSpan) atomic_min(&work.told[0], uint64_t(which));
 
     uint32_t total;
-    const uint32_t before = sum_before<kThreads>(uint32_t(count_bits(hits)), shared.sums, &total);
+    const uint32_t before =
+        sum_before<kThreads>(uint32_t(count_bits(hits)), shared.short_sums, &total);
     if (threadIdx.x == 0) {
         const uint64_t start = total > 0 ? atomic_add(&state.found, uint64_t(total)) : 0;
         const bool fits = start + total <= uint64_t(segment.capacity);
@@ -201,7 +204,7 @@ count_kept(Work work) {
         is_listed(work.segments[segment_of(work, which)], state), [&](int, uint32_t key) {
             counts += key > threshold ? 1u : key == threshold ? 1u << 16 : 0u;
         });
-    sum_before<kFew>(counts, shared_memory<uint32_t>(), &total);
+    sum_before<kFew>(counts, *shared_memory<SumsOfFew>(), &total);
     if (threadIdx.x != 0) return;
     work.kept[number] = total & 0xffff;
     work.kept[tiles + number] = total >> 16;
@@ -250,7 +253,8 @@ write_kept(Work work) {
     uint32_t counts = 0, total;
     for (int i = word; i < word + kEach; ++i)
         counts += uint32_t(count_bits(larger[i])) + (uint32_t(count_bits(tied[i])) << 16);
-    const uint32_t before = sum_before<kFew>(counts, tied + kWords, &total);
+    const uint32_t before =
+        sum_before<kFew>(counts, *reinterpret_cast<SumsOfFew*>(tied + kWords), &total);
     int64_t tie = first + (before >> 16);
     int64_t at = segment.out + above[number] - above[segment.first_tile] + (before & 0xffff) +
                  (tie < ties ? tie : ties);

@@ -106,19 +106,17 @@ int select(const Work& work, void* sums, size_t sums_bytes, void* stream) {
     for (int level = 0; level < kLevels && error == 0; ++level)
         error = launch(count_digit<T, kPair>, parts, kThreads, sizeof(Shared), stream, work, level);
     if (error != 0) return error;
-    constexpr size_t kSums = kFew / kWarp * sizeof(uint32_t);
-    error = launch(count_kept<T, kPair>, tiles, kFew, kSums, stream, work);
+    error = launch(count_kept<T, kPair>, tiles, kFew, sizeof(SumsOfFew), stream, work);
     if (error != 0) return error;
     error = sums_before(sums, &sums_bytes, work.kept, 2 * sizes.tiles + 1, stream);
     if (error != 0) return error;
-    return launch(write_kept<T, kPair>, tiles, kFew, 2 * kTile<T> / 8 + kSums, stream, work);
+    return launch(write_kept<T, kPair>, tiles, kFew, 2 * kTile<T> / 8 + sizeof(SumsOfFew), stream,
+                  work);
 }
 
 }  // namespace
 
-int plan_topk(const TopkProblem& problem, Place place, TopkPlan* plan) {
-    const DeviceGuard guard(place.device);
-    if (guard.error() != 0) return guard.error();
+int plan_topk(const TopkProblem& problem, TopkPlan* plan, void* stream) {
     const size_t matrices = problem.sizes.size(), segments = problem.ks.size();
     std::vector<Matrix> of_matrices(matrices);
     std::vector<Segment> of_segments(segments);
@@ -164,15 +162,13 @@ int plan_topk(const TopkProblem& problem, Place place, TopkPlan* plan) {
     work.sizes = sizes;
     plan->scratch_bytes = int64_t(reinterpret_cast<uintptr_t>(part_scratch(work, nullptr)));
     size_t sums_bytes = 0;
-    const int error = sums_before(nullptr, &sums_bytes, nullptr, 2 * sizes.tiles + 1, place.stream);
+    const int error = sums_before(nullptr, &sums_bytes, nullptr, 2 * sizes.tiles + 1, stream);
     sizes.sums_bytes = int64_t(sums_bytes);
     plan->scratch_bytes += sizes.sums_bytes;
     return error;
 }
 
-int topk_salience(const TopkSizes& sizes, const TopkCall& call, DType dtype, Place place) {
-    const DeviceGuard guard(place.device);
-    if (guard.error() != 0) return guard.error();
+int topk_salience(const TopkSizes& sizes, const TopkCall& call, DType dtype, void* stream) {
     Work work = {};
     work.sizes = sizes;
     // Codes of speft_kernels/ops: magnitude, gradient, snip, force, raw.
@@ -189,8 +185,8 @@ int topk_salience(const TopkSizes& sizes, const TopkCall& call, DType dtype, Pla
         if constexpr (std::is_same<T, double>::value)
             return kUnsupported;
         else
-            return pair ? select<T, true>(work, sums, size_t(sizes.sums_bytes), place.stream)
-                        : select<T, false>(work, sums, size_t(sizes.sums_bytes), place.stream);
+            return pair ? select<T, true>(work, sums, size_t(sizes.sums_bytes), stream)
+                        : select<T, false>(work, sums, size_t(sizes.sums_bytes), stream);
     });
 }
 

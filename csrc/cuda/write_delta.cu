@@ -65,9 +65,7 @@ write_batch(Batch batch) {
 
 }  // namespace
 
-int write_delta(const DeltaWrite* deltas, int64_t count, DType dtype, Place place) {
-    const DeviceGuard guard(place.device);
-    if (guard.error() != 0) return guard.error();
+int write_delta(const DeltaWrite* deltas, int64_t count, DType dtype, void* stream) {
     for (int64_t start = 0; start < count; start += kBatch) {
         Batch batch;
         batch.count = 0;
@@ -81,7 +79,7 @@ int write_delta(const DeltaWrite* deltas, int64_t count, DType dtype, Place plac
         if (blocks == 0) continue;
         const int error = by_type(dtype, [&](auto* type) {
             using T = std::remove_pointer_t<decltype(type)>;
-            return launch(write_batch<T>, dim3(unsigned(blocks)), kThreads, 0, place.stream, batch);
+            return launch(write_batch<T>, dim3(unsigned(blocks)), kThreads, 0, stream, batch);
         });
         if (error != 0) return error;
     }

@@ -153,12 +153,13 @@ def _in_cuda(
     dy, x = _native.rows_contiguous(dy), _native.rows_contiguous(x)
     parts = _cuda_native.splits(rows.numel(), dy.shape[0], _STRETCH, dy.device)
     scratch = out.new_empty(parts, *out.shape) if parts > 1 else None
-    _cuda_native.kernels(backend).block_grad(
+    _cuda_native.launch(
+        *(backend, "block_grad", dy),
         *(dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0)),
         *(dy.shape[0], rows.data_ptr(), cols.data_ptr(), rows.numel()),
         *(out.shape[1], out.shape[2], out.data_ptr(), accumulate),
         *(0 if scratch is None else scratch.data_ptr(), parts),
-        *(_native.dtype_code(dy), *_cuda_native.place(dy)),
+        _native.dtype_code(dy),
     )
 
 

@@ -99,9 +99,10 @@ def in_cuda(backend: str, x: Tensor, columns: Tensor, kept: Tensor) -> None:
     whole.
     """
     x = _native.rows_contiguous(x)
-    _cuda_native.kernels(backend).keep_columns(
+    _cuda_native.launch(
+        *(backend, "keep_columns", x),
         *(x.data_ptr(), x.stride(0), x.shape[0], columns.data_ptr(), columns.numel()),
-        *(kept.shape[2], kept.shape[0], kept.data_ptr(), *_cuda_native.place(x)),
+        *(kept.shape[2], kept.shape[0], kept.data_ptr()),
     )
 
 

@@ -288,14 +288,15 @@ def _in_cuda(
     parts = _cuda_native.splits(tiles, dy.shape[0], _STRETCH, dy.device)
     parts = min(parts, max(1, _SCRATCH // max(1, nnz)))
     scratch = out.new_empty(parts, nnz) if parts > 1 else None
-    _cuda_native.kernels(backend).sampled_grad(
+    _cuda_native.launch(
+        *(backend, "sampled_grad", dy),
         *(dy.data_ptr(), dy.stride(0), dy.shape[1], lines.data_ptr(), lines.stride(0)),
         *(dy.shape[0], strips.tile_block.data_ptr(), strips.tile_lines.data_ptr()),
         *(strips.tile_groups.data_ptr(), strips.tile_entries.data_ptr(), tiles),
         *(strips.line.data_ptr(), strips.group_rows.data_ptr(), strips.strip_line.data_ptr()),
         *(strips.at.data_ptr(), strips.slot.data_ptr(), nnz),
         *(out.data_ptr(), accumulate, 0 if scratch is None else scratch.data_ptr(), parts),
-        *(_native.dtype_code(dy), *_cuda_native.place(dy)),
+        _native.dtype_code(dy),
     )
 
 

@@ -374,7 +374,8 @@ def _in_cuda(
     weight = None if weight is None else _native.rows_contiguous(weight)
     shape = (x.shape[1], out_features) if twin else (out_features, x.shape[1])
     code = 0 if weight is None else 1 if scales is None else _BASES[weight.dtype]
-    _cuda_native.kernels(backend).sparse_delta_matmul(
+    _cuda_native.launch(
+        *(backend, "sparse_delta_matmul", x),
         *(x.data_ptr(), x.stride(0), x.shape[0]),
         *(0, 0) if weight is None else (weight.data_ptr(), weight.stride(0)),
         *(*shape, code),
@@ -383,7 +384,7 @@ def _in_cuda(
         else (scales.data_ptr(), scales.dtype == torch.float32, shape[1] // scales.shape[1]),
         0 if bias is None else bias.data_ptr(),
         *(tiles.starts.data_ptr(), tiles.places.data_ptr(), values.data_ptr()),
-        *(y.data_ptr(), twin, _native.dtype_code(x), *_cuda_native.place(x)),
+        *(y.data_ptr(), twin, _native.dtype_code(x)),
     )
     return y
 

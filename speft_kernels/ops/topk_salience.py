@@ -341,13 +341,14 @@ def _in_cuda(
     backend: str, pairs: list[Pair], ks: list[int], together: bool, metric: str
 ) -> Selection:
     first = _first(pairs[0])
-    device, dtype, place = first.device, _native.dtype_code(first), _cuda_native.place(first)
+    device, dtype = first.device, _native.dtype_code(first)
     operands = [[t.data_ptr() for t in side if t is not None] for side in zip(*pairs, strict=True)]
     x, y = operands if operands[0] else reversed(operands)
-    module = _cuda_native.kernels(backend)
     sizes = [_first(pair).numel() for pair in pairs]
     parts = _cuda_native.multiprocessors(device)
-    plan = module.plan_topk(x, y, sizes, ks, together, parts, dtype, place[0])
+    plan = _cuda_native.launch(
+        *(backend, "plan_topk", first), x, y, sizes, ks, together, parts, dtype
+    )
     table = torch.frombuffer(bytearray(plan.table), dtype=torch.uint8)
     if device.type == "cuda":
         # From pinned memory the copy waits for nothing, and nothing waits for it but the stream.
@@ -355,9 +356,10 @@ def _in_cuda(
     scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
     indices = torch.empty(sum(ks), dtype=torch.int64, device=device)
     told = torch.empty(1 + len(pairs), dtype=torch.int64, device=device)
-    module.topk_salience(
+    _cuda_native.launch(
+        *(backend, "topk_salience", first),
         *(plan, table.data_ptr(), scratch.data_ptr(), _METRICS[metric][0]),
-        *(indices.data_ptr(), told.data_ptr(), dtype, *place),
+        *(indices.data_ptr(), told.data_ptr(), dtype),
     )
     bad, *counts = told.tolist()  # the one time that the host waits
     if bad >= 0:

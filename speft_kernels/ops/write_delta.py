@@ -204,14 +204,15 @@ def _in_cuda(
     values: list[Tensor],
 ) -> None:
     base, values = [b.contiguous() for b in base], [v.contiguous() for v in values]
-    _cuda_native.kernels(backend).write_delta(
+    _cuda_native.launch(
+        *(backend, "write_delta", weights[0]),
         [w.data_ptr() for w in weights],
         [i.data_ptr() for i in indices],
         [i.dtype == torch.int64 for i in indices],
         [i.numel() for i in indices],
         [b.data_ptr() for b in base],
         [v.data_ptr() for v in values],
-        *(_native.dtype_code(weights[0]), *_cuda_native.place(weights[0])),
+        _native.dtype_code(weights[0]),
     )
 
 

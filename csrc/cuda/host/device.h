@@ -35,12 +35,6 @@ inline const char* device_error_text(int) {
     return host::last_error().c_str();
 }
 
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(int) {}
-    int error() const { return 0; }
-};
-
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void*,
            Arguments... arguments) {
@@ -79,12 +73,6 @@ const unsigned char* gather(const T& mine, int line) {
 template <class T>
 T exchange_xor(T value, int mask, int line = __builtin_LINE()) {
     return host::of_lane<T>(host::gather(value, line), host::lane() ^ mask);
-}
-
-template <class T>
-T exchange_up(T value, int distance, int line = __builtin_LINE()) {
-    const unsigned char* all = host::gather(value, line);
-    return host::lane() < distance ? value : host::of_lane<T>(all, host::lane() - distance);
 }
 
 template <class T>

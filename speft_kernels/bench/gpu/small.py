@@ -150,9 +150,10 @@ def planted(at: Place) -> Iterator[object]:
         _triton.kernels("write_delta").write_delta([weight], [index], [number], [number])
         return
     addresses = ([tensor.data_ptr()] for tensor in (weight, index))
-    _cuda_native.kernels(at.backend).write_delta(
+    _cuda_native.launch(
+        *(at.backend, "write_delta", weight),
         *(*addresses, [False], [1], [number.data_ptr()], []),
-        *(_native.dtype_code(weight), *_cuda_native.place(weight)),
+        _native.dtype_code(weight),
     )
     yield from ()
 
