@@ -20,6 +20,9 @@ from speft_kernels.ops import registry
 DRY = os.environ.get("SPEFT_GPU_DRY_RUN") == "1" and not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if DRY else "cuda:0")
 
+# In a dry run the CUDA kernels' sources on the CPU take the place of the backend "cuda".
+STAND_IN = "cuda-host" if DRY else None
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EVERY_DTYPE = (*DTYPES, torch.float64)  # of what only moves numbers, or rounds one sum of two
 # In a dry run a few programs take the interpreter as long as all of this takes a GPU.
@@ -40,7 +43,7 @@ def backends(*ops: str, dtype: torch.dtype = torch.float32) -> list[str]:
             for row in registry.table()
             if row["op"] == op
             and row["available"]
-            and row["device"] in ("any", "cuda")
+            and (row["device"] in ("any", "cuda") or row["backend"] == STAND_IN)
             and name in row["dtypes"]
         }
         for op in ops
@@ -51,6 +54,13 @@ def backends(*ops: str, dtype: torch.dtype = torch.float32) -> list[str]:
 def fast_backends(*ops: str, dtype: torch.dtype = torch.bfloat16) -> list[str]:
     """Those of which speed is asked as well: all but the reference."""
     return [name for name in backends(*ops, dtype=dtype) if name != "reference"]
+
+
+def fast_backends_and_dtypes(
+    *ops: str, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)
+) -> list[tuple[str, torch.dtype]]:
+    """Each with the dtypes that it takes: CUDA's takes 16 bits alone."""
+    return [(backend, dtype) for dtype in dtypes for backend in fast_backends(*ops, dtype=dtype)]
 
 
 def backends_and_dtypes(

@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny_models
 import torch
-from rig import DEVICE, DRY, fast_backends
+from rig import DEVICE, DRY, fast_backends_and_dtypes
 
 from speft_kernels import FlatValues, SpeftConfig, apply_patterns
 from speft_kernels.model import score_and_select
@@ -30,8 +30,7 @@ def loss_curve(model, patterns, batches):
 
 
 @pytest.mark.parametrize("block_shape", [(1, 1), (4, 4)], ids=["entries", "blocks"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("backend", fast_backends(*RESIDENT, "block_grad"))
+@pytest.mark.parametrize(("backend", "dtype"), fast_backends_and_dtypes(*RESIDENT, "block_grad"))
 def test_loss_curves_agree(monkeypatch, backend, dtype, block_shape):
     monkeypatch.setenv("SPEFT_BACKEND", "reference")
     model = tiny_models.llama().to(DEVICE, dtype).eval()

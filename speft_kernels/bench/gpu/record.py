@@ -17,7 +17,7 @@ from .journal import NAME, fingerprint, read
 from .sanitize import NO_TOOL
 
 JSON, TABLE = "gpu.json", "gpu.md"
-STAGES = ("build", "small", "kernels", "test", "step", "sanitize", "matrix", "tune")
+STAGES = ("build", "small", "goals", "test", "kernels", "step", "sanitize", "matrix", "tune")
 NOT_YET = "not yet run on a GPU"
 DRY = "a dry run on a CPU: no figure means anything"
 

@@ -30,15 +30,16 @@ from .record import backend_of
 from .timing import DeviceLostError, GpuCase, Measured, measure, reason
 
 STAGES = {
+    "goals": cases.goal_specs,
     "kernels": cases.kernel_specs,
     "step": cases.step_specs,
     "matrix": cases.matrix_specs,
 }
 OUT_OF_TIME, RESTART = 3, 75
 # A case is not begun with less time than this left, in seconds.
-LEAST_TIME = {"kernels": 10.0, "step": 150.0, "matrix": 10.0}
+LEAST_TIME = {"goals": 10.0, "kernels": 10.0, "step": 150.0, "matrix": 10.0}
 # One that takes longer hangs.
-LONGEST_CASE = {"kernels": 120.0, "step": 330.0, "matrix": 120.0}
+LONGEST_CASE = {"goals": 120.0, "kernels": 120.0, "step": 330.0, "matrix": 120.0}
 # A backend that ends the process in so many cases of an operation is left out of all of them: a
 # restart takes a quarter of a minute. One that hangs has taken minutes the first time.
 MOST_FAULTS = 2

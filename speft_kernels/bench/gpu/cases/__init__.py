@@ -24,16 +24,20 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
     return case
 
 
+def goal_specs() -> list[Spec]:
+    """The cases of single operations that have goals, and then those around them."""
+    return list(dict.fromkeys([*_goals(), *_around_the_goals()]))
+
+
 def kernel_specs() -> list[Spec]:
-    """All cases of single operations, those that matter most first: whoever runs out of time has
-    measured the goals.
-    """
-    return list(dict.fromkeys([*_goals(), *_around_the_goals(), *_the_rest()]))
+    """What varies one of tokens, density and mask around the goals."""
+    known = set(goal_specs())
+    return [spec for spec in dict.fromkeys(_the_rest()) if spec not in known]
 
 
 def matrix_specs() -> list[Spec]:
-    """What `kernel_specs` leaves out of all tokens, densities and masks, for every projection."""
-    known = set(kernel_specs())
+    """What the others leave out of all tokens, densities and masks, for every projection."""
+    known = {*goal_specs(), *kernel_specs()}
     return [spec for spec in dict.fromkeys(_matrix()) if spec not in known]
 
 
