@@ -31,6 +31,9 @@ class Sink(Protocol):
     def place(self, values: Tensor) -> tuple[Tensor, bool]:
         """The buffer for the gradient of `values`, and whether it holds one already."""
 
+    def settle(self) -> None:
+        """Called before an optimizer changes the parameter."""
+
 
 def _values_gradient(ctx: Any, dy: Tensor, kept: Tensor) -> Tensor | None:
     plan, pattern = ctx.plan, ctx.plan.pattern
@@ -48,12 +51,25 @@ def _values_gradient(ctx: Any, dy: Tensor, kept: Tensor) -> Tensor | None:
     return out if ctx.sink is None else None
 
 
+def _bias_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
+    """Of a bias that the user has made to train; it is argument 3."""
+    return dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+
+
+def version_of(tensor: Tensor, sink: Sink | None = None) -> int:
+    """Return how often a tensor has been written to, by itself or as a part of a sink's parameter.
+    Tensors of the inference mode do not count it.
+    """
+    own: int = 0 if tensor.is_inference() else tensor._version
+    return own if sink is None else own + sink.parameter._version
+
+
 def _keep(ctx: Any, values: Tensor, plan: SparsityPlan, sink: Sink | None) -> None:
-    ctx.plan, ctx.sink, ctx.values, ctx.version = plan, sink, values, values._version
+    ctx.plan, ctx.sink, ctx.values, ctx.version = plan, sink, values, version_of(values, sink)
 
 
 def _refuse_changed_values(ctx: Any) -> None:
-    if ctx.values._version != ctx.version:
+    if version_of(ctx.values, ctx.sink) != ctx.version:
         raise StaleWeightError(
             "the values of a SparseDeltaLinear changed between its forward and its backward pass, "
             "so the weight no longer matches this graph; call backward() before optimizer.step(), "
@@ -97,7 +113,7 @@ class ResidentLinear(torch.autograd.Function):
         if weight is not None:
             weight = weight if weight.dtype == dy.dtype else weight.to(dy.dtype)
             dx = dy @ weight
-        return dx, d_values, None, None, None, None, None
+        return dx, d_values, None, _bias_gradient(ctx, dy), None, None, None
 
 
 class AdditiveLinear(torch.autograd.Function):
@@ -132,7 +148,7 @@ class AdditiveLinear(torch.autograd.Function):
         if weight is not None:
             values = ctx.values.detach()
             dx = ops.sparse_delta_matmul_grad_input(dy, weight, values, ctx.plan.pattern)
-        return dx, d_values, None, None, None, None, None
+        return dx, d_values, None, _bias_gradient(ctx, dy), None, None, None
 
 
 class DeltaMatmul(torch.autograd.Function):

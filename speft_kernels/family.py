@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from .pattern import SparsePattern
 
 if TYPE_CHECKING:
     from .nn import SparseDeltaLinear
+
+# Of what a weight was written (`SparseDeltaLinear._state`). UNKNOWN is equal to no state.
+State = tuple[Any, ...]
+UNKNOWN: State = ()
 
 
 class Family:
@@ -58,7 +62,7 @@ def set_modes(modes: Mapping[SparseDeltaLinear, str]) -> None:
     for layer, mode in modes.items():
         layer.mode = mode
     for layer in written:
-        layer._written = ()  # were the write cut short, the next forward pass would write again
+        layer._written = UNKNOWN  # were it cut short, the next forward pass would write again
     write(written)
 
 

@@ -26,8 +26,9 @@ class FlatValues:
     parameters have.
 
     Gradients come by `backward()` alone: they are added to the buffer, past autograd, so
-    `torch.autograd.grad` sees none, nor do hooks on `values`. A layer without a gradient in a step
-    counts as one whose gradient is zero.
+    `torch.autograd.grad` sees none, nor do hooks on `values`; and they are there on the stream that
+    the forward pass ran on, which another stream must wait for. A layer without a gradient in a
+    step counts as one whose gradient is zero.
 
     Attributes:
         parameter: `[total]`, of the values' dtype and device; requires grad. Its `.grad` is the
@@ -60,6 +61,7 @@ class FlatValues:
             layer.values.data = part
             layer._sink = self
             start += part.numel()
+        self._held: set[int] = set()  # of the values whose parts hold a gradient
         self._take(torch.zeros_like(flat))
 
     def _take(self, grad: Tensor) -> None:
@@ -84,16 +86,41 @@ class FlatValues:
         grad = self.parameter.grad
         if grad is not self._grad:
             self._begin(grad)
-        address, part = self._places[id(values)]
+        address, part = self._places.get(id(values), (None, values))
         if values.data_ptr() != address:
             raise ConfigError(
                 "the values have left the one buffer of FlatValues (the model was moved or cast "
-                "after it was built): release() it and build it again"
+                "after it was built, or given other values): release() it and build it again"
             )
         accumulate = values.grad is not None
-        if not accumulate:
-            values.grad = part
+        self._hold(values, part)
         return part, accumulate
+
+    def settle(self) -> None:
+        """Make the buffer what the layers' `.grad` say, where someone has changed those alone, as
+        `model.zero_grad()` does. Called before a step of the optimizer.
+        """
+        if self.parameter.grad is not self._grad:  # None, or replaced: nothing is of the layers
+            return
+        for layer in self._layers:
+            values = layer.values
+            if id(values) not in self._held:
+                continue  # it took no part since the buffer was zeroed
+            part = self._places[id(values)][1]
+            if values.grad is None:
+                part.zero_()
+                self._held.discard(id(values))
+            else:
+                self._hold(values, part)
+
+    def _hold(self, values: Tensor, part: Tensor) -> None:
+        """Make `part` the gradient of `values`, with what was put in its place."""
+        if values.grad is part:
+            return
+        if values.grad is not None:
+            part.copy_(values.grad)
+        values.grad = part
+        self._held.add(id(values))
 
     def _begin(self, grad: Tensor | None) -> None:
         """Take up the gradient as it was left: None by zero_grad(), or replaced by another."""
@@ -102,6 +129,7 @@ class FlatValues:
             self.parameter.grad = self._grad
             for layer in self._layers:
                 layer.values.grad = None
+            self._held.clear()
             return
         self._take(grad)
         for layer in self._layers:

@@ -10,10 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from . import family, ops
-from .autograd import AdditiveLinear, DeltaMatmul, ResidentLinear, Sink
+from .autograd import AdditiveLinear, DeltaMatmul, ResidentLinear, Sink, version_of
 from .errors import ConfigError, PatternError, nearest
 from .ops._checks import accumulator_dtype
 from .pattern import SparsePattern
@@ -22,9 +25,17 @@ from .shared_input import SharedInput
 
 MODES = ("resident", "additive")
 
-
-# The layers that exist, for the hook below.
+# The layers that exist, for the hooks below.
 _layers: weakref.WeakSet[SparseDeltaLinear] = weakref.WeakSet()
+
+
+def _settle_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Before a step of any optimizer, let the buffers that it holds be what layers' `.grad` are."""
+    sinks = {id(s.parameter): s for layer in _layers if (s := layer._sink) is not None}
+    if sinks:
+        for group in optimizer.param_groups:
+            for held in {id(p) for p in group["params"]} & sinks.keys():
+                sinks[held].settle()
 
 
 def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -38,10 +49,12 @@ def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         trained = layer.values if layer._sink is None else layer._sink.parameter
         ours.setdefault(id(trained), []).append(layer.values)
     for group in optimizer.param_groups:
-        changed = [values for p in group["params"] for values in ours.get(id(p), ())]
+        stepped = (p for p in group["params"] if p.grad is not None)
+        changed = [values for p in stepped for values in ours.get(id(p), ())]
         torch.autograd.graph.increment_version(changed)
 
 
+register_optimizer_step_pre_hook(_settle_gradients)
 register_optimizer_step_post_hook(_raise_versions)
 
 
@@ -100,9 +113,9 @@ class SparseDeltaLinear(nn.Module):
                 )
             )
         self.mode = mode
-        # What the weight's trained entries hold now: (values, weight) by version and address, or
-        # None for W0.
-        self._written: tuple[int, ...] | None = None
+        # What the weight's trained entries hold now: the `_state` when they were written, or None
+        # for W0.
+        self._written: family.State | None = None
         self._start()
 
     def _start(self) -> None:
@@ -125,7 +138,8 @@ class SparseDeltaLinear(nn.Module):
         self.base = None
         self.weight = cast(nn.Parameter, weight)
         self.bias = cast("nn.Parameter | None", linear.bias)
-        taken = weight.detach().view(-1)[pattern.entry_indices.long()]
+        with torch.inference_mode(False):
+            taken = weight.detach().view(-1)[pattern.entry_indices.long()]
         self.register_buffer("base_values", taken.reshape(pattern.values_shape))
         self._add_values(pattern, weight.dtype, weight.device)
 
@@ -141,7 +155,9 @@ class SparseDeltaLinear(nn.Module):
     def _add_values(self, pattern: SparsePattern, dtype: torch.dtype, device: torch.device) -> None:
         self._pattern = pattern
         self.register_buffer("indices", pattern.indices)
-        zeros = torch.zeros(pattern.values_shape, dtype=accumulator_dtype(dtype), device=device)
+        # Made in inference mode they would have no version, and could never train.
+        with torch.inference_mode(False):
+            zeros = torch.zeros(pattern.values_shape, dtype=accumulator_dtype(dtype), device=device)
         self.values = nn.Parameter(zeros, requires_grad=not pattern.is_empty)
 
     @classmethod
@@ -186,6 +202,11 @@ class SparseDeltaLinear(nn.Module):
         assert values is not None
         assert weight is not None
         needs_grad = torch.is_grad_enabled()
+        if needs_grad and weight.requires_grad:
+            raise ConfigError(
+                "the weight of a SparseDeltaLinear is frozen, but requires_grad was set on it; it "
+                "would receive no gradient. Set it on `values` alone, or desparsify the layer"
+            )
         if self.mode == "resident" or self._pattern.is_empty:
             if not (needs_grad and values.requires_grad):
                 return F.linear(x, weight, bias)
@@ -227,11 +248,24 @@ class SparseDeltaLinear(nn.Module):
         sink = self._sink if values is self.values else None
         return y + DeltaMatmul.apply(x, values, kept, plan, sink)
 
-    def _state(self) -> tuple[int, ...]:
+    def _state(self) -> family.State:
+        """What values and weight are now: of each the tensor itself, its version and its address.
+        All three, as a new tensor may come to lie where a former one was (`functional_call` with
+        values of one's own), and a change of `.data` is one of the address alone.
+        """
         values, weight = self._parameters["values"], self._parameters["weight"]
         assert values is not None
         assert weight is not None
-        return values._version, values.data_ptr(), weight._version, weight.data_ptr()
+        seen = (version_of(values, self._sink), values.data_ptr(), version_of(weight))
+        return weakref.ref(values), weakref.ref(weight), *seen, weight.data_ptr()
+
+    def _holds_delta(self) -> bool:
+        """Whether the weight was written for what values and weight are now."""
+        if not self._written or self.values.is_inference():  # which does not count its writes
+            return False
+        # Not by ==, for which references ask what they refer to.
+        former, now = self._written, self._state()
+        return former[0]() is now[0]() and former[1]() is now[1]() and former[2:] == now[2:]
 
     def sync(self) -> None:
         """Make the weight hold what the mode says: W0 + D (resident) or W0 (additive).
@@ -250,7 +284,7 @@ class SparseDeltaLinear(nn.Module):
         """Whether the weight does not hold what the mode says."""
         if self.mode == "additive":
             return self._written is not None
-        return self._written != self._state() and not self._pattern.is_empty
+        return not (self._pattern.is_empty or self._holds_delta())
 
     def _siblings(self) -> list[SparseDeltaLinear]:
         """This layer, and those of its family that are written like it."""
@@ -339,7 +373,9 @@ class SparseDeltaLinear(nn.Module):
             self.values.data = values.to(self.values.device, dtype)
             self.values.grad = None if grad is None else grad.to(dtype)
         if self._written is not None:
-            self._written = ()  # the memory is new, though its address may be an old one
+            self._written = (
+                family.UNKNOWN
+            )  # the memory is new, though its address may be an old one
         if self.indices.device.type != "meta":
             self._pattern = self._pattern.to(self.indices.device)
             self.indices = self._pattern.indices
@@ -348,6 +384,9 @@ class SparseDeltaLinear(nn.Module):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._sync_if_changed()  # or `weight` would be one optimizer step behind `values`
+        # Averaging a model with its buffers (AveragedModel) truncates what it makes of integers.
+        # What the layer computes follows the pattern, and so must what is loaded from this.
+        self.indices = self._pattern.indices
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(
@@ -404,7 +443,7 @@ class SparseDeltaLinear(nn.Module):
         written = self._written is not None
         own = ("_input", "_family", "_sink")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
-        return {**state, "_written": () if written else None}
+        return {**state, "_written": family.UNKNOWN if written else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -274,3 +274,72 @@ def test_a_layer_that_gave_its_weight_away_is_written_no_more():
     model(torch.randn(5, 48))
     assert bool((model.q.weight == 3.0).all())
     assert given.pattern.nnz > 0
+
+
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+def test_what_is_written_to_the_parameter_is_what_the_layers_compute(mode):
+    model = sparse_model(mode)
+    flat = FlatValues(model)
+    x = torch.randn(5, 48)
+    loss = model(x).sum()
+    with torch.no_grad():
+        flat.parameter.normal_(std=0.1)
+    with pytest.raises(StaleWeightError):
+        loss.backward()
+    found = model(x)
+    flat.release()
+    for layer in (model.q, model.k, model.v, model.o):
+        layer.sync()
+    assert torch.equal(model(x), found)
+
+
+def test_an_optimizer_that_evaluates_within_its_step_trains_as_with_separate_values():
+    curves = []
+    for flat in (False, True):
+        model = sparse_model()
+        trained = [FlatValues(model).parameter] if flat else values(model)
+        optimizer = torch.optim.LBFGS(trained, lr=0.5, max_iter=5)
+        torch.manual_seed(2)
+        x, losses = torch.randn(16, 48), []
+
+        def closure(model=model, optimizer=optimizer, x=x, losses=losses):
+            optimizer.zero_grad()
+            loss = (model(x) - 1).square().mean()
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        for _ in range(2):
+            optimizer.step(closure)
+        curves.append(losses)
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    # The sums over one tensor or over four, in float32, decide the same steps.
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+def test_gradients_that_the_model_drops_are_not_stepped_again():
+    """`model.zero_grad()`, as a trainer calls it, and layers that a step does not reach."""
+    trained = []
+    for flat in (False, True):
+        model = sparse_model()
+        parameters = [FlatValues(model).parameter] if flat else values(model)
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        torch.manual_seed(2)
+        for layer in (model.q, model.k, model.k, model.q):
+            layer(torch.randn(5, 48)).sum().backward()
+            if layer is model.k:
+                layer.values.grad = layer.values.grad * 0.5  # replaced, not changed
+            optimizer.step()
+            model.zero_grad()
+        trained.append([v.detach().clone() for v in values(model)])
+    for one, other in zip(*trained, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert trained[0][0].abs().sum() > 0
+
+
+def test_values_that_are_not_the_layers_own_are_refused():
+    model = sparse_model()
+    FlatValues(model)
+    model.load_state_dict(model.state_dict(), assign=True)
+    with pytest.raises(ConfigError, match="given other values"):
+        model(torch.randn(5, 48)).sum().backward()

@@ -411,3 +411,36 @@ def test_training_lowers_a_loss_that_only_the_entries_can():
         optimizer.step()
     assert loss.item() < 1e-3
     torch.testing.assert_close(layer.values.detach(), torch.ones(pattern.nnz), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bias_that_is_made_to_train_trains(mode):
+    layer = make_layer(mode=mode, dtype=torch.float64)
+    layer.bias.requires_grad_()
+    twin = dense_twin(layer)
+    twin.bias.requires_grad_()
+    x, dy = (torch.randn(2, 7, size, dtype=torch.float64) for size in (48, 32))
+    layer(x).backward(dy)
+    twin(x).backward(dy)
+    torch.testing.assert_close(layer.bias.grad, twin.bias.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_weight_that_is_made_to_train_is_refused(mode):
+    layer = make_layer(mode=mode)
+    layer.weight.requires_grad_()
+    with pytest.raises(ConfigError, match="frozen, but requires_grad was set"):
+        layer(torch.randn(3, 48))
+    with torch.no_grad():
+        layer(torch.randn(3, 48))
+
+
+def test_a_layer_that_an_optimizer_passes_over_is_not_stale():
+    one, other = make_layer(), make_layer()
+    optimizer = torch.optim.SGD([one.values, other.values], lr=0.1)
+    x = torch.randn(3, 48)
+    later = other(x).sum()
+    one(x).sum().backward()
+    optimizer.step()
+    later.backward()
+    assert other.values.grad is not None

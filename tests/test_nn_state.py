@@ -8,8 +8,10 @@ import torch
 from kernels import make_pattern
 from layers import BLOCKS, MODES, make_layer
 from torch import nn
+from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from speft_kernels import SparsePattern
+from speft_kernels import SparseDeltaLinear, SparsePattern
 
 
 def test_the_state_dict_is_up_to_date_after_a_step():
@@ -105,3 +107,49 @@ def test_casting_there_and_back_leaves_no_stale_weight():
         layer.to(torch.bfloat16).to(torch.float32)
         layer(torch.randn(2, 512))
         assert torch.equal(layer.weight, layer.effective_weight())
+
+
+def test_values_of_ones_own_are_told_apart_by_more_than_their_address():
+    # Each draw is a new tensor of version 0, and the allocator likes to give it the same memory.
+    pattern = make_pattern("realistic", 64, 64)
+    layer, twin = make_layer(pattern), make_layer(pattern, "additive")
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        for _ in range(20):
+            values = torch.randn_like(layer.values)
+            y, expected = (functional_call(one, {"values": values}, (x,)) for one in (layer, twin))
+            torch.testing.assert_close(y, expected, rtol=0, atol=1e-3)
+            del values
+
+
+def test_an_average_of_all_buffers_is_saved_with_the_entries_that_it_computes_with():
+    layer = make_layer()
+    average = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.9999), use_buffers=True)
+    for _ in range(5):
+        with torch.no_grad():
+            layer.values.normal_()
+        average.update_parameters(layer)
+    x = torch.randn(3, 48)
+    fresh = make_layer(fill=False)
+    fresh.load_state_dict(average.module.state_dict())
+    assert fresh.pattern == layer.pattern
+    torch.testing.assert_close(fresh(x), average(x), rtol=0, atol=1e-5)
+    assert torch.equal(fresh.base_weight(), layer.base_weight())
+
+
+def test_a_layer_made_in_inference_mode_serves_and_trains():
+    linear, x = nn.Linear(48, 32), torch.randn(3, 48)
+    with torch.inference_mode():
+        layer = SparseDeltaLinear.from_linear(linear, make_pattern("realistic", 32, 48))
+        layer.values.fill_(0.5)
+        inside = layer(x)
+        twin = copy.deepcopy(layer)
+        twin.values.mul_(2)
+        doubled = twin(x)
+        twin.values.mul_(0.5)
+        assert torch.equal(twin(x), inside)
+        assert not torch.equal(doubled, inside)
+    assert torch.equal(layer(x), inside)
+    layer(x).sum().backward()
+    assert layer.values.grad is not None

@@ -182,3 +182,30 @@ def test_a_nan_loss_names_the_layer_that_it_comes_from() -> None:
         model.second.weight[0, 0] = torch.nan
     with pytest.raises(SalienceError, match="loss of batch 1 is nan; layer 'second' is the first"):
         sparsify(model, mlp_config(), pair_batches(1), pair_loss)
+
+
+class ReadsWeights(nn.Module):
+    """An owner that multiplies by its layers' weights, as a state-space model may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read, self.read_too = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.linear(self.called(x), self.read.weight, self.read.bias)
+        return hidden @ self.read_too.weight
+
+
+@pytest.mark.parametrize("metric", ["gradient", "grasp", "synflow"])
+def test_a_layer_whose_weight_is_read_past_it_is_refused(metric: str) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(torch.ones(3, 6)).square().sum()
+
+    model = ReadsWeights()
+    config = SpeftConfig(density=0.2, salience=metric)
+    with pytest.raises(SalienceError, match="'read(_too)?' cannot train sparsely") as refused:
+        score_and_select(model, config, [None], loss)
+    assert "not called either: 'read" in str(refused.value)
+    config = SpeftConfig(density=0.2, salience=metric, exclude_modules=["read", "read_too"])
+    assert set(score_and_select(model, config, [None], loss)[0]) == {"called"}
+    assert not model.called._forward_pre_hooks

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..errors import SalienceError
+
 
 @contextmanager
 def borrowed(model: nn.Module, seed: int) -> Iterator[None]:
@@ -50,14 +52,37 @@ def scoring_leaves(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Par
 
     So the gradient that arrives is of this layer alone even where its weight is tied, no hook is
     ever put on a parameter of the model, and the original parameters come back untouched.
+
+    Raises:
+        SalienceError: a gradient arrives at a layer that was not called. Its owner reads the weight
+            past the layer, so a sparse one in its place would never train.
     """
     originals = {name: layer._parameters["weight"] for name, layer in layers.items()}
     leaves = {name: nn.Parameter(layer.weight.detach()) for name, layer in layers.items()}
+    idle = set(layers)
+
+    def check(name: str) -> None:
+        if name in idle:
+            others = [other for other in layers if other in idle and other != name]
+            raise SalienceError(
+                f"layer {name!r} cannot train sparsely: its owner reads its weight without calling "
+                "it, so no gradient would reach the values. Name it in exclude_modules"
+                + (f" (not called either: {', '.join(map(repr, others))})" if others else "")
+            )
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, name=name: idle.discard(name))
+        for name, layer in layers.items()
+    ]
+    for name, leaf in leaves.items():
+        leaf.register_hook(lambda gradient, name=name: check(name))
     try:
         for name, layer in layers.items():
             layer._parameters["weight"] = leaves[name]
         yield leaves
     finally:
+        for hook in hooks:
+            hook.remove()
         for name, layer in layers.items():
             layer._parameters["weight"] = originals[name]
 
