@@ -30,11 +30,10 @@ from .adapter_file import (
     AdapterFile,
     AdapterLayer,
     read_adapter,
-    shown,
 )
 from .atomic import new_folder
 from .config import SpeftConfig
-from .errors import AdapterError, ConfigError, nearest
+from .errors import AdapterError, ConfigError, nearest, shown
 from .family import set_modes, to_linears
 from .install import install, is_sparse, state_of, swap_modules
 from .model import refuse_delta_in_shared

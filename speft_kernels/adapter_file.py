@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .config import SpeftConfig
-from .errors import AdapterError, ConfigError, PatternError
+from .errors import AdapterError, ConfigError, PatternError, shown
 from .pattern import SparsePattern
 
 FORMAT = "speft-adapter"
@@ -92,16 +92,6 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     except ConfigError as error:
         raise _bad(f"config: {error}") from error
     return AdapterFile(folder, layers, dense, config, _object(described["extra"], "extra"))
-
-
-def shown(value: object) -> str:
-    """Return a repr of bounded length, for messages: a name may be as long as the file it is in."""
-    text = (
-        repr(value)
-        if isinstance(value, (str, int, float, bool, type(None)))
-        else type(value).__name__
-    )
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _bad(fact: str) -> AdapterError:

@@ -88,7 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except SpeftError as error:
-        print(f"speft: error: {error}", file=sys.stderr)
+        from .report.page import plain
+
+        # A name in a message may come from anybody's file, and a terminal obeys what is in it.
+        lines = [plain(line) for line in str(error).split("\n")]
+        print("speft: error: " + "\n".join(lines), file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from . import recipe
-from .errors import ConfigError, nearest
+from .errors import ConfigError, nearest, shown
 from .salience.custom import Score, name_of
 from .salience.metrics import METRICS, check_salience
 
@@ -155,47 +155,54 @@ class SpeftConfig:
         known = [field.name for field in fields(cls)]
         for key in settings:
             if key not in known:
-                raise ConfigError(f"unknown setting {key!r}.{nearest(str(key), known)}")
+                raise ConfigError(f"unknown setting {shown(key)}.{nearest(str(key), known)}")
         return cls(**settings)
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, (int, float)):
+            number = float(value)
+            if math.isfinite(number):
+                return number
+    except OverflowError:  # of an integer beyond float64
+        pass
+    raise ConfigError(f"{name} must be a finite number, got {shown(value)}")
 
 
 def _fraction(name: str, value: object) -> float:
     number = _number(name, value)
     if not 0.0 < number < 1.0:
-        raise ConfigError(f"{name} must lie in (0, 1), both ends excluded, got {value!r}")
+        raise ConfigError(f"{name} must lie in (0, 1), both ends excluded, got {shown(value)}")
     return number
 
 
 def _whole(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ConfigError(f"{name} must be a whole number of at least 0, got {value!r}")
+        raise ConfigError(f"{name} must be a whole number of at least 0, got {shown(value)}")
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(
             f"{name} must be one of {', '.join(map(repr, choices))}, got "
-            f"{value!r}.{nearest(str(value), choices)}"
+            f"{shown(value)}.{nearest(str(value), choices)}"
         )
 
 
 def _names(name: str, value: object) -> tuple[str, ...]:
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, Sequence) or not all(isinstance(item, str) and item for item in items):
-        raise ConfigError(f"{name} must be module names (non-empty strings), got {value!r}")
+        raise ConfigError(f"{name} must be module names (non-empty strings), got {shown(value)}")
     return tuple(items)
 
 
 def _block_shape(value: object) -> tuple[int, int]:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise ConfigError(f"block_shape must be two whole numbers, got {value!r}")
+        raise ConfigError(f"block_shape must be two whole numbers, got {shown(value)}")
     for side in value:
         if isinstance(side, bool) or not isinstance(side, int) or side < 1:
-            raise ConfigError(f"block_shape must be two whole numbers of at least 1, got {value!r}")
+            raise ConfigError(
+                f"block_shape must be two whole numbers of at least 1, got {shown(value)}"
+            )
     return (value[0], value[1])

@@ -7,6 +7,7 @@ working. The command line turns a `SpeftError` into one line on standard error a
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -42,7 +43,20 @@ class StaleWeightError(SpeftError, RuntimeError):
     """`values` changed between a forward pass and its backward pass."""
 
 
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxtuple, _REPR.maxdict, _REPR.maxset = 2, 6, 6, 6, 6
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 120
+
+
+def shown(value: object) -> str:
+    """Return a repr of bounded length, for messages: a name may be as long as the file it is in,
+    and in YAML a list of lists may have far more entries than the file has bytes.
+    """
+    text = _REPR.repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name closest to `name`, or an empty string."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name[:120], list(known), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -55,6 +56,27 @@ def new_output(output: Path) -> Iterator[Path]:
 
 def _not_written(output: Path, error: OSError) -> ConfigError:
     return ConfigError(f"output {output} cannot be written: {error.strerror or error}")
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder for one process. Raises ConfigError if another one holds it.
+
+    The lock is on the folder itself, so it leaves no file; some network file systems have none.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another process is writing to {folder}; wait for it, or choose another "
+                    "--output"
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -131,3 +131,29 @@ def test_salience_is_for_sparse_masks(tmp_path, capsys, method):
     config.write_text(f"method: {method}\ntrain: nowhere.tsv\noutput: {tmp_path}/mask\n")
     message = error_of(capsys, "salience", "--config", config)
     assert f"method = {method!r}: only method 'speft'" in message
+
+
+def test_a_terminal_obeys_nothing_that_an_error_quotes(folder, tmp_path, capsys):
+    change_extra(folder, model="/x\x1b[2J\x1b]0;pwned\x07y")
+    message = error_of(capsys, "merge", "--adapter", folder, "--output", tmp_path / "merged")
+    assert message.isprintable()
+    assert "/x\ufffd[2J" in message
+
+
+def test_a_number_beyond_any_float_is_refused(folder, capsys):
+    path = folder / "adapter" / "adapter_config.json"
+    described = json.loads(path.read_text())
+    described["config"]["density"] = 10**400
+    path.write_text(json.dumps(described))
+    assert "density must be a finite number" in error_of(capsys, "info", folder / "adapter")
+
+
+def test_an_empty_name_of_a_config_is_no_demo(tmp_path, capsys):
+    output = tmp_path / "run"
+    assert "cannot be read as YAML" in error_of(
+        capsys, "finetune", "--config", "", "--output", output
+    )
+
+
+def test_a_name_that_is_too_long_is_refused(capsys):
+    assert "folder = " in error_of(capsys, "info", "x" * 300)

@@ -16,7 +16,7 @@ from speft_kernels.finetune.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
-from speft_kernels.finetune.config import RunConfig, load_yaml
+from speft_kernels.finetune.config import RunConfig, load_json, load_yaml
 from speft_kernels.finetune.inputs import ScoringBatches, check_rank
 from speft_kernels.finetune.models import pooling_of, resolve
 from speft_kernels.finetune.signals import StopSignals
@@ -201,3 +201,45 @@ def test_damaged_parameters_of_the_best_model_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ConfigError, match="checkpoint is damaged"):
         load_tensors(path, model)
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 1\nlr: 2\n", "the key 'lr' stands twice"),
+        ("head-lr: 1\nhead_lr: 2\n", "'head_lr' stands twice, with '-' and with '_'"),
+        (BOMB.replace("i: &i", "train: &i").replace("a: &a", "lr: &a"), "key 'b' is unknown"),
+        ("train: &a [x,x]\nlr: [*a,*a]\n", "train = .'x', 'x'. is not text"),
+    ],
+)
+def test_a_file_of_settings_says_each_thing_once_and_is_answered_in_a_line(tmp_path, text, message):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_yaml(path)
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_list_of_lists_without_end_is_not_written_out():
+    value = ["x"] * 9
+    for _ in range(9):
+        value = [value] * 9
+    with pytest.raises(ConfigError, match="train = .* is not text"):
+        config_of(train=value)
+
+
+@pytest.mark.parametrize("settings", ["[]", '["lr"]', '""', "[" * 100_000])
+def test_a_config_without_settings_is_refused(tmp_path, settings):
+    (tmp_path / "config.json").write_text(f'{{"settings": {settings}}}')
+    with pytest.raises(ConfigError, match="not the config.json of a run"):
+        load_json(tmp_path / "config.json")
+
+
+def test_a_decay_without_bound_is_refused():
+    with pytest.raises(ConfigError, match="weight_decay = inf must be less than inf"):
+        config_of(weight_decay="inf")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError, ConfigError, SpeftError
+from ..files import path_of
 
 _LIBRARIES = ("transformers", "accelerate", "datasets", "peft", "safetensors", "triton")
 
@@ -24,7 +25,10 @@ def run(args: argparse.Namespace) -> int:
     from ..report.page import plain
 
     # A folder may come from anybody, and a terminal obeys what is in its names and settings.
-    print(describe_machine() if args.folder is None else plain(describe_folder(Path(args.folder))))
+    if args.folder is None:
+        print(describe_machine())
+    else:
+        print(plain(describe_folder(path_of("folder", args.folder))))
     return 0
 
 

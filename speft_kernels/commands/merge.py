@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterError
+from ..errors import AdapterError, shown
 from ..files import check_output, new_output, path_of
 
 
@@ -69,7 +69,7 @@ def adapter_folder(given: str) -> Path:
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    from ..adapter_file import CONFIG_FILE, read_adapter, shown
+    from ..adapter_file import CONFIG_FILE, read_adapter
     from ..finetune.config import TASKS
 
     about = read_adapter(folder).extra

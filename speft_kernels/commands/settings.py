@@ -70,7 +70,7 @@ def _add_flag(group: argparse._ArgumentGroup, name: str) -> None:
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of the YAML file, overridden by the flags."""
-    settings = load_yaml(Path(args.config)) if args.config else {}
+    settings = load_yaml(Path(args.config)) if args.config is not None else {}
     for key, value in vars(args).items():
         if key.startswith("setting_"):
             name = key.removeprefix("setting_")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import recipe
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, shown
 from ..files import path_of
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -170,7 +170,9 @@ class RunConfig:
         "linear", "course of the learning rate", choices=("linear", "cosine", "constant")
     )
     warmup_ratio: float = option(0.06, "share of the steps that warm up", minimum=0, below=1)
-    weight_decay: float = option(0.0, "decay of dense weights (never of sparse values)", minimum=0)
+    weight_decay: float = option(
+        0.0, "decay of dense weights (never of sparse values)", minimum=0, below=float("inf")
+    )
     max_length: int = option(
         128, "longest input in tokens; the rest is cut off", minimum=4, below=2**31
     )
@@ -309,12 +311,16 @@ class RunConfig:
 
     def located(self) -> RunConfig:
         """The same settings with absolute paths, so that they mean the same in another folder."""
-        paths = {name: path_of(name, value) for name in PATHS if (value := getattr(self, name))}
-        absolute: dict[str, Any] = {
-            name: str(path.resolve())
-            for name, path in paths.items()
-            if name == "output" or path.exists()
-        }
+        absolute: dict[str, Any] = {}
+        for name in PATHS:
+            if not (value := getattr(self, name)):
+                continue
+            path = path_of(name, value)
+            try:
+                if name == "output" or path.exists():
+                    absolute[name] = str(path.resolve())
+            except (OSError, RuntimeError) as error:  # links that lead back to themselves
+                raise ConfigError(f"{name} = {shown(value)} is no path: {error}") from error
         return dataclasses.replace(self, **absolute)
 
     def to_dict(self) -> dict[str, Any]:
@@ -334,7 +340,7 @@ _TYPES = typing.get_type_hints(RunConfig)
 def check_keys(settings: Mapping[str, Any], what: str) -> None:
     for key in settings:
         if key not in FIELDS:
-            raise ConfigError(f"{what} {key!r} is unknown.{nearest(str(key), FIELDS)}")
+            raise ConfigError(f"{what} {shown(key)} is unknown.{nearest(str(key), FIELDS)}")
 
 
 def read_yaml(path: Path) -> Any:
@@ -342,13 +348,41 @@ def read_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _loader())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; --config takes a YAML file") from None
     # Of a date that does not exist or an endless number, and of lists nested too deep.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from error
+
+
+def _loader() -> Any:
+    """PyYAML's safe loader, which takes the last of two entries with one key, refusing them."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for i, key in enumerate(keys):
+                if (key.tag, key.value) in [(k.tag, k.value) for k in keys[:i]]:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {shown(key.value)} stands twice", key.start_mark
+                    )
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def one_name_each(where: str, loaded: Mapping[Any, Any]) -> dict[str, Any]:
+    """`loaded` with `-` and `_` alike in its keys. Raises ConfigError where that makes two one."""
+    settings: dict[str, Any] = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name in settings:
+            raise ConfigError(f"{where}: {shown(name)} stands twice, with '-' and with '_'")
+        settings[name] = value
+    return settings
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -359,7 +393,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     loaded = read_yaml(path)
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: must hold keys and values such as 'train: data.tsv'")
-    settings = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    settings = one_name_each(str(path), loaded)
     check_keys(settings, f"{path}: key")
     return {key: coerce(key, value) for key, value in settings.items()}
 
@@ -368,10 +402,12 @@ def load_json(path: Path) -> dict[str, Any]:
     """The settings that an earlier run wrote to its `config.json`."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        if not isinstance(settings, dict):
+            raise ValueError("its settings are no keys and values")
         check_keys(settings, f"{path}: key")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file, so there is no run to resume there") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: not the config.json of a run: {error}") from error
     return {key: coerce(key, value) for key, value in settings.items()}
 
@@ -396,7 +432,7 @@ def coerce(name: str, value: Any) -> Any:
         except OverflowError:
             raise ConfigError(f"{name} is too large a number") from None
     wanted = " or ".join(_type_name(kind) for kind in options if kind is not type(None))
-    raise ConfigError(f"{name} = {value!r} is not {wanted}")
+    raise ConfigError(f"{name} = {shown(value)} is not {wanted}")
 
 
 def _is_union(expected: Any) -> bool:
@@ -437,7 +473,7 @@ def _check_range(spec: dataclasses.Field[Any], value: Any) -> None:
     rules = spec.metadata
     if rules["choices"] and value not in rules["choices"]:
         raise ConfigError(
-            f"{spec.name} = {value!r} is not one of {', '.join(rules['choices'])}."
+            f"{spec.name} = {shown(value)} is not one of {', '.join(rules['choices'])}."
             f"{nearest(value, rules['choices'])}"
         )
     if rules["minimum"] is not None and not value >= rules["minimum"]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from .tasks import CausalLM, Classification, Encoded, Task, check_metric
 # The sources of a run's data, and which split of a dataset each is by default.
 SPLITS = {"train": "train", "eval": "validation", "test": "test"}
 _DIGITS = 12
+# What models call the embedding of absolute positions.
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Inputs:
 
     `config` says what its `lora_budget` means for this model (see `methods.budgeted`). `labels` are
     the class names in the order of the model's outputs; `pooling` is "mean" or
-    "model", and None for a language model; `fingerprint` covers all the data. `identity` has a
+    "model", and None for a language model; `fingerprint` covers all the data, as token ids too, the
+    base weights and a score of the user's own: what a run that goes on must find as it was.
+    `identity` has a
     digest of each source, of the base weights and of the file of a score of the user's own,
     "train=DIGITS test=DIGITS model=DIGITS salience=DIGITS".
     """
@@ -143,7 +148,12 @@ def read_inputs(config: RunConfig, display: Display) -> Inputs:
     encoded = {name: _encode(task, source, display) for name, source in sources.items()}
     identity = {name: source.fingerprint()[:_DIGITS] for name, source in given.items()}
     identity.update({name: digest_of(config, name) for name in ("model", "salience")})
-    digests = "".join(source.fingerprint() for source in sources.values())
+    check_fit(model, tokenizer, sources, encoded)
+    fingerprint = hashlib.sha256("".join(identity.values()).encode())
+    for name, source in sources.items():
+        fingerprint.update(source.fingerprint().encode())
+        for item in encoded[name]:  # as the tokenizer makes them
+            fingerprint.update(array("q", item.inputs["input_ids"]).tobytes())
     return Inputs(
         config=config,
         task=task,
@@ -155,7 +165,7 @@ def read_inputs(config: RunConfig, display: Display) -> Inputs:
         test=encoded.get("test"),
         labels=labels,
         pooling=pooling,
-        fingerprint=hashlib.sha256(digests.encode()).hexdigest(),
+        fingerprint=fingerprint.hexdigest(),
         identity=" ".join(f"{name}={digits}" for name, digits in identity.items() if digits),
     )
 
@@ -201,6 +211,43 @@ def check_weights(model: PreTrainedModel, name: str) -> None:
                 f"model {name}: its parameter {parameter!r} holds NaN or infinite values; "
                 "the file is damaged or its training failed"
             )
+
+
+def check_fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Mapping[str, Examples],
+    encoded: Mapping[str, list[Encoded]],
+) -> None:
+    """Raises ConfigError for an example that the model has no positions or no embeddings for, which
+    would end the run where it is met.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    rows, positions = embeddings.weight.shape[0], positions_of(model)
+    for name, items in encoded.items():
+        longest = max((item.length for item in items), default=0)
+        if positions is not None and longest > positions:
+            raise ConfigError(
+                f"{sources[name].source}: its longest example has {longest} tokens, and the model "
+                f"has positions for {positions}; lower --max-length to {positions}"
+            )
+        largest = max((max(item.inputs["input_ids"], default=0) for item in items), default=0)
+        if largest >= rows:
+            raise ConfigError(
+                f"the tokenizer makes token {largest} of {sources[name].source} and the model has "
+                f"embeddings for {rows}: they do not belong together"
+            )
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens the model has learnt positions for; None where they are computed."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.endswith(_POSITIONS):
+            # Some count from behind the padding's own position, others from an offset.
+            padding = module.padding_idx
+            first = getattr(module, "offset", 0) if padding is None else padding + 1
+            return int(module.num_embeddings) - int(first)
+    return None
 
 
 def check_rank(config: RunConfig, targets: Targets) -> None:

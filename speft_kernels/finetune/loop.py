@@ -324,14 +324,15 @@ class Loop:
         if not self.folder.metrics.exists():
             return
         kept = []
-        for line in self.folder.metrics.read_text(encoding="utf-8").splitlines():
+        text = self.folder.metrics.read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
             try:
                 entry = json.loads(line)
-                step = entry["step"]
-            except (ValueError, TypeError, LookupError):
+                last = self.progress.evaluated_step if "eval" in entry else self.progress.step
+                if int(entry["step"]) <= last:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, LookupError, RecursionError):
                 break  # the process was killed while it wrote this line
-            if step <= (self.progress.evaluated_step if "eval" in entry else self.progress.step):
-                kept.append(line + "\n")
         with replaced(self.folder.metrics) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
 

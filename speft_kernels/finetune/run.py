@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 
 from .._version import __version__
-from ..adapter_file import shown
+from ..atomic import check_creatable
 from ..dynamic import Move
-from ..errors import ConfigError
-from ..files import write_json
+from ..errors import ConfigError, shown
+from ..files import alone, write_json
 from ..salience.memory import PeakMemory
 from . import methods
 from .checkpoint import Progress, read_checkpoint
@@ -61,7 +61,10 @@ def finetune(
     else:
         check_free(folder, overwrite)
         check_apart(folder, config)
-    with quiet_transformers(), StopSignals() as stop:
+    with quiet_transformers(), StopSignals() as stop, ExitStack() as held:
+        replaces = folder.root.exists() and not resume
+        if folder.root.exists():
+            held.enter_context(alone(folder.root))
         accelerator = start_accelerator(config)
         set_seed(config.seed)
         inputs = read_inputs(config, display)
@@ -70,7 +73,8 @@ def finetune(
         if resume:
             loop, prepared = _resumed(inputs, accelerator, folder, display, stop)
         else:
-            loop, prepared = _fresh(inputs, accelerator, folder, overwrite, display, stop)
+            loop, prepared = _fresh(inputs, accelerator, folder, replaces, display, stop)
+            held.enter_context(alone(folder.root))
         peak = PeakMemory([accelerator.device])
         try:
             progress = loop.run()
@@ -88,7 +92,7 @@ def _fresh(
     inputs: Inputs,
     accelerator: Accelerator,
     folder: Folder,
-    overwrite: bool,
+    replaces: bool,
     display: Display,
     stop: StopSignals,
 ) -> tuple[Loop, methods.Prepared]:
@@ -102,9 +106,14 @@ def _fresh(
     check_finite(before, "before training", "use --dtype float32, or another model")
     stop.check()
 
-    if overwrite and folder.root.exists():
+    if replaces:
         shutil.rmtree(folder.root)
-    folder.root.mkdir(parents=True)
+    try:
+        folder.root.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(
+            f"output {folder.root} was made by another process meanwhile; choose another --output"
+        ) from None
     settings = {"speft_kernels": __version__, "settings": config.to_dict(), **inputs.about()}
     write_json(folder.config, settings)
     loop = _loop(inputs, prepared, accelerator, folder, display, stop)
@@ -125,8 +134,8 @@ def _resumed(
     state = read_checkpoint(folder.state)
     if state["facts"]["fingerprint"] != inputs.fingerprint:
         raise ConfigError(
-            f"{folder.root}: the data has changed since this run began, so it cannot go on; "
-            "restore the data, or start again with --overwrite"
+            f"{folder.root}: the data, the model or its tokenizer has changed since this run "
+            "began, so it cannot go on; restore them, or start again with --overwrite"
         )
     patterns = methods.patterns_from(state["facts"]["patterns"])
     batches, loss_fn = inputs.scoring_batches(stop), methods.mean_loss(inputs.task, accelerator)
@@ -218,9 +227,10 @@ def check_free(folder: Folder, overwrite: bool) -> None:
                 "choose another --output"
             )
         check_nothing_else(root, folder.names)
-    ancestor = next(parent for parent in root.parents if parent.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-        raise ConfigError(f"output {root} cannot be created: {ancestor} is not a writable folder")
+    try:
+        check_creatable(root)
+    except OSError as error:
+        raise ConfigError(f"output {root} cannot be created: {error.strerror}") from error
 
 
 def check_nothing_else(root: Path, names: Collection[str]) -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, shown
 from ..files import path_of
-from ..finetune.config import FIELDS, RunConfig, read_yaml
+from ..finetune.config import FIELDS, RunConfig, one_name_each, read_yaml
 
 _KEYS = {
     "name": "the study's name",
@@ -174,7 +174,7 @@ def _study(loaded: Any, output: str | None, data: str | None) -> Study:
         raise ConfigError(f"must hold the keys {', '.join(_KEYS)}")
     for key in loaded:
         if key not in _KEYS:
-            raise ConfigError(f"key {key!r} is unknown.{nearest(str(key), _KEYS)}")
+            raise ConfigError(f"key {shown(key)} is unknown.{nearest(str(key), _KEYS)}")
     base = _settings("base", loaded.get("base", {}))
     tasks = {
         _label("task", name): {**base, **_settings(f"task {name}", own)}
@@ -196,14 +196,14 @@ def _study(loaded: Any, output: str | None, data: str | None) -> Study:
     search = loaded.get("search_seeds", 1)
     fewest = min(map(len, seeds.values()))
     if isinstance(search, bool) or not isinstance(search, int) or not 0 < search <= fewest:
-        raise ConfigError(f"search_seeds = {search!r} must lie between 1 and {fewest} (seeds)")
+        raise ConfigError(f"search_seeds = {shown(search)} must lie between 1 and {fewest} (seeds)")
     how = loaded.get("search", SEARCHES[0])
     if how not in SEARCHES:
-        raise ConfigError(f"search = {how!r} is not one of {', '.join(SEARCHES)}")
+        raise ConfigError(f"search = {shown(how)} is not one of {', '.join(SEARCHES)}")
     slack = loaded.get("search_slack", 0.0)
     number = isinstance(slack, int | float) and not isinstance(slack, bool)
     if not number or not 0 <= slack <= sys.float_info.max:
-        raise ConfigError(f"search_slack = {slack!r} must be a number from 0 on")
+        raise ConfigError(f"search_slack = {shown(slack)} must be a number from 0 on")
     where = output or loaded.get("output")
     if not where:
         raise ConfigError("output, the study's folder, is missing")
@@ -232,17 +232,17 @@ def _mapping(key: str, value: Any) -> dict[str, Any]:
 def _settings(where: str, value: Any, also: Iterable[str] = ()) -> dict[str, Any]:
     value = {} if value is None else value
     if not isinstance(value, dict):
-        raise ConfigError(f"{where} must hold settings, got {value!r}")
-    settings = {str(key).replace("-", "_"): entry for key, entry in value.items()}
+        raise ConfigError(f"{where} must hold settings, got {shown(value)}")
+    settings = one_name_each(where, value)
     for key in settings:
         if key in _OWN and key not in also:
-            raise ConfigError(f"{where}: {key!r} is set by the study itself, for each run")
+            raise ConfigError(f"{where}: {shown(key)} is set by the study itself, for each run")
         if key not in FIELDS and key not in also:
-            raise ConfigError(f"{where}: setting {key!r} is unknown.{nearest(key, FIELDS)}")
+            raise ConfigError(f"{where}: setting {shown(key)} is unknown.{nearest(key, FIELDS)}")
         values = settings[key] if isinstance(settings[key], list) else [settings[key]]
         if not all(value is None or isinstance(value, str | int | float) for value in values):
             raise ConfigError(
-                f"{where}: {key} = {settings[key]!r} is no text, no number, and no list of them"
+                f"{where}: {key} = {shown(settings[key])} is no text, no number, nor a list of them"
             )
     return settings
 
@@ -250,14 +250,14 @@ def _settings(where: str, value: Any, also: Iterable[str] = ()) -> dict[str, Any
 def _folder(key: str, value: Any) -> Path:
     """`value` as an absolute path. Raises ConfigError where there can be no such folder."""
     if not isinstance(value, str):
-        raise ConfigError(f"{key} = {value!r} must be the path of a folder")
+        raise ConfigError(f"{key} = {shown(value)} must be the path of a folder")
     try:
         path = path_of(key, value).resolve()
         found = next(place for place in (path, *path.parents) if place.exists())
     except OSError as error:
-        raise ConfigError(f"{key} = {value!r} cannot be a folder: {error.strerror}") from error
+        raise ConfigError(f"{key} = {shown(value)} cannot be a folder: {error.strerror}") from error
     if not found.is_dir():
-        raise ConfigError(f"{key} = {value!r} cannot be a folder: {found} is a file")
+        raise ConfigError(f"{key} = {shown(value)} cannot be a folder: {found} is a file")
     return path
 
 
@@ -317,7 +317,7 @@ def _several(key: str, value: Any, kind: Any) -> tuple[Any, ...]:
     except (TypeError, ValueError, OverflowError):
         found = ()
     if not found or len(found) < len(values) or (kind is int and list(found) != values):
-        raise ConfigError(f"{key} = {value!r} must be a list of numbers with one at least")
+        raise ConfigError(f"{key} = {shown(value)} must be a list of numbers with one at least")
     if len(set(found)) < len(found):
-        raise ConfigError(f"{key} = {value!r} names a value twice")
+        raise ConfigError(f"{key} = {shown(value)} names a value twice")
     return found

@@ -150,7 +150,7 @@ def read_rows(path: Path) -> list[Row]:
         DataError: a column is missing, or a value is not of its column's kind; names the line.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
             if missing:

@@ -1,0 +1,117 @@
+"""A run and what it stands on: its folder is its own, and it goes on over nothing that changed."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny_runs import Silent, make_place, run, terminate
+from tiny_text import write_tsv
+
+from speft_kernels.errors import ConfigError
+from speft_kernels.files import alone
+from speft_kernels.finetune.signals import Interrupted
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture
+def own(place, tmp_path):
+    return shutil.copytree(place, tmp_path / "place")
+
+
+def interrupted(place, output):
+    with pytest.raises(Interrupted):
+        run(place, output, display=Silent(3, terminate))
+    return output
+
+
+def other_weights(place):
+    path = place / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if tensors[name].dim() == 2)
+    tensors[name][0, 0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def other_tokens(place):
+    path = place / "model" / "tokenizer.json"
+    described = json.loads(path.read_text())
+    vocabulary = described["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize("change", [other_weights, other_tokens])
+def test_a_run_does_not_go_on_over_another_model_or_tokenizer(own, tmp_path, change):
+    output = interrupted(own, tmp_path / "run")
+    change(own)
+    with pytest.raises(ConfigError, match="the model or its tokenizer has changed"):
+        run(own, output, resume=True)
+
+
+def test_a_folder_is_one_processs(place, tmp_path):
+    output = interrupted(place, tmp_path / "run")
+    before = (output / "metrics.jsonl").read_bytes()
+    with alone(output):
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(ConfigError, match="another process is writing to"):
+                run(place, output, **how)
+    assert (output / "metrics.jsonl").read_bytes() == before
+    run(place, output, resume=True)
+
+
+def test_a_folder_that_another_process_made_meanwhile_is_left_alone(place, tmp_path):
+    output = tmp_path / "run"
+
+    class Meanwhile(Silent):
+        def note(self, text):
+            output.mkdir(exist_ok=True)
+
+    with pytest.raises(ConfigError, match="was made by another process meanwhile"):
+        run(place, output, display=Meanwhile())
+    assert not list(output.iterdir())
+
+
+@pytest.mark.parametrize("left", ['{"step": "x"}\n', "null\n", "[1]\n", "[" * 100_000 + "\n"])
+def test_lines_of_metrics_that_say_nothing_do_not_end_a_run(place, tmp_path, left):
+    output = interrupted(place, tmp_path / "run")
+    with open(output / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(left)
+    with open(output / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\n")
+    run(place, output, resume=True)
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").open()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 36
+
+
+def test_examples_that_the_model_has_no_positions_for_are_refused(own, tmp_path):
+    longest = "the film was fine " * 100
+    write_tsv(own / "test.tsv", [(longest, "good")])
+    with pytest.raises(ConfigError, match=r"test.tsv: its longest example has \d+ tokens, .*lower"):
+        run(own, tmp_path / "run", test=str(own / "test.tsv"), max_length=512)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_that_the_model_has_no_embeddings_for_are_refused(own, tmp_path):
+    path = own / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("word_embeddings.weight"))
+    tensors[name] = tensors[name][:8].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    described = json.loads((own / "model" / "config.json").read_text())
+    described["vocab_size"] = 8
+    (own / "model" / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match="embeddings for 8: they do not belong together"):
+        run(own, tmp_path / "run")
+
+
+def test_an_output_that_links_back_to_itself_is_refused(place, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ConfigError, match="output = .*loop.* is no path"):
+        run(place, tmp_path / "loop" / "run")
