@@ -281,7 +281,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a path for a layer": (rename_layer("../../etc/passwd"), "no layer '../../etc/passwd'"),
     "an attribute for a layer": (rename_layer("first.__class__"), "no layer 'first.__class__'"),
     "no name": (rename_layer(""), "is a Mlp in the model"),
-    "a very long name": (rename_layer("x" * 100_000), r"no layer 'x{116}\.\.\."),
+    "a very long name": (rename_layer("x" * 100_000), r"no layer 'x+\.\.\.x+'"),
     "another kind of layer": (rename_layer("norm"), "is a BatchNorm1d"),
     "another layer": (rename_layer("head"), r"has shape \(3, 8\) in the model, \(10, 6\)"),
     "another shape": (
