@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check and resolve everything but what has to be downloaded, and train nothing",
+        help="resolve the settings, read what is here, and say what would be trained; what only "
+        "comparing the data with each other shows, the run itself refuses",
     )
 
 

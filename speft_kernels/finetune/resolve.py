@@ -18,11 +18,12 @@ from .models import load_causal_lm, load_classifier, load_tokenizer, quiet_trans
 def resolved(config: RunConfig) -> str:
     """The settings that are not defaults, the data, the model, and the budget in numbers, as text.
 
-    Files and folders are read and checked as a run reads them. What only a download can tell (a
-    dataset or model of the hub) is named as such.
+    Files and folders are read. What only a download can tell (a dataset or model of the hub) is
+    named as such. That the data do not fit each other (their columns, labels, lengths), or that the
+    output is taken, only the run finds; its steps may be fewer by examples that it leaves out.
 
     Raises:
-        ConfigError, DataError: as the run would.
+        ConfigError, DataError: the settings, a file or the model cannot be used.
     """
     if not config.validation:
         config.require("eval")
