@@ -363,12 +363,13 @@ def _loader() -> Any:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for i, key in enumerate(keys):
-                if (key.tag, key.value) in [(k.tag, k.value) for k in keys[:i]]:
+            known: set[tuple[str, str]] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if (key.tag, key.value) in known:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"the key {shown(key.value)} stands twice", key.start_mark
                     )
+                known.add((key.tag, key.value))
             return super().construct_mapping(node, deep)
 
     return Loader

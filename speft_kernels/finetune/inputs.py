@@ -242,7 +242,7 @@ def check_fit(
 def positions_of(model: PreTrainedModel) -> int | None:
     """How many tokens the model has learnt positions for; None where they are computed."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.endswith(_POSITIONS):
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
             # Some count from behind the padding's own position, others from an offset.
             padding = module.padding_idx
             first = getattr(module, "offset", 0) if padding is None else padding + 1
