@@ -35,6 +35,7 @@ from .atomic import new_folder
 from .config import SpeftConfig
 from .errors import AdapterError, ConfigError, nearest, shown
 from .family import set_modes, to_linears
+from .files import writing
 from .install import install, is_sparse, state_of, swap_modules
 from .model import refuse_delta_in_shared
 from .nn import SparseDeltaLinear
@@ -84,8 +85,9 @@ def save_adapter(
         overwrite: replace an adapter that is there already. Any other folder is refused.
 
     Raises:
-        AdapterError: the folder exists, cannot be written, or holds something else than an adapter;
-            there is nothing to save, a value is not finite, or `extra` is not JSON.
+        AdapterError: the folder exists, or holds something else than an adapter; there is nothing
+            to save, a value is not finite, or `extra` is not JSON.
+        OutputError: the folder cannot be written; it is as it was.
     """
     _check_destination(Path(folder), overwrite)
     stored = {
@@ -150,17 +152,14 @@ def write_adapter(
         json.dumps(described, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise AdapterError(f"extra must be JSON data: {error}") from error
-    try:
-        with new_folder(folder) as draft:
-            # Copies: safetensors refuses views and tensors that share memory.
-            copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-            data = safetensors.torch.save(copies, metadata={"format": "pt"})
-            (draft / TENSORS_FILE).write_bytes(data)
-            described["tensors_sha256"] = hashlib.sha256(data).hexdigest()
-            text = json.dumps(described, indent=1, allow_nan=False)
-            (draft / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise AdapterError(f"the adapter cannot be written to {str(folder)!r}: {error}") from error
+    with writing(folder), new_folder(folder) as draft:
+        # Copies: safetensors refuses views and tensors that share memory.
+        copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+        data = safetensors.torch.save(copies, metadata={"format": "pt"})
+        (draft / TENSORS_FILE).write_bytes(data)
+        described["tensors_sha256"] = hashlib.sha256(data).hexdigest()
+        text = json.dumps(described, indent=1, allow_nan=False)
+        (draft / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_adapter(

@@ -35,6 +35,10 @@ class SalienceError(SpeftError, ValueError):
     """A salience score cannot be computed or ranked."""
 
 
+class OutputError(SpeftError, OSError):
+    """A file or folder cannot be written: the disk is full, the folder is write-protected."""
+
+
 class BackendError(SpeftError, RuntimeError):
     """A backend was asked for by name and cannot serve the call."""
 

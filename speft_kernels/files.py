@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .atomic import check_creatable, new_folder
-from .errors import ConfigError
+from .errors import ConfigError, OutputError, SpeftError
 
 # Bytes that file systems take: of a name, and of a path on Linux less what a run adds to its own.
 NAME_LIMIT, PATH_LIMIT = 255, 4096 - 256
@@ -41,21 +43,37 @@ def check_output(output: Path) -> None:
             raise ConfigError(f"output {output} exists already; choose another --output")
         check_creatable(output)
     except OSError as error:
-        raise _not_written(output, error) from error
+        raise ConfigError(
+            f"output {output} cannot be written: {error.strerror or error}"
+        ) from error
 
 
 @contextlib.contextmanager
 def new_output(output: Path) -> Iterator[Path]:
-    """`new_folder` for what the user named; raises ConfigError when it cannot be written."""
+    """`new_folder` for what the user named; raises OutputError when it cannot be written."""
+    with writing(output), new_folder(output) as draft:
+        yield draft
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises OutputError, which names `path`, where the block fails as it cannot write.
+
+    Libraries have errors of their own for it: torch's comes from the system's, safetensors' has its
+    text.
+    """
     try:
-        with new_folder(output) as draft:
-            yield draft
-    except OSError as error:
-        raise _not_written(output, error) from error
-
-
-def _not_written(output: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"output {output} cannot be written: {error.strerror or error}")
+        yield
+    except SpeftError:
+        raise
+    except Exception as error:
+        reason: BaseException | None = error
+        while reason is not None and not isinstance(reason, (OSError, SafetensorError)):
+            reason = reason.__context__
+        if reason is None:
+            raise
+        said = getattr(reason, "strerror", None) or reason
+        raise OutputError(f"{path} cannot be written: {said}") from error
 
 
 @contextlib.contextmanager
@@ -81,19 +99,23 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; on success it is on the disk and takes `path`'s place."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """A path beside `path` to write to; on success it is on the disk and takes `path`'s place.
+
+    Raises OutputError when it cannot be written; `path` is as it was.
+    """
+    with writing(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -27,7 +27,7 @@ from tiny_models import (
 
 from speft_kernels import atomic
 from speft_kernels.adapter import load_adapter, save_adapter
-from speft_kernels.errors import AdapterError
+from speft_kernels.errors import AdapterError, OutputError
 from speft_kernels.model import (
     SpeftConfig,
     merge,
@@ -88,7 +88,7 @@ def test_overwriting_never_deletes_anything_else(saved: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(AdapterError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         save_adapter(trained_mlp(), tmp_path / "file" / "adapter")
 
 
@@ -123,7 +123,7 @@ def test_a_failed_write_leaves_the_old_adapter(
         return original(*args)
 
     monkeypatch.setattr(os, function, fails)
-    with pytest.raises(AdapterError, match="cannot be written.*No space left"):
+    with pytest.raises(OutputError, match="cannot be written.*No space left"):
         save_adapter(filled(trained_mlp(), seed=3), saved, overwrite=True)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in saved.parent.iterdir()] == ["adapter"]

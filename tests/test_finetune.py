@@ -196,23 +196,23 @@ def test_output_folders_are_protected(place, tmp_path):
     assert precious.read_text() == "dear"
 
 
-def test_overwrite_deletes_nothing_but_a_run(place, tmp_path):
+@pytest.mark.parametrize("method", ["speft", "lora", "full"])
+def test_overwrite_deletes_nothing_but_a_run(place, tmp_path, method):
     output = tmp_path / "run"
-    run(place, output, max_steps=1)
+    run(place, output, method, max_steps=1)
     (output / "report.html").write_text("of a run")
-    data = output / "adapter" / "train.tsv"
-    data.write_bytes((place / "train.tsv").read_bytes())
-    with pytest.raises(ConfigError, match="train .* lies in the output"):
-        run(place, output, overwrite=True, train=str(data))
-    notes = output / "notes.txt"
-    notes.write_text("dear")
-    with pytest.raises(ConfigError, match=r"no run has written \('notes.txt'\)"):
-        run(place, output, overwrite=True)
-    assert data.exists()
-    assert notes.read_text() == "dear"
-    notes.unlink()
+    for folder in (output, output / "adapter"):
+        notes = folder / "notes.txt"
+        notes.write_text("dear")
+        with pytest.raises(ConfigError, match=rf"{folder} holds .* \('notes.txt'\)"):
+            run(place, output, overwrite=True)
+        assert notes.read_text() == "dear"
+        notes.unlink()
+    with pytest.raises(ConfigError, match="model .* lies in the output"):
+        run(place, output, overwrite=True, model=str(output / "adapter"))
     run(place, output, max_steps=1, overwrite=True)
-    assert not data.exists()
+    assert (output / "adapter" / "adapter.safetensors").exists()
+    assert not (output / "report.html").exists()
 
 
 def test_accumulation_changes_the_memory_and_not_the_steps(tmp_path, monkeypatch):

@@ -1,14 +1,18 @@
 """A run and what it stands on: its folder is its own, and it goes on over nothing that changed."""
 
 import json
+import resource
 import shutil
+import signal
+from contextlib import ExitStack, contextmanager
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import Silent, make_place, run, terminate
+from tiny_runs import Silent, make_place, run, tensors, terminate
 from tiny_text import write_tsv
 
-from speft_kernels.errors import ConfigError
+from speft_kernels.errors import ConfigError, OutputError, SpeftError
 from speft_kernels.files import alone
 from speft_kernels.finetune.signals import Interrupted
 
@@ -115,3 +119,58 @@ def test_an_output_that_links_back_to_itself_is_refused(place, tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ConfigError, match="output = .*loop.* is no path"):
         run(place, tmp_path / "loop" / "run")
+
+
+@contextmanager
+def files_of_at_most(size):
+    """A full disk: what is written beyond `size` bytes of a file fails, as the system says it."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "others", "name"),
+    [
+        ("speft", 100, {}, "metrics.jsonl"),
+        ("speft", 2000, {"save_every": 4}, "checkpoint/state.pt"),
+        ("speft", 2000, {}, "checkpoint/best.safetensors"),
+        ("merge", 2000, {}, "adapter"),
+        ("lora", 2000, {}, "checkpoint/best.safetensors"),
+    ],
+)
+def test_a_full_disk_is_said_so_and_the_run_goes_on_afterwards(
+    place, tmp_path, method, size, others, name
+):
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    run(place, whole, method, **others)
+    with ExitStack() as full:
+        display = Silent(3, lambda: full.enter_context(files_of_at_most(size)))
+        with pytest.raises(
+            SpeftError, match=f"{name} cannot be written: .*; once that is mended, --resume"
+        ):
+            run(place, output, method, display=display, **others)
+    assert not list(output.rglob("*.tmp"))
+    result = run(place, output, method, resume=True, **others)
+    assert result["steps"] == 36
+    expected, found = tensors(whole), tensors(output)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_disk_that_is_full_before_the_first_step_leaves_no_folder(place, tmp_path):
+    with ExitStack() as full:
+
+        class Full(Silent):
+            def note(self, text):
+                if text.startswith("training") or " training " in text:
+                    full.enter_context(files_of_at_most(2000))
+
+        with pytest.raises(OutputError, match="state.pt cannot be written: File too large"):
+            run(place, tmp_path / "run", display=Full())
+    assert not list(tmp_path.iterdir())

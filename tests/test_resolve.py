@@ -1,4 +1,4 @@
-"""The examples' settings, and what a dry run says of them."""
+"""The examples' settings, and that a dry run takes them."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_text import save_bert, sentences, write_tsv
 
 from speft_kernels.cli import main
 from speft_kernels.finetune.config import RunConfig, load_yaml
@@ -158,27 +157,3 @@ def test_the_rows_that_are_documented_are_of_that_study_and_name_no_machines_fol
         if config.method == "speft":
             for key in ("salience", "selection", "sample_columns", "scope", "head_warmup_steps"):
                 assert getattr(again, key) == getattr(config, key), (row.id, key)
-
-
-def test_a_dry_run_counts_what_is_here_and_trains_nothing(tmp_path, capsys):
-    train = sentences(40, seed=1)
-    write_tsv(tmp_path / "train.tsv", train)
-    save_bert(tmp_path / "model", [text for text, _ in train])
-    arguments = [
-        *("finetune", "--dry-run", "--train", str(tmp_path / "train.tsv"), "--validation", "0.2"),
-        *("--model", str(tmp_path / "model"), "--output", str(tmp_path / "run")),
-        *("--batch-size", "8", "--epochs", "2", "--lora-budget", "1", "--pooling", "mean"),
-    ]
-    assert main(arguments) == 0
-    out = capsys.readouterr().out
-    size, budget = 2 * (4 * 32 * 32 + 2 * 32 * 48), 2 * (4 * 64 + 2 * 80)
-    assert "40 rows of sentence" in out
-    assert "8 steps" in out  # 32 rows, batches of 8, two epochs
-    assert f"12 layers with {size:,} weights are adapted" in out
-    assert f"{budget:,} of them train" in out
-    assert not (tmp_path / "run").exists()
-    assert main([*arguments, "--target-modules", "querry"]) == 2
-    assert "query" in capsys.readouterr().err
-    arguments[3] = str(tmp_path / "none.tsv")
-    assert main(arguments) == 2
-    assert "no such file" in capsys.readouterr().err

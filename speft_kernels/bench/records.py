@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..files import replaced
 from .harness import Result
 from .machine import Machine
@@ -191,18 +191,15 @@ def write_records(path: Path, rows: Iterable[Record]) -> list[Record]:
 
     Raises:
         DataError: the file holds something else.
-        ConfigError: its folder is missing, or nothing may be written there.
+        OutputError: its folder is missing, or nothing may be written there.
     """
     merged = {row.key: row for row in (read_records(path) if path.exists() else [])}
     merged.update((row.key, row) for row in rows)
-    try:
-        with (
-            replaced(path) as temporary,
-            open(temporary, "w", encoding="utf-8", newline="") as file,
-        ):
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(_COLUMNS)
-            writer.writerows(asdict(row).values() for row in merged.values())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with (
+        replaced(path) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        writer.writerows(asdict(row).values() for row in merged.values())
     return list(merged.values())

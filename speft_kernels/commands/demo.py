@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import new_folder
 from ..errors import ConfigError
+from ..files import new_output, writing
 from ..finetune.config import DEFAULT_MODEL, RunConfig
 from ..finetune.demo_data import DemoData, Docstring, collect
 
@@ -72,7 +72,7 @@ def run_demo(settings: dict[str, Any], *, overwrite: bool = False) -> None:
 
 def _write(root: Path, data: DemoData, overwrite: bool) -> None:
     from ..finetune.loop import Folder
-    from ..finetune.run import check_nothing_else
+    from ..finetune.run import check_nothing_else, check_run_alone
 
     if root.exists():
         if not overwrite:
@@ -85,9 +85,10 @@ def _write(root: Path, data: DemoData, overwrite: bool) -> None:
         check_nothing_else(root / "data", [f"{side}.jsonl" for side in SIDES])
         for folder in [Folder(root / method) for method in METHODS]:
             if folder.root.exists():
-                check_nothing_else(folder.root, folder.names)
-        shutil.rmtree(root)
-    with new_folder(root / "data") as draft:
+                check_run_alone(folder)
+        with writing(root):
+            shutil.rmtree(root)
+    with new_output(root / "data") as draft:
         for side in SIDES:
             examples: Sequence[Docstring] = getattr(data, side)
             lines = [json.dumps({"sentence": e.text, "label": e.label}) + "\n" for e in examples]

@@ -18,12 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     group = parser.add_argument_group("the output folder")
     group.add_argument("--resume", action="store_true", help="continue the stopped run in --output")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    group.add_argument("--overwrite", action="store_true", help="delete the run in --output first")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="resolve the settings, read what is here, and say what would be trained; what only "
-        "comparing the data with each other shows, the run itself refuses",
+        help="read and check what is here, say what would be trained, and write nothing",
     )
 
 
@@ -34,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from ..finetune.resolve import resolved
 
-        print(resolved(RunConfig.from_dict(settings)))
+        if args.resume:
+            raise ConfigError("--resume goes on as the run began: there is nothing to try")
+        print(resolved(RunConfig.from_dict(settings), overwrite=args.overwrite))
         return 0
     try:
         if args.resume:

@@ -25,14 +25,9 @@ def adapt(model: nn.Module, config: RunConfig, targets: Targets) -> nn.Module:
     entries, as many as LoRA of the same rank; "supertuning" the entries of the largest magnitude.
 
     Raises:
-        ConfigError: peft is missing, or too old for the method.
+        ConfigError: see `library`.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError(
-            f"method {config.method!r} needs the library peft: pip install 'speft-kernels[peft]'"
-        ) from error
+    peft = library(config.method)
     shared: dict[str, Any] = {
         "target_modules": list(targets.layers),
         "modules_to_save": list(targets.dense_modules) or None,
@@ -47,11 +42,6 @@ def adapt(model: nn.Module, config: RunConfig, targets: Targets) -> nn.Module:
     elif config.method == "shira":
         settings = peft.ShiraConfig(r=config.lora_rank, random_seed=config.seed, **shared)
     else:
-        if not hasattr(peft, "SupertuningConfig"):
-            raise ConfigError(
-                f"method 'supertuning' is not in the installed peft {peft.__version__}: "
-                "pip install --upgrade peft"
-            )
         settings = peft.SupertuningConfig(sparsity=1 - config.density, **shared)
     with warnings.catch_warnings():
         # PEFT asks the model by a name that transformers deprecates; nothing for the user to do.
@@ -60,6 +50,22 @@ def adapt(model: nn.Module, config: RunConfig, targets: Targets) -> nn.Module:
     if config.method == "pissa":
         adapted.speft_start = _adapter(adapted)
     return adapted
+
+
+def library(method: str) -> Any:
+    """The module peft. Raises ConfigError where it is missing, or too old for `method`."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(
+            f"method {method!r} needs the library peft: pip install 'speft-kernels[peft]'"
+        ) from error
+    if method == "supertuning" and not hasattr(peft, "SupertuningConfig"):
+        raise ConfigError(
+            f"method 'supertuning' is not in the installed peft {peft.__version__}: "
+            "pip install --upgrade peft"
+        )
+    return peft
 
 
 def save(model: Any, config: RunConfig, folder: Path) -> None:

@@ -119,8 +119,9 @@ def save_checkpoint(
         "random": _random_state(),
         "parts": {name: part.state_dict() for name, part in parts.items() if part is not None},
     }
-    with replaced(path) as temporary:
-        torch.save(state, temporary)
+    # To an open file: by its name, torch's own writer loses the system's reason for an error.
+    with replaced(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

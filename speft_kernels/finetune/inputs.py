@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,48 +109,80 @@ class ScoringBatches:
             yield self._task.collate([self._train[i] for i in part]).inputs
 
 
-def read_inputs(config: RunConfig, display: Display) -> Inputs:
-    """Loads data and model. With neither `config.eval` nor `validation` there is no eval data.
+@dataclass(frozen=True)
+class Sources:
+    """The data by their names in `SPLITS`: `given` as they were read, `used` with the eval data
+    split off where the settings say so; `labels` has the number of each class.
+    """
 
-    The model's new head, if any, is drawn from torch's global generator.
+    given: dict[str, Examples]
+    used: dict[str, Examples]
+    labels: dict[str, int]
+
+
+def read_sources(config: RunConfig) -> Sources:
+    """Reads the data and checks them against each other, without a model.
+
+    With neither `config.eval` nor `validation` there is no eval data.
 
     Raises:
         DataError: the data cannot be used.
-        ConfigError: the settings do not fit the data or the model.
+        ConfigError: the settings do not fit them.
     """
     given = {name: read_source(config, name) for name in SPLITS if getattr(config, name)}
-    others = dict(given)
-    train = others.pop("train")
-    for other in others.values():
-        check_columns(other, train)
-    everything = train
+    train = given["train"]
+    for source in given.values():
+        check_columns(source, train)
+    used = dict(given)
     if config.validation:
-        train, others["eval"] = split_off(train, config.validation)
-    tokenizer = load_tokenizer(config.model)
+        used["train"], used["eval"] = split_off(train, config.validation)
+    labels: dict[str, int] = {}
     if config.task == "classification":
-        ids = label_ids(everything)
-        for other in others.values():
-            check_labels(other, ids)
-        check_metric(config.metric_name, len(ids))
-        labels = tuple(ids)
-        pooling = pooling_of(config.model) if config.pooling == "auto" else config.pooling
-        task: Task = Classification(tokenizer, ids, config.max_length)
-        model = load_classifier(config.model, labels, pooling=pooling, tokenizer=tokenizer)
-    else:
-        labels, pooling = (), None
-        task = CausalLM(tokenizer, config.max_length)
+        labels = label_ids(train)
+        for source in used.values():
+            check_labels(source, labels)
+        check_metric(config.metric_name, len(labels))
+    return Sources(given, used, labels)
+
+
+def load_model(
+    config: RunConfig, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, Targets, RunConfig]:
+    """The model, what of it is adapted, and `config` with its budget in numbers.
+
+    The model's new head, if any, is drawn from torch's global generator. Raises ConfigError.
+    """
+    if config.task == "causal-lm":
         model = load_causal_lm(config.model)
+    else:
+        model = load_classifier(config.model, labels, pooling=config.pooling, tokenizer=tokenizer)
     check_weights(model, config.model)
     targets = methods.find(model, config)
     config = methods.budgeted(config, targets)
     check_rank(config, targets)
-    sources = {"train": train, **others}
-    encoded = {name: _encode(task, source, display) for name, source in sources.items()}
-    identity = {name: source.fingerprint()[:_DIGITS] for name, source in given.items()}
+    return model, targets, config
+
+
+def read_inputs(config: RunConfig, display: Display) -> Inputs:
+    """Loads data and model; see `read_sources` and `load_model`, also for what they raise."""
+    return with_model(config, read_sources(config), display)
+
+
+def with_model(config: RunConfig, sources: Sources, display: Display) -> Inputs:
+    """`sources` as the model's tokens, and the model; raises as `read_inputs` does."""
+    tokenizer = load_tokenizer(config.model)
+    model, targets, config = load_model(config, tuple(sources.labels), tokenizer)
+    pooling = None
+    task: Task = CausalLM(tokenizer, config.max_length)
+    if config.task == "classification":
+        pooling = pooling_of(config.model) if config.pooling == "auto" else config.pooling
+        task = Classification(tokenizer, sources.labels, config.max_length)
+    encoded = {name: _encode(task, source, display) for name, source in sources.used.items()}
+    check_fit(model, tokenizer, sources.used, encoded)
+    identity = {name: source.fingerprint()[:_DIGITS] for name, source in sources.given.items()}
     identity.update({name: digest_of(config, name) for name in ("model", "salience")})
-    check_fit(model, tokenizer, sources, encoded)
     fingerprint = hashlib.sha256("".join(identity.values()).encode())
-    for name, source in sources.items():
+    for name, source in sources.used.items():
         fingerprint.update(source.fingerprint().encode())
         for item in encoded[name]:  # as the tokenizer makes them
             fingerprint.update(array("q", item.inputs["input_ids"]).tobytes())
@@ -163,7 +195,7 @@ def read_inputs(config: RunConfig, display: Display) -> Inputs:
         train=encoded["train"],
         eval=encoded.get("eval", []),
         test=encoded.get("test"),
-        labels=labels,
+        labels=tuple(sources.labels),
         pooling=pooling,
         fingerprint=fingerprint.hexdigest(),
         identity=" ".join(f"{name}={digits}" for name, digits in identity.items() if digits),

@@ -18,7 +18,7 @@ from transformers import get_scheduler
 from ..adapter import load_adapter
 from ..dynamic import Move, carry
 from ..errors import ConfigError, SpeftError
-from ..files import replaced
+from ..files import replaced, writing
 from ..flat import FlatValues
 from ..overview import sparse_layers
 from .batches import Batch, epoch_order, length_order
@@ -160,8 +160,8 @@ class Loop:
     def run(self) -> Progress:
         """Trains to the last step; afterwards the model holds the best parameters.
 
-        Raises TrainingError when the loss is no longer finite; Interrupted, after a checkpoint,
-        when a signal arrived.
+        Raises TrainingError when the loss is no longer finite; OutputError when the disk is full;
+        Interrupted, after a checkpoint, when a signal arrived.
         """
         windows = self._windows(self.progress.step)
         self.display.start(self.total_steps, self.progress.step)
@@ -187,7 +187,8 @@ class Loop:
 
     def save(self) -> None:
         """Writes the checkpoint that `resume` continues from."""
-        self.folder.checkpoint.mkdir(exist_ok=True)
+        with writing(self.folder.checkpoint):
+            self.folder.checkpoint.mkdir(exist_ok=True)
         save_checkpoint(
             self.folder.state, self.progress, self.model, self.facts(), **self._stateful_parts()
         )
@@ -308,7 +309,8 @@ class Loop:
             progress.best, progress.best_step = metrics, progress.step
             if self.prepared.moving is None:
                 save_tensors(self.folder.best, self.model)
-            self.save_best()
+            with writing(self.folder.adapter):
+                self.save_best()
         progress.evaluated_step = progress.step
         self._log(eval=metrics, best=best)
         self.display.evaluated(progress.step, metrics, best)
@@ -316,7 +318,8 @@ class Loop:
     def _log(self, **entry: Any) -> None:
         epoch = self.progress.step / self.steps_per_epoch
         line = json.dumps({"step": self.progress.step, "epoch": round(epoch, 4), **entry})
-        with open(self.folder.metrics, "a", encoding="utf-8") as file:
+        metrics = self.folder.metrics
+        with writing(metrics), open(metrics, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def _drop_later_metrics(self) -> None:

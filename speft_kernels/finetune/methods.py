@@ -7,6 +7,7 @@ at the same rate where `head_lr` is given, so that what is compared is the rest 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..adapter import save_adapter
+from ..adapter_file import CONFIG_FILE, TENSORS_FILE
 from ..atomic import new_folder
 from ..dynamic import MovingMask
 from ..errors import ConfigError
@@ -34,6 +36,9 @@ from . import baselines
 from .checkpoint import trainable
 from .config import ADAPTERS, RunConfig
 from .tasks import Task
+
+# What goes along with what other libraries save.
+ABOUT = "speft.json"
 
 
 @dataclass
@@ -99,10 +104,16 @@ def mean_loss(task: Task, accelerator: Accelerator) -> LossFn:
 
 
 def find(model: nn.Module, config: RunConfig) -> Targets:
-    """The layers to adapt and the head. Raises ConfigError for names the model does not have."""
+    """The layers to adapt and the head.
+
+    Raises ConfigError for names the model does not have, and for what scoring or adapting will need
+    and cannot get.
+    """
     if config.method in ADAPTERS:
         if config.method == "speft":
-            metric_named(config.salience)  # a callable that is not there should be missed now
+            metric_named(config.salience)
+        else:
+            baselines.library(config.method)
         return find_targets(model, config.speft())
     return Targets({}, find_dense_modules(model, () if config.task == "causal-lm" else None))
 
@@ -244,7 +255,7 @@ def save_trained(
 
     Methods "speft" and "head" give an adapter of this package, those of PEFT one of theirs, and
     "full" a whole model with its tokenizer. `about` goes along, in the last two cases as
-    `speft.json`.
+    `speft.json`, which names the files beside it.
     """
     model = prepared.model
     if prepared.moving is not None:
@@ -260,4 +271,16 @@ def save_trained(
             tokenizer.save_pretrained(draft)
         else:
             baselines.save(model, config, draft)
-        write_json(draft / "speft.json", about)
+        files = sorted(path.name for path in draft.iterdir())
+        write_json(draft / ABOUT, {**about, "files": files})
+
+
+def files_of(folder: Path) -> set[str]:
+    """The names of what `save_trained` wrote into a folder, as far as the folder tells."""
+    if not (folder / ABOUT).is_file():
+        return {CONFIG_FILE, TENSORS_FILE}
+    try:
+        files = json.loads((folder / ABOUT).read_text("utf-8"))["files"]
+        return {ABOUT, *files}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {ABOUT}

@@ -67,7 +67,7 @@ class MeanPoolClassifier(PreTrainedModel):
         labels = inputs.pop("labels", None)
         states = self.backbone(input_ids, attention_mask=attention_mask, **inputs)[0]
         weights = attention_mask.to(states.dtype).unsqueeze(-1)
-        mean = (states * weights).sum(1) / weights.sum(1)
+        mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1)  # a text may have no token
         logits = self.classifier(self.dropout(mean))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)

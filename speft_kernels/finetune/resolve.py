@@ -2,96 +2,110 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from ..targets import find_targets
+from ..salience.draw import budget
+from ..targets import Targets
 from .config import ADAPTERS, FIELDS, RunConfig
-from .data import Examples, read_examples
-from .inputs import check_rank
-from .loop import check_moves, steps_of
-from .methods import budgeted
-from .models import load_causal_lm, load_classifier, load_tokenizer, quiet_transformers, resolve
+from .data import SUFFIXES, Examples, label_ids
+from .inputs import SPLITS, Sources, load_model, read_source, read_sources, with_model
+from .loop import Folder, check_moves, steps_of
+from .models import load_tokenizer, quiet_transformers, resolve
+from .progress import Display
+from .run import check_apart, check_free, start_accelerator
 
 
-def resolved(config: RunConfig) -> str:
+def resolved(config: RunConfig, *, overwrite: bool = False, display: Display | None = None) -> str:
     """The settings that are not defaults, the data, the model, and the budget in numbers, as text.
 
-    Files and folders are read. What only a download can tell (a dataset or model of the hub) is
-    named as such. That the data do not fit each other (their columns, labels, lengths), or that the
-    output is taken, only the run finds; its steps may be fewer by examples that it leaves out.
+    Where data and model are on this machine they are read and checked as the run itself does it.
+    What only a download can tell (a dataset or model of the hub) is named as such.
+
+    Args:
+        overwrite: whether the run would replace an earlier one in `config.output`.
 
     Raises:
-        ConfigError, DataError: the settings, a file or the model cannot be used.
+        ConfigError, DataError: the settings, a file or the model cannot be used, or the output is
+            taken.
     """
     if not config.validation:
         config.require("eval")
     config = config.located()
+    folder = Folder(Path(config.output))
+    check_free(folder, overwrite)
+    check_apart(folder, config)
+    start_accelerator(config)
     lines = ["settings that are not the default's:"]
     # Some defaults go with others: they are those of a run that gives none of them.
     defaults = RunConfig(train="-", output="-", task=config.task, method=config.method)
     for name in FIELDS:
         value = getattr(config, name)
-        if value != getattr(defaults, name) and name not in ("train", "eval", "test", "model"):
+        if value != getattr(defaults, name) and name not in (*SPLITS, "model"):
             lines.append(f"  {name}: {value}")
     lines.append(f"  learning rates: {config.learning_rate:g}, head {config.head_learning_rate:g}")
     if config.head_warmup_steps:
         lines.append(f"  the head trains alone first, for {config.head_warmup_steps} steps")
+
+    given = {name: getattr(config, name) for name in SPLITS if getattr(config, name)}
+    here = {name for name, source in given.items() if _is_local(source)}
+    sources = read_sources(config) if len(here) == len(given) else None
+    read = sources.given if sources else {name: read_source(config, name) for name in here}
+    with quiet_transformers(), torch.random.fork_rng():
+        rows, model = _model(config, sources, read.get("train"), display or Display())
     lines.append("data:")
-    train: Examples | None = None
-    for name in ("train", "eval", "test"):
-        source = getattr(config, name)
-        if not source:
-            continue
-        if not _is_local(source):
-            lines.append(f"  {name}: {source} (to be downloaded)")
-            continue
-        examples = read_examples(source, config.task)
-        train = examples if name == "train" else train
-        columns = ", ".join(examples.columns)
-        lines.append(f"  {name}: {source} ({len(examples):,} rows of {columns})")
-    if train is not None:
-        rows = len(train) - round(config.validation * len(train))
+    for name, source in given.items():
+        about = "to be downloaded"
+        if name in here:
+            about = f"{len(read[name]):,} rows of {', '.join(read[name].columns)}"
+        lines.append(f"  {name}: {source} ({about})")
+    if rows is not None:
         check_moves(config, rows)
         lines.append(f"  {steps_of(config, rows):,} steps")
     lines.append("model:")
-    lines += [f"  {line}" for line in _model(config, train)]
+    lines += [f"  {line}" for line in model]
     return "\n".join(lines)
 
 
 def _is_local(source: str) -> bool:
     """Whether it is not the name of a dataset of the hub: then it has to be readable here."""
     path = Path(source)
-    return path.exists() or path.suffix != "" or source.startswith(("/", ".", "~"))
+    return path.exists() or path.suffix.lower() in SUFFIXES or source.startswith(("/", ".", "~"))
 
 
-def _model(config: RunConfig, train: Examples | None) -> list[str]:
+def _model(
+    config: RunConfig, sources: Sources | None, train: Examples | None, display: Display
+) -> tuple[int | None, list[str]]:
+    """How many examples train, where that is known without a download, and lines on the model."""
     where = resolve(config.model)
+    rows = None if sources is None else len(sources.used["train"])
     if not Path(where).is_dir():
-        budget = f"density {config.density:g}"
-        if config.lora_budget:
-            budget = f"the budget of LoRA r = {config.lora_budget}"
-        adapted = config.method in ADAPTERS
-        return [f"{where} (to be downloaded)"] + ([f"trains at {budget}"] if adapted else [])
-    with quiet_transformers(), torch.random.fork_rng():
-        if config.task == "causal-lm":
-            model = load_causal_lm(config.model)
-        else:
-            labels = sorted({row.label or "" for row in train.rows}) if train else ["0", "1"]
-            tokenizer = load_tokenizer(config.model)
-            model = load_classifier(
-                config.model, labels, pooling=config.pooling, tokenizer=tokenizer
-            )
+        lines = [f"{where} (to be downloaded)"]
+        if config.method in ADAPTERS:
+            lora = config.lora_budget
+            share = f"the budget of LoRA r = {lora}" if lora else f"density {config.density:g}"
+            lines.append(f"trains at {share}")
+        return rows, lines
+    if sources is not None:
+        inputs = with_model(config, sources, display)
+        return len(inputs.train), _budget(inputs.model, inputs.targets, inputs.config, where)
+    labels = ["0", "1"] if train is None or config.task != "classification" else label_ids(train)
+    model, targets, config = load_model(config, list(labels), load_tokenizer(config.model))
+    return None, _budget(model, targets, config, where)
+
+
+def _budget(model: nn.Module, targets: Targets, config: RunConfig, where: str) -> list[str]:
     lines = [f"{where} ({sum(p.numel() for p in model.parameters()):,} parameters)"]
-    if config.method in ADAPTERS:
-        targets = find_targets(model, config.speft())
-        config = budgeted(config, targets)
-        check_rank(config, targets)
-        size = sum(layer.weight.numel() for layer in targets.layers.values())
-        lines.append(f"{len(targets.layers)} layers with {size:,} weights are adapted")
-        if config.method in ("speft", "supertuning"):
-            lines.append(f"{round(config.density * size):,} of them train ({config.density:.4%})")
-        else:
-            lines.append(f"rank {config.lora_rank}")
-    return lines
+    if config.method not in ADAPTERS:
+        return lines
+    sizes = [layer.weight.numel() for layer in targets.layers.values()]
+    lines.append(f"{len(sizes)} layers with {sum(sizes):,} weights are adapted")
+    if config.method not in ("speft", "supertuning"):
+        return [*lines, f"rank {config.lora_rank}"]
+    scored = sizes if config.scope == "layer" else [sum(sizes)]
+    block = math.prod(config.block_shape)
+    trained = block * sum(budget(size // block, config.density) for size in scored)
+    return [*lines, f"{trained:,} of them train ({trained / sum(sizes):.4%})"]

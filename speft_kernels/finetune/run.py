@@ -15,8 +15,8 @@ from accelerate.utils import set_seed
 from .._version import __version__
 from ..atomic import check_creatable
 from ..dynamic import Move
-from ..errors import ConfigError, shown
-from ..files import alone, write_json
+from ..errors import ConfigError, OutputError, shown
+from ..files import alone, write_json, writing
 from ..salience.memory import PeakMemory
 from . import methods
 from .checkpoint import Progress, read_checkpoint
@@ -49,6 +49,7 @@ def finetune(
 
     Raises:
         SpeftError: ConfigError, DataError, SalienceError or TrainingError, saying what to change.
+        OutputError: the disk is full, or the like; the last checkpoint is whole.
         Interrupted: on Ctrl-C or SIGTERM, after a checkpoint if training had begun.
     """
     display = display or Display()
@@ -79,11 +80,16 @@ def finetune(
         try:
             progress = loop.run()
             tested = {} if inputs.test is None else {"test": loop.evaluate(inputs.test)}
+            result = {**result_of(inputs, prepared, progress, peak, accelerator.device), **tested}
+            write_json(folder.result, result)
         except Interrupted as interruption:
             interruption.folder = folder.root
             raise
-        result = {**result_of(inputs, prepared, progress, peak, accelerator.device), **tested}
-        write_json(folder.result, result)
+        except OutputError as error:
+            raise OutputError(
+                f"{error}; once that is mended, --resume --output {folder.root} goes on from the "
+                "last checkpoint"
+            ) from error
         shutil.rmtree(folder.checkpoint)
     return result
 
@@ -106,21 +112,27 @@ def _fresh(
     check_finite(before, "before training", "use --dtype float32, or another model")
     stop.check()
 
-    if replaces:
-        shutil.rmtree(folder.root)
-    try:
-        folder.root.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(
-            f"output {folder.root} was made by another process meanwhile; choose another --output"
-        ) from None
-    settings = {"speft_kernels": __version__, "settings": config.to_dict(), **inputs.about()}
-    write_json(folder.config, settings)
     loop = _loop(inputs, prepared, accelerator, folder, display, stop)
     salience = {**prepared.salience, "head_warmup_seconds": warmed}
     loop.progress = Progress(before=before, salience=salience)
     set_seed(config.seed)  # the same dropout whatever scoring drew
-    loop.save()
+    settings = {"speft_kernels": __version__, "settings": config.to_dict(), **inputs.about()}
+    with writing(folder.root):
+        if replaces:
+            shutil.rmtree(folder.root)
+        try:
+            folder.root.mkdir(parents=True)
+        except FileExistsError:
+            raise ConfigError(
+                f"output {folder.root} was made by another process meanwhile; choose another "
+                "--output"
+            ) from None
+    try:
+        write_json(folder.config, settings)
+        loop.save()
+    except BaseException:
+        shutil.rmtree(folder.root, ignore_errors=True)  # without a checkpoint it is no run
+        raise
     return loop, prepared
 
 
@@ -226,11 +238,20 @@ def check_free(folder: Folder, overwrite: bool) -> None:
                 f"output {root} is not a run of this command, so --overwrite does not delete it; "
                 "choose another --output"
             )
-        check_nothing_else(root, folder.names)
+        check_run_alone(folder)
     try:
         check_creatable(root)
     except OSError as error:
         raise ConfigError(f"output {root} cannot be created: {error.strerror}") from error
+
+
+def check_run_alone(folder: Folder) -> None:
+    """Raises ConfigError when a run's folder holds what the run has not written."""
+    check_nothing_else(folder.root, folder.names)
+    if folder.adapter.is_dir():
+        check_nothing_else(folder.adapter, methods.files_of(folder.adapter))
+    if folder.checkpoint.is_dir():
+        check_nothing_else(folder.checkpoint, {folder.state.name, folder.best.name})
 
 
 def check_nothing_else(root: Path, names: Collection[str]) -> None:

@@ -18,8 +18,8 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         output: the file (default: `report.html` in the folder); one that exists is replaced.
 
     Raises:
-        ConfigError: the folder is no run and no study, a file of it is missing or damaged, or the
-            report cannot be written.
+        ConfigError: the folder is no run and no study, or a file of it is missing or damaged.
+        OutputError: the report cannot be written.
         ModuleNotFoundError: matplotlib is not installed.
     """
     output = folder / "report.html" if output is None else output
@@ -37,11 +37,6 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
             "runs.csv)"
         )
     text = report_of(folder)
-    try:
-        with replaced(output) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise ConfigError(
-            f"output {output} cannot be written: {error.strerror or error}"
-        ) from error
+    with replaced(output) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     return output

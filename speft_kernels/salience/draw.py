@@ -17,10 +17,15 @@ from ..errors import SalienceError
 _SPARSE = 0.25
 
 
+def budget(places: int, density: float) -> int:
+    """Return how many of so many places train: one at least."""
+    return max(1, round(density * places))
+
+
 def uniform(places: Mapping[str, int], density: float, scope: str, seed: int) -> dict[str, Tensor]:
     """Return each layer's sorted int64 indices, in host memory: a uniform sample of its places.
 
-    Exactly `max(1, round(density * places))` of each layer in scope "layer", of all together in
+    Exactly `budget(places, density)` of each layer in scope "layer", of all together in
     scope "global". The same for the same seed, names and numbers of places, in whatever order.
 
     Args:
@@ -84,7 +89,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _sample(places: int, density: float, generator: torch.Generator) -> Tensor:
-    count = max(1, round(density * places))
+    count = budget(places, density)
     if count > _SPARSE * places:
         return torch.randperm(places, generator=generator)[:count].sort().values
     drawn = torch.empty(0, dtype=torch.int64)

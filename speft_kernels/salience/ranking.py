@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import SalienceError
 from .custom import check_score
-from .draw import sampling_keys, uniform
+from .draw import budget, sampling_keys, uniform
 from .metrics import Metric
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def choose(
             selected = ops.topk_salience(
                 [weight for weight, _ in pairs.values()],
                 [gradient for _, gradient in pairs.values()],
-                max(1, round(config.density * places)),
+                budget(places, config.density),
                 metric=ranked_by,
                 scope="global",
                 names=[f"layer {name!r}" for name in group],
