@@ -15,8 +15,10 @@ from speft_kernels.bench.gpu.bounds import summation_bound
 
 DTYPE = torch.bfloat16
 N, K = 48, 64
-# Rows and how many elements lie between them: of all tokens in one step, and in several.
-FEW, MORE, MANY = (9, 1 << 28), (20, 1 << 27), (150, 1 << 24)
+# Rows and how many elements lie between them: of all tokens in one step, in several, and in several
+# that are as long; and rows of W, of which a tile alone passes 2^31.
+FEW, MORE, MANY, LONG = (9, 1 << 28), (20, 1 << 27), (150, 1 << 24), (100, 1 << 25)
+TILE = (40, 1 << 26)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ CASES = {
     **{
         f"sampled_grad, {far}, {apart[0]} tokens": _gradient("sampled_grad", far, _entries(), apart)
         for far in ("dy", "x")
-        for apart in (FEW, MANY)
+        for apart in (FEW, LONG)
     },
     **{
         f"block_grad of {block[0]} x {block[1]}, {far}, {apart[0]} tokens": _gradient(
@@ -117,7 +119,7 @@ CASES = {
         )
         for block in ((16, 16), (1, 4))
         for far in ("dy", "x")
-        for apart in (FEW, MANY)
+        for apart in (FEW, LONG)
     },
     **{
         f"sparse_delta_matmul{', twin' * twin}, x, {apart[0]} tokens": _product(
@@ -127,9 +129,10 @@ CASES = {
         for apart in (FEW, MORE, MANY)
     },
     **{
-        f"sparse_delta_matmul{', twin' * twin}, W, {tokens} tokens": _product(
-            "W", twin, tokens, (600, 1 << 22)
+        f"sparse_delta_matmul{', twin' * twin}, W of {apart[0]} rows, {tokens} tokens": _product(
+            "W", twin, tokens, apart
         )
         for twin, tokens in ((False, 5), (True, 5), (False, 140))
+        for apart in ((600, 1 << 22), TILE)
     },
 }

@@ -18,6 +18,9 @@ from .launch import Launch, Machine, precision
 IN_FLIGHT = 48 << 10
 OTHER_SHARED = 4 << 10  # shared memory for barriers and for numbers that change threads
 
+# Of a tile of W, in outputs or columns: offsets in it have 32 bits.
+LONGEST_SIDE = 256
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -99,6 +102,7 @@ class FusedLaunch(Launch):
         threads, columns = 32 * self.num_warps, self.block_k * shape.columns
         return (
             self.shared_memory(shape) <= machine.shared_memory
+            and max(self.block_n, self.block_k) <= LONGEST_SIDE
             and self.block_n * columns <= 64 * threads
             and self.block_n * max(self.block_e, self.block_m) <= 32 * threads
             # Without tensor cores a thread holds the lines of a step from end to end.

@@ -309,7 +309,7 @@ def _tile(
         dy = tl.load(dy_ptrs, mask=(m + t < stop)[:, None] & (n < N)[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=(m + t < x_stop)[None, :], other=0.0)
         acc = dot(tl.trans(dy), tl.trans(x), acc, PRECISION)
-        dy_ptrs += BLOCK_T * stride_dy
+        dy_ptrs += tl.cast(stride_dy, tl.int64) * BLOCK_T
         x_ptrs += BLOCK_T
     # The accumulators are laid out in shared memory, where each entry's is found by its place.
     flat = tl.reshape(acc, (ROWS * COLS,))

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._fused_settings import FusedLaunch, shape_of
+from ._fused_settings import LONGEST_SIDE, FusedLaunch, shape_of
 from .effective_weight import (
     FLOAT,
     INT4,
@@ -78,7 +78,9 @@ def sparse_delta_matmul(
         fused_tokens: for more tokens W + D is written out.
     """
     lines, place = (by_column, order) if twin else (by_row, None)
-    if x.shape[0] <= fused_tokens:
+    # Offsets within a tile of W, and steps to the next, have 32 bits; where it is written out, 64.
+    near = weight is None or LONGEST_SIDE * sum(weight.stride()) < 2**31
+    if x.shape[0] <= fused_tokens and near:
         return _few(x, weight, scales, bias, values, lines, place, out_features, twin)
     if weight is None:
         return times_dense_delta(x, values, lines, place, out_features)
