@@ -14,6 +14,7 @@ from .errors import SpeftError, nearest
 
 COMMANDS = {
     "finetune": "fine-tune a model; without arguments: a demo that needs nothing but this computer",
+    "evaluate": "measure a trained model on data of your own",
     "merge": "fold an adapter into its base model and write a plain model",
     "study": "run a grid of methods, tasks, learning rates and seeds, and keep a row of each run",
     "report": "one HTML page of a run or a study, to read offline",

@@ -9,9 +9,8 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
-
-from safetensors import SafetensorError
 
 from .atomic import check_creatable, new_folder
 from .errors import ConfigError, OutputError, SpeftError
@@ -60,15 +59,19 @@ def writing(path: Path) -> Iterator[None]:
     """Raises OutputError, which names `path`, where the block fails as it cannot write.
 
     Libraries have errors of their own for it: torch's comes from the system's, safetensors' has its
-    text.
+    text. An OutputError names a part of `path`.
     """
     try:
         yield
-    except SpeftError:
-        raise
     except Exception as error:
+        if isinstance(error, SpeftError) and not isinstance(error, OutputError):
+            raise
+        from safetensors import SafetensorError  # here, as a GPU's check runs without it
+
         reason: BaseException | None = error
-        while reason is not None and not isinstance(reason, (OSError, SafetensorError)):
+        while isinstance(reason, OutputError) or not isinstance(
+            reason, (OSError, SafetensorError, NoneType)
+        ):
             reason = reason.__context__
         if reason is None:
             raise

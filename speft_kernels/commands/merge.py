@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from ..errors import AdapterError, shown
-from ..files import check_output, new_output, path_of
+from ..errors import AdapterError
+from ..files import check_output, new_output, path_of, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,34 +18,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..adapter import load_adapter
-    from ..finetune.models import (
-        load_causal_lm,
-        load_classifier,
-        load_tokenizer,
-        quiet_transformers,
-    )
-    from ..model import desparsify, sparse_layers
+    from ..finetune.methods import ABOUT
+    from ..finetune.models import MeanPoolClassifier, quiet_transformers
+    from ..finetune.trained import about_of, load_trained
 
     output = path_of("output", args.output)
     check_output(output)
     folder = adapter_folder(args.adapter)
-    about = _about(folder)
-    name = args.model or about["model"]
-    tokenizer = load_tokenizer(name)
-    if about["task"] == "causal-lm":
-        model = load_causal_lm(name)
-    else:
-        model = load_classifier(
-            name, about["labels"], pooling=about["pooling"], tokenizer=tokenizer
-        )
-    load_adapter(model, folder)
-    if sparse_layers(model):
-        desparsify(model)
+    about = about_of(folder)
+    trained = load_trained(folder, model=args.model)
+    model = trained.model
     with quiet_transformers(), new_output(output) as draft:
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-    print(f"{output}: {type(model).__name__} with the adapter of {folder} merged in")
+        model.save_pretrained(draft)  # type: ignore[operator]
+        trained.tokenizer.save_pretrained(draft)
+        write_json(draft / ABOUT, about)
+    name = type(model).__name__
+    print(f"{output}: {name} with the adapter of {folder} merged in")
+    if isinstance(model, MeanPoolClassifier):
+        print(
+            "transformers has no class of that kind; load it with\n"
+            f"  from speft_kernels.finetune import {name}\n"
+            f"  model = {name}.from_pretrained({str(output)!r})"
+        )
     return 0
 
 
@@ -55,47 +48,14 @@ def adapter_folder(given: str) -> Path:
 
     Raises AdapterError, with the reason, for one that another library or method wrote.
     """
-    folder = path_of("adapter", given)
-    if (folder / "result.json").is_file() or (folder / "metrics.jsonl").is_file():
-        folder = folder / "adapter"
-    if (folder / "adapter_model.safetensors").is_file():
+    from ..finetune.trained import PEFT_FILE, WHOLE_FILE, trained_folder
+
+    folder = trained_folder(path_of("adapter", given))
+    if (folder / PEFT_FILE).is_file():
         raise AdapterError(
             f"{folder} is a LoRA adapter; merge it with PEFT: "
             "PeftModel.from_pretrained(model, folder).merge_and_unload()"
         )
-    if (folder / "model.safetensors").is_file():
-        raise AdapterError(f"{folder} is a whole model (method full); there is nothing to merge")
+    if (folder / WHOLE_FILE).is_file():
+        raise AdapterError(f"{folder} is a whole model; there is nothing to merge")
     return folder
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    from ..adapter_file import CONFIG_FILE, read_adapter
-    from ..finetune.config import TASKS
-
-    about = read_adapter(folder).extra
-    missing = [key for key in ("task", "model", "labels", "pooling") if key not in about]
-    if missing:
-        raise AdapterError(
-            f"{folder}: was not written by 'speft finetune', so the kind of model is not known; "
-            "load it in Python with load_adapter(model, folder) and desparsify(model)"
-        )
-    headed = about["task"] == "classification"
-    for key, fits, wanted in (
-        ("task", about["task"] in TASKS, f"one of {', '.join(TASKS)}"),
-        ("model", isinstance(about["model"], str), "a folder or hub id"),
-        ("labels", not headed or _are_labels(about["labels"]), "a list of distinct names"),
-        ("pooling", not headed or about["pooling"] in ("mean", "model"), "mean or model"),
-    ):
-        if not fits:
-            raise AdapterError(
-                f"{folder / CONFIG_FILE}: {key} must be {wanted}, got {shown(about[key])}"
-            )
-    return about
-
-
-def _are_labels(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and all(isinstance(label, str) for label in value)
-        and len(set(value)) == len(value)
-    )

@@ -58,7 +58,7 @@ def _score(config: RunConfig) -> str:
     output = Path(config.output)
     check_output(output)
     with quiet_transformers(), StopSignals() as stop:
-        accelerator = start_accelerator(config)
+        accelerator = start_accelerator(config.dtype)
         set_seed(config.seed)
         inputs = read_inputs(config, Display())
         config = inputs.config  # with its budget in numbers

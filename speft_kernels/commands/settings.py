@@ -42,10 +42,11 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] | None = 
         group = parser.add_argument_group(title)
         for name in members:
             if names is None or name in names:
-                _add_flag(group, name)
+                add_flag(group, name)
 
 
-def _add_flag(group: argparse._ArgumentGroup, name: str) -> None:
+def add_flag(group: argparse._ActionsContainer, name: str, default: str | None = None) -> None:
+    """Adds the flag of one setting; `default` is said in the place of the setting's own."""
     spec = FIELDS[name]
     choices = spec.metadata["choices"]
     help = spec.metadata["help"].replace("%", "%%")
@@ -54,7 +55,9 @@ def _add_flag(group: argparse._ArgumentGroup, name: str) -> None:
     if name == "lr":
         rates = ", ".join(f"{method} {lr:g}" for method, lr in DEFAULT_LR.items())
         help += f" ({rates}; classifiers with a mask that is drawn {DRAWN_LR:g})"
-    if spec.default not in (None, "", ()):
+    if default is not None:
+        help += f" [{default}]"
+    elif spec.default not in (None, "", ()):
         value: Any = spec.default
         default = "x".join(map(str, value)) if name == "block_shape" else value
         help += f" [{default}]"
@@ -70,7 +73,8 @@ def _add_flag(group: argparse._ArgumentGroup, name: str) -> None:
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of the YAML file, overridden by the flags."""
-    settings = load_yaml(Path(args.config)) if args.config is not None else {}
+    file = vars(args).get("config")
+    settings = load_yaml(Path(file)) if file is not None else {}
     for key, value in vars(args).items():
         if key.startswith("setting_"):
             name = key.removeprefix("setting_")

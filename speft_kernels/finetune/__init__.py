@@ -9,14 +9,24 @@ from .config import RunConfig
 if TYPE_CHECKING:
     from .models import MeanPoolClassifier, load_causal_lm, load_classifier, load_tokenizer
     from .run import finetune
+    from .trained import Trained, load_trained
 
+_MODULE_OF = {
+    **dict.fromkeys(
+        ("MeanPoolClassifier", "load_causal_lm", "load_classifier", "load_tokenizer"), "models"
+    ),
+    "finetune": "run",
+    **dict.fromkeys(("Trained", "load_trained"), "trained"),
+}
 __all__ = [
     "MeanPoolClassifier",
     "RunConfig",
+    "Trained",
     "finetune",
     "load_causal_lm",
     "load_classifier",
     "load_tokenizer",
+    "load_trained",
 ]
 
 
@@ -24,7 +34,6 @@ def __getattr__(name: str) -> Any:
     """Loads transformers and accelerate with the first name that needs them."""
     import importlib
 
-    if name in __all__:
-        module = importlib.import_module(".run" if name == "finetune" else ".models", __name__)
-        return getattr(module, name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError
 from ..targets import Targets
 from .config import RunConfig
 
@@ -95,6 +95,19 @@ def save(model: Any, config: RunConfig, folder: Path) -> None:
     trained = get_peft_model_state_dict(model)
     heads = {name: t.contiguous() for name, t in trained.items() if ".lora_" not in name}
     save_file({**load_file(path), **heads}, path, metadata={"format": "pt"})
+
+
+def load(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with the adapter that `save` wrote. Raises ConfigError, AdapterError."""
+    peft = library("lora")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of head weights that the adapter brings
+            loaded: nn.Module = peft.PeftModel.from_pretrained(model, folder)
+    except Exception as error:  # PEFT passes on errors of every library and file format below it
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise AdapterError(f"{folder}: PEFT cannot load it: {reason[0]}") from error
+    return loaded
 
 
 def _adapter(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
@@ -177,7 +177,7 @@ def with_model(config: RunConfig, sources: Sources, display: Display) -> Inputs:
     if config.task == "classification":
         pooling = pooling_of(config.model) if config.pooling == "auto" else config.pooling
         task = Classification(tokenizer, sources.labels, config.max_length)
-    encoded = {name: _encode(task, source, display) for name, source in sources.used.items()}
+    encoded = {name: encode(task, source, display) for name, source in sources.used.items()}
     check_fit(model, tokenizer, sources.used, encoded)
     identity = {name: source.fingerprint()[:_DIGITS] for name, source in sources.given.items()}
     identity.update({name: digest_of(config, name) for name in ("model", "salience")})
@@ -246,7 +246,7 @@ def check_weights(model: PreTrainedModel, name: str) -> None:
 
 
 def check_fit(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     sources: Mapping[str, Examples],
     encoded: Mapping[str, list[Encoded]],
@@ -254,8 +254,8 @@ def check_fit(
     """Raises ConfigError for an example that the model has no positions or no embeddings for, which
     would end the run where it is met.
     """
-    embeddings: Any = model.get_input_embeddings()
-    rows, positions = embeddings.weight.shape[0], positions_of(model)
+    network: Any = model
+    rows, positions = network.get_input_embeddings().weight.shape[0], positions_of(model)
     for name, items in encoded.items():
         longest = max((item.length for item in items), default=0)
         if positions is not None and longest > positions:
@@ -271,10 +271,10 @@ def check_fit(
             )
 
 
-def positions_of(model: PreTrainedModel) -> int | None:
+def positions_of(model: nn.Module) -> int | None:
     """How many tokens the model has learnt positions for; None where they are computed."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
             # Some count from behind the padding's own position, others from an offset.
             padding = module.padding_idx
             first = getattr(module, "offset", 0) if padding is None else padding + 1
@@ -302,7 +302,8 @@ def check_rank(config: RunConfig, targets: Targets) -> None:
         )
 
 
-def _encode(task: Task, examples: Examples, display: Display) -> list[Encoded]:
+def encode(task: Task, examples: Examples, display: Display) -> list[Encoded]:
+    """The examples as tokens; `display` is told how many are left out."""
     encoded = task.encode(examples)
     left_out = len(examples) - len(encoded)
     if left_out:

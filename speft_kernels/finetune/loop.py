@@ -368,7 +368,6 @@ def check_finite(metrics: Mapping[str, float], when: str, remedy: str) -> None:
             raise TrainingError(f"the evaluation's {name} is {value} {when}; {remedy}")
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     task: Task,
@@ -378,8 +377,22 @@ def evaluate(
     stop: StopSignals,
 ) -> dict[str, float]:
     """Metrics of `model` on `encoded`, in evaluation mode."""
+    return predict(model, task, encoded, batch_size, accelerator, stop)[0]
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    task: Task,
+    encoded: Sequence[Encoded],
+    batch_size: int,
+    accelerator: Accelerator,
+    stop: StopSignals,
+) -> tuple[dict[str, float], list[int]]:
+    """Metrics as of `evaluate`, and the class number of each example; none of a language model."""
     model.eval()
     total, count = 0.0, 0
+    order: list[int] = []
     predicted: list[int] = []
     true: list[int] = []
     for positions in length_order([item.length for item in encoded], batch_size):
@@ -390,6 +403,8 @@ def evaluate(
         total += loss.item()
         count += batch.count
         if predictions is not None:
+            order += positions
             predicted += predictions.tolist()
             true += batch.inputs["labels"].tolist()
-    return task.metrics(total, count, predicted, true)
+    metrics = task.metrics(total, count, predicted, true)
+    return metrics, [number for _, number in sorted(zip(order, predicted, strict=True))]

@@ -58,6 +58,17 @@ class MeanPoolClassifier(PreTrainedModel):
         config.pooling = "mean"
         self.post_init()
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **rest: Any
+    ) -> Any:
+        """As of any model of transformers; the configuration is of the encoder's class."""
+        if config is None:
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, **rest
+        )
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
     ) -> SequenceClassifierOutput:

@@ -38,7 +38,7 @@ def resolved(config: RunConfig, *, overwrite: bool = False, display: Display | N
     folder = Folder(Path(config.output))
     check_free(folder, overwrite)
     check_apart(folder, config)
-    start_accelerator(config)
+    start_accelerator(config.dtype)
     lines = ["settings that are not the default's:"]
     # Some defaults go with others: they are those of a run that gives none of them.
     defaults = RunConfig(train="-", output="-", task=config.task, method=config.method)

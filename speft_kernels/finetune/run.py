@@ -66,7 +66,7 @@ def finetune(
         replaces = folder.root.exists() and not resume
         if folder.root.exists():
             held.enter_context(alone(folder.root))
-        accelerator = start_accelerator(config)
+        accelerator = start_accelerator(config.dtype)
         set_seed(config.seed)
         inputs = read_inputs(config, display)
         check_moves(config, len(inputs.train))
@@ -207,16 +207,16 @@ def save_best(prepared: methods.Prepared, inputs: Inputs, folder: Folder) -> Non
     methods.save_trained(prepared, inputs.config, folder.adapter, inputs.about(), inputs.tokenizer)
 
 
-def start_accelerator(config: RunConfig) -> Accelerator:
+def start_accelerator(dtype: str) -> Accelerator:
     """Raises ConfigError for a precision that the device lacks, and for several processes."""
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision would stay
     device = PartialState().device
-    if config.dtype == "float16" and device.type != "cuda":
+    if dtype == "float16" and device.type != "cuda":
         raise ConfigError(
             f"dtype float16 trains on CUDA GPUs only and this run is on {device.type}; "
             "use --dtype bfloat16 or float32"
         )
-    accelerator = Accelerator(mixed_precision=_MIXED[config.dtype])
+    accelerator = Accelerator(mixed_precision=_MIXED[dtype])
     if accelerator.num_processes > 1:
         raise ConfigError(
             f"{accelerator.num_processes} processes were launched; a run trains in one process"

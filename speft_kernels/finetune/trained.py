@@ -1,0 +1,138 @@
+"""A trained model again, from what a run or `speft merge` left."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..adapter import load_adapter
+from ..adapter_file import CONFIG_FILE, TENSORS_FILE, read_adapter
+from ..errors import AdapterError, shown
+from ..model import desparsify, sparse_layers
+from . import baselines
+from .config import TASKS
+from .methods import ABOUT
+from .models import load_causal_lm, load_classifier, load_tokenizer
+from .tasks import CausalLM, Classification, Task
+
+# The weights of an adapter of PEFT, and that of a whole model.
+PEFT_FILE, WHOLE_FILE = "adapter_model.safetensors", "config.json"
+# A list of a million labels needs as much.
+_LARGEST = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A plain model with what was trained in it, in evaluation mode on the CPU.
+
+    `task` makes examples into batches as in training. `labels` are the class names in the order of
+    the model's outputs, none of a language model.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    labels: tuple[str, ...]
+
+
+def load_trained(
+    folder: str | Path, *, model: str | None = None, max_length: int | None = None
+) -> Trained:
+    """The model of a run's folder, of its adapter, or of what `speft merge` wrote.
+
+    Args:
+        model: folder or hub id of the base model; by default as recorded with the adapter.
+        max_length: longest input in tokens; by default that of training.
+
+    Raises:
+        AdapterError: the folder holds no such thing, or is damaged.
+        ConfigError: the base model cannot be loaded.
+    """
+    folder = trained_folder(Path(folder))
+    about = about_of(folder)
+    whole = (folder / WHOLE_FILE).is_file()
+    where = str(folder) if whole else model or about["model"]
+    tokenizer = load_tokenizer(where)
+    length = max_length or about["max_length"]
+    labels = tuple(about["labels"])
+    network: Any
+    task: Task
+    if about["task"] == "causal-lm":
+        task = CausalLM(tokenizer, length)
+        network = load_causal_lm(where)
+    else:
+        task = Classification(tokenizer, {label: i for i, label in enumerate(labels)}, length)
+        network = load_classifier(where, labels, pooling=about["pooling"], tokenizer=tokenizer)
+    if (folder / PEFT_FILE).is_file():
+        network = baselines.load(network, folder)
+    elif not whole:
+        load_adapter(network, folder)
+        if sparse_layers(network):
+            desparsify(network)
+    return Trained(network.eval(), tokenizer, task, labels)
+
+
+def trained_folder(folder: Path) -> Path:
+    """The adapter's folder where that of its run was given."""
+    if (folder / "result.json").is_file() or (folder / "metrics.jsonl").is_file():
+        return folder / "adapter"
+    return folder
+
+
+def about_of(folder: Path) -> dict[str, Any]:
+    """What was saved beside the tensors: task, model, labels, pooling, max_length; checked.
+
+    Raises AdapterError for a folder that this package did not write, and for a damaged one.
+    """
+    if (folder / ABOUT).is_file():
+        path, about = folder / ABOUT, _read(folder / ABOUT)
+    elif (folder / TENSORS_FILE).is_file() or (folder / CONFIG_FILE).is_file():
+        path, about = folder / CONFIG_FILE, read_adapter(folder).extra
+    else:
+        raise AdapterError(
+            f"{folder} is no folder of a run, of an adapter or of a merged model"
+            if folder.is_dir()
+            else f"there is no adapter folder {str(folder)!r}"
+        )
+    missing = [k for k in ("task", "model", "labels", "pooling", "max_length") if k not in about]
+    if missing:
+        raise AdapterError(
+            f"{folder}: was not written by 'speft finetune', so the kind of model is not known; "
+            "load it in Python with load_adapter(model, folder) and desparsify(model)"
+        )
+    headed, length = about["task"] == "classification", about["max_length"]
+    for key, fits, wanted in (
+        ("task", about["task"] in TASKS, f"one of {', '.join(TASKS)}"),
+        ("model", isinstance(about["model"], str), "a folder or hub id"),
+        ("labels", _are_labels(about["labels"], headed), "a list of distinct names"),
+        ("pooling", not headed or about["pooling"] in ("mean", "model"), "mean or model"),
+        ("max_length", type(length) is int and 0 < length < 2**31, "a number of tokens"),
+    ):
+        if not fits:
+            raise AdapterError(f"{path}: {key} must be {wanted}, got {shown(about[key])}")
+    return about
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"larger than {_LARGEST} bytes")
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(about, dict):
+            raise ValueError("it must hold an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: damaged: {error}") from error
+    return about
+
+
+def _are_labels(value: object, headed: bool) -> bool:
+    return (
+        isinstance(value, list)
+        and all(isinstance(label, str) for label in value)
+        and len(set(value)) == len(value) >= (2 if headed else 0)
+    )
