@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import ops
+from .dtypes import accumulator_dtype
 from .errors import StaleWeightError
-from .ops._checks import accumulator_dtype
 from .ops.sampled_grad import add_sampled_grad
 from .plan import SparsityPlan
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ._version import __version__
-from .errors import SpeftError, nearest
+from .errors import SpeftError, nearest, plain
 
 COMMANDS = {
     "finetune": "fine-tune a model; without arguments: a demo that needs nothing but this computer",
@@ -89,8 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except SpeftError as error:
-        from .report.page import plain
-
         # A name in a message may come from anybody's file, and a terminal obeys what is in it.
         lines = [plain(line) for line in str(error).split("\n")]
         print("speft: error: " + "\n".join(lines), file=sys.stderr)

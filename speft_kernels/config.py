@@ -13,15 +13,6 @@ from .salience.custom import Score, name_of
 from .salience.metrics import METRICS, check_salience
 
 ALL_LINEAR = "all-linear"
-_CHOICES = {
-    "scope": ("layer", "global"),
-    "selection": ("top", "sample"),
-    "mode": ("resident", "additive"),
-    "accumulate": ("sum", "absolute", "square"),
-    "accumulator_dtype": ("float32", "weight"),
-    "accumulator_device": ("model", "cpu"),
-    "grasp_sign": ("paper", "code"),
-}
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,7 @@ class SpeftConfig:
         object.__setattr__(self, "salience", salience)
         object.__setattr__(self, "selection", selection)
         statistic = check_salience(salience)
-        for name, choices in _CHOICES.items():
+        for name, choices in recipe.CHOICES.items():
             _choice(name, getattr(self, name), choices)
         if self.accumulate != "sum" and statistic != "gradient":
             raise ConfigError(

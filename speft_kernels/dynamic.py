@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import ops
 from .adapter import StoredLayer, fingerprint, write_adapter
 from .config import SpeftConfig
+from .dtypes import accumulator_dtype
 from .errors import ConfigError
 from .family import sync
 from .model import apply_patterns, desparsify, score_and_select, sparse_layers
@@ -295,7 +296,7 @@ class MovingMask:
     def _growth(self, gradient: Tensor, stays: SparsePattern) -> Tensor:
         """`[N / bh, K / bw]`: the sum of |g| of each block; -1 where one trains already."""
         (rows, cols), (bh, bw) = gradient.shape, stays.block_shape
-        scores = gradient.abs().to(torch.promote_types(gradient.dtype, torch.float32))
+        scores = gradient.abs().to(accumulator_dtype(gradient.dtype))
         if stays.is_block:
             scores = scores.reshape(rows // bh, bh, cols // bw, bw).sum(dim=(1, 3))
         scores.view(-1)[stays.indices.to(scores.device).long()] = -1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -58,6 +59,25 @@ def shown(value: object) -> str:
     """
     text = _REPR.repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def plain(value: object) -> str:
+    """`value` as text that every encoding and every parser takes.
+
+    Control characters, halves of surrogate pairs and marks that turn the direction of the text
+    around become U+FFFD: they would hide what a name really is, or not be allowed in the page.
+    """
+    text = value if isinstance(value, str) else str(value)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join("\ufffd" if _is_unsafe(letter) else letter for letter in text)
+
+
+def _is_unsafe(letter: str) -> bool:
+    if letter in "\n\t":
+        return False
+    # Zl and Zp end a line of a script; Cf holds the marks of direction and of no width.
+    return unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

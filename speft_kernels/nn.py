@@ -17,8 +17,8 @@ from torch.optim.optimizer import (
 
 from . import family, ops
 from .autograd import AdditiveLinear, DeltaMatmul, ResidentLinear, Sink, version_of
+from .dtypes import accumulator_dtype
 from .errors import ConfigError, PatternError, nearest
-from .ops._checks import accumulator_dtype
 from .pattern import SparsePattern
 from .plan import SparsityPlan, plan_of
 from .shared_input import SharedInput

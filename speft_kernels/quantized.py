@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .dtypes import accumulator_dtype
+
 # The kernel multiplies 16 columns at a time at least, which must share one scale.
 GROUP_STEP = 16
 # What is widened at a time where a whole weight would be too much.
@@ -145,7 +147,7 @@ class QuantizedWeight:
         data, scales = self.data[some], self.scales[some]
         if self.bits == 4:
             data = torch.cat([_number(data, place) for place in range(4)], 1)
-        wide = _wide(dtype)
+        wide = accumulator_dtype(dtype)
         groups = data.to(wide).unflatten(1, (scales.shape[1], -1))
         return (groups * scales.to(wide).unsqueeze(2)).flatten(1).to(dtype)
 
@@ -160,7 +162,7 @@ class QuantizedWeight:
                 (max(start - p * width, 0), max(min(stop - p * width, width), 0)) for p in range(4)
             )
             data = torch.cat([_number(data[:, a:b], p) for p, (a, b) in enumerate(ends)], 1)
-        wide, scales = _wide(dtype), self.scales
+        wide, scales = accumulator_dtype(dtype), self.scales
         if scales.shape[1] > 1:
             group = torch.arange(start, stop, device=self.device) // self.group_size
             scales = scales.index_select(1, group)
@@ -190,7 +192,7 @@ def _pieces(lines: int, line_bytes: int) -> Iterator[slice]:
 
 def _round(weight: Tensor, bits: int, group: int, kept: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return data and scales of some rows."""
-    levels, wide = _LEVELS[bits], _wide(weight.dtype)
+    levels, wide = _LEVELS[bits], accumulator_dtype(weight.dtype)
     groups = weight.to(wide).unflatten(1, (-1, group))
     largest = groups.abs().amax(2)
     if not bool(torch.isfinite(largest).all()):
@@ -208,7 +210,3 @@ def _round(weight: Tensor, bits: int, group: int, kept: torch.dtype) -> tuple[Te
 
 def _number(words: Tensor, place: int) -> Tensor:
     return (words >> 4 * place & 15) - 8
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,5 +1,5 @@
-"""What chooses the entries where nothing is said: defaults that belong together. `docs/study.md`
-has the experiments.
+"""How entries can be chosen, and how they are where nothing is said: defaults that belong together.
+`docs/study.md` has the experiments.
 """
 
 from __future__ import annotations
@@ -8,6 +8,16 @@ from typing import TypeVar
 
 Salience = TypeVar("Salience")
 
+# The values of the settings that name one of a few.
+CHOICES = {
+    "scope": ("layer", "global"),
+    "selection": ("top", "sample"),
+    "mode": ("resident", "additive"),
+    "accumulate": ("sum", "absolute", "square"),
+    "accumulator_dtype": ("float32", "weight"),
+    "accumulator_device": ("model", "cpu"),
+    "grasp_sign": ("paper", "code"),
+}
 SALIENCE, SELECTION, SAMPLE_COLUMNS = "snip", "sample", 0.5
 # Of a classifier's new head, before its gradients are scored: without them the study's averages are
 # two points lower.

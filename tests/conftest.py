@@ -66,7 +66,7 @@ def memory_high_water():
     during the call, only add to its own.
     """
     from speft_kernels import _native
-    from speft_kernels.salience.memory import PeakMemory
+    from speft_kernels.peak_memory import PeakMemory
 
     def grown(function) -> int:
         function()  # the first call may load libraries and start threads

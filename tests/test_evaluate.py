@@ -62,6 +62,9 @@ def test_a_merged_model_is_loaded_without_its_run(place, tmp_path, capsys, pooli
     merged = tmp_path / "merged"
     assert main(["merge", "--adapter", str(own / "run"), "--output", str(merged)]) == 0
     said = capsys.readouterr().out
+    for command in ("report", "info"):
+        assert "neither a run" in error_of(capsys, command, merged)
+    assert "nothing to merge" in error_of(capsys, "merge", "--adapter", merged, "--output", "m")
     shutil.rmtree(own)
     data = place / "test.tsv"
     assert evaluated(capsys, merged, "--data", data)["accuracy"] > 0.5

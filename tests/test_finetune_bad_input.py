@@ -36,9 +36,11 @@ def config_of(**settings):
         ({"lr": 10**400}, "lr is too large a number"),
         ({"scoring_examples": str(10**19)}, "scoring_examples is too large"),
         ({"block_shape": [2**63, 1]}, "block_shape is too large"),
+        ({"scope": "bloc", "method": "full"}, "scope = 'bloc' .*layer, global"),
+        ({"mode": "aditive", "method": "head"}, "mode = 'aditive' .*additive"),
     ],
 )
-def test_numbers_have_bounds(settings, message):
+def test_values_have_bounds(settings, message):
     with pytest.raises(ConfigError, match=message):
         config_of(**settings)
 

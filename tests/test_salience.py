@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from speft_kernels import ops
 from speft_kernels.errors import ConfigError
 from speft_kernels.model import SpeftConfig, score_and_select
+from speft_kernels.peak_memory import PeakMemory
 from speft_kernels.salience import METRICS, metric_named
 from speft_kernels.salience.accumulate import GradientSums, stream_gradients
 from speft_kernels.salience.borrow import borrowed
-from speft_kernels.salience.memory import PeakMemory
 
 # The formulas of the paper's table, on their own.
 FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -281,7 +281,7 @@ def test_peak_memory_of_the_pass_is_reported() -> None:
 def test_peak_memory_says_when_it_counts_from_the_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from speft_kernels.salience import memory
+    from speft_kernels import peak_memory as memory
 
     monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "none" / "clear_refs")
     peak = PeakMemory([torch.device("cpu")])

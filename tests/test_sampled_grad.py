@@ -85,7 +85,7 @@ def test_pieces_of_any_size_serve_all_tokens(monkeypatch, part, dtype):
         monkeypatch.setattr(panels, "COPIED_ELEMENTS", copied)
         monkeypatch.setattr(panels, "SAMPLED_ENTRIES", sampled_at_once)
         # The torch backend's least is STRETCH_TOKENS.
-        monkeypatch.setattr(sys.modules["speft_kernels.ops.sampled_grad"], "STRETCH_ELEMENTS", 1)
+        monkeypatch.setattr(sys.modules["speft_kernels.ops.sampled_grad"], "GATHER_ELEMENTS", 1)
         for shape in ((613, 96, 130), (2100, 96, 130)):
             plan = plan_for(part, "mixed", 96, 130)
             for backend in ("torch", "cpu"):

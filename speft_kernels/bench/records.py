@@ -20,7 +20,7 @@ from .machine import Machine
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Machine):
     """One side of one case. Times in milliseconds; `light_ms` is the speed of light's.
 
     `ratios` lists `peer=ratio`, the median of the rounds' ratios of the times, `lower_quartiles`
@@ -28,15 +28,6 @@ class Record:
     None, an empty field, is what was not counted. Rows from before there were quartiles have none.
     """
 
-    processor: str
-    cores: int
-    threads: int
-    python: str
-    torch: str
-    speft_kernels: str
-    transformers: str
-    peft: str
-    commit: str
     operation: str
     case: str
     side: str

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..files import new_output, writing
 from ..finetune.config import DEFAULT_MODEL, RunConfig
 from ..finetune.demo_data import DemoData, Docstring, collect
+from ..finetune.folder import Folder
 
 SIDES = ("train", "eval", "test")
 SETTINGS: dict[str, Any] = {"model": DEFAULT_MODEL, "max_length": 64, "batch_size": 32}
@@ -71,7 +72,6 @@ def run_demo(settings: dict[str, Any], *, overwrite: bool = False) -> None:
 
 
 def _write(root: Path, data: DemoData, overwrite: bool) -> None:
-    from ..finetune.loop import Folder
     from ..finetune.run import check_nothing_else, check_run_alone
 
     if root.exists():

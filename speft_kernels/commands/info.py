@@ -11,8 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterError, ConfigError, SpeftError
+from ..errors import AdapterError, ConfigError, SpeftError, plain
 from ..files import path_of
+from ..finetune.folder import Folder, is_run
 
 _LIBRARIES = ("transformers", "accelerate", "datasets", "peft", "safetensors", "triton")
 
@@ -22,8 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..report.page import plain
-
     # A folder may come from anybody, and a terminal obeys what is in its names and settings.
     if args.folder is None:
         print(describe_machine())
@@ -81,7 +80,7 @@ def describe_folder(folder: Path) -> str:
 
     Raises AdapterError when it is neither or the adapter is damaged, ConfigError for a damaged run.
     """
-    if (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file():
+    if is_run(folder):
         return _describe_run(folder)
     if (folder / "adapter_config.json").is_file():
         return _describe_adapter(folder)
@@ -97,14 +96,15 @@ def _describe_run(folder: Path) -> str:
     from ..finetune.config import RunConfig
     from ..finetune.result import describe
 
-    with _contents(folder / "config.json") as contents:
+    places = Folder(folder)
+    with _contents(places.config) as contents:
         config = RunConfig.from_dict(_settings(contents))
     lines = [
         f"run of method {config.method}: {config.model} on {config.train}",
         *(f"  {key}: {value}" for key, value in config.to_dict().items() if value is not None),
     ]
-    if (folder / "result.json").is_file():
-        with _contents(folder / "result.json") as result:
+    if places.result.is_file():
+        with _contents(places.result) as result:
             lines.append(describe(result, str(folder)))
     else:
         lines.append(f"not finished; go on with: speft finetune --resume --output {folder}")

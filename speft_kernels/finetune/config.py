@@ -14,6 +14,7 @@ from typing import Any
 from .. import recipe
 from ..errors import ConfigError, nearest, shown
 from ..files import path_of
+from ..recipe import CHOICES
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 METHODS = ("speft", "lora", "pissa", "shira", "supertuning", "full", "head")
@@ -90,12 +91,14 @@ class RunConfig:
     salience: str = option(
         None, f"score that chooses the weights, or a function MODULE:NAME [{recipe.SALIENCE}]"
     )
-    scope: str = option("layer", "rank each matrix by itself, or all together")
+    scope: str = option(
+        "layer", "rank each matrix by itself, or all together", choices=CHOICES["scope"]
+    )
     selection: str = option(
         None,
         "train what scores highest, or draw with chances in proportion to the scores; top where "
         f"--salience is given, else {recipe.SELECTION}",
-        choices=("top", "sample"),
+        choices=CHOICES["selection"],
     )
     sample_columns: float = option(
         recipe.SAMPLE_COLUMNS,
@@ -107,22 +110,28 @@ class RunConfig:
     )
     exclude_modules: tuple[str, ...] = option((), "layers to leave out")
     block_shape: tuple[int, int] = option((1, 1), "train blocks of this shape, e.g. 16x16")
-    mode: str = option("resident", "where the sparse values live while training")
+    mode: str = option(
+        "resident",
+        "where the sparse values live while training: inside the weight, or beside it",
+        choices=CHOICES["mode"],
+    )
     accumulate: str = option(
         "sum",
         "what becomes of the scoring batches' gradients",
-        choices=("sum", "absolute", "square"),
+        choices=CHOICES["accumulate"],
     )
     accumulator_dtype: str = option(
-        "float32", "precision in which scores accumulate", choices=("float32", "weight")
+        "float32", "precision in which scores accumulate", choices=CHOICES["accumulator_dtype"]
     )
     accumulator_device: str = option(
-        "model", "where scores accumulate: 'cpu' is host memory", choices=("model", "cpu")
+        "model",
+        "where scores accumulate: 'cpu' is host memory",
+        choices=CHOICES["accumulator_device"],
     )
     grasp_sign: str = option(
         "paper",
         "sign of --salience grasp: -w(Hg), or +w(Hg) of the authors' code",
-        choices=("paper", "code"),
+        choices=CHOICES["grasp_sign"],
     )
     grasp_temperature: float = option(200.0, "what --salience grasp divides the logits by", above=0)
     dynamic: str | None = option(
@@ -157,9 +166,7 @@ class RunConfig:
 
     epochs: int = option(3, "passes over the training data", minimum=1)
     max_steps: int | None = option(None, "stop after this many steps", minimum=1)
-    lr: float | None = option(
-        None, "learning rate (default: by method, see docs)", above=0, below=LR_LIMIT
-    )
+    lr: float | None = option(None, "learning rate", above=0, below=LR_LIMIT)
     head_lr: float | None = option(
         None, "learning rate of the new head (default: as --lr)", above=0, below=LR_LIMIT
     )
@@ -290,23 +297,10 @@ class RunConfig:
         """
         from ..config import SpeftConfig
 
+        shared = {f.name for f in dataclasses.fields(SpeftConfig)} & vars(self).keys()
         return SpeftConfig(
-            density=self.density,
-            salience=self.salience,
-            scope=self.scope,
-            selection=self.selection,
-            sample_columns=self.sample_columns,
-            target_modules=self.target_modules,
-            exclude_modules=self.exclude_modules,
-            block_shape=self.block_shape,
-            mode=self.mode,
-            accumulate=self.accumulate,
-            accumulator_dtype=self.accumulator_dtype,
-            accumulator_device=self.accumulator_device,
-            grasp_sign=self.grasp_sign,
-            grasp_temperature=self.grasp_temperature,
+            **{name: getattr(self, name) for name in shared - {"head_warmup_steps"}},
             modules_to_train=() if self.task == "causal-lm" else None,
-            seed=self.seed,
         )
 
     def located(self) -> RunConfig:

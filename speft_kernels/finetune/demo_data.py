@@ -134,7 +134,7 @@ def _unambiguous(found: dict[str, list[Docstring]]) -> list[Docstring]:
 
 
 def split(
-    examples: Sequence[Docstring], eval_share: float = EVAL_SHARE, test_share: float = TEST_SHARE
+    examples: Sequence[Docstring],
 ) -> tuple[list[Docstring], list[Docstring], list[Docstring]]:
     """Train, eval and test sides. A group of near-duplicates goes to one side as a whole.
 
@@ -144,7 +144,7 @@ def split(
     for group in near_duplicate_groups([example.text for example in examples]):
         key = min(" ".join(_words(examples[index].text)) for index in group)
         position = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-        side = 2 if position < test_share else 1 if position < test_share + eval_share else 0
+        side = 2 if position < TEST_SHARE else 1 if position < TEST_SHARE + EVAL_SHARE else 0
         sides[side].extend(examples[index] for index in group)
     return sides
 

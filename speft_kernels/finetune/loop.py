@@ -6,8 +6,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from .checkpoint import (
     save_tensors,
 )
 from .config import RunConfig
+from .folder import Folder
 from .methods import Prepared
 from .progress import Display
 from .signals import Interrupted, StopSignals
@@ -38,47 +37,6 @@ from .tasks import Encoded, Task
 
 class TrainingError(SpeftError, RuntimeError):
     """Training cannot go on: the loss or the gradient is no longer a number."""
-
-
-@dataclass(frozen=True)
-class Folder:
-    """The places in a run's folder."""
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.json"
-
-    @property
-    def result(self) -> Path:
-        return self.root / "result.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def adapter(self) -> Path:
-        return self.root / "adapter"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.root / "checkpoint"
-
-    @property
-    def state(self) -> Path:
-        return self.checkpoint / "state.pt"
-
-    @property
-    def best(self) -> Path:
-        return self.checkpoint / "best.safetensors"
-
-    @property
-    def names(self) -> set[str]:
-        """Of what a run writes there, and a report of it."""
-        places = (self.config, self.result, self.metrics, self.adapter, self.checkpoint)
-        return {"report.html", *(path.name for path in places)}
 
 
 def steps_per_epoch(config: RunConfig, rows: int) -> int:

@@ -12,8 +12,9 @@ from ..salience.draw import budget
 from ..targets import Targets
 from .config import ADAPTERS, FIELDS, RunConfig
 from .data import SUFFIXES, Examples, label_ids
+from .folder import Folder
 from .inputs import SPLITS, Sources, load_model, read_source, read_sources, with_model
-from .loop import Folder, check_moves, steps_of
+from .loop import check_moves, steps_of
 from .models import load_tokenizer, quiet_transformers, resolve
 from .progress import Display
 from .run import check_apart, check_free, start_accelerator

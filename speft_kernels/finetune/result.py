@@ -13,7 +13,7 @@ import torch
 from .._version import __version__
 from ..machine import commit, processor
 from ..overview import sparse_layers
-from ..salience.memory import PeakMemory
+from ..peak_memory import PeakMemory
 from .checkpoint import Progress
 from .inputs import Inputs
 from .methods import Prepared

@@ -17,12 +17,13 @@ from ..atomic import check_creatable
 from ..dynamic import Move
 from ..errors import ConfigError, OutputError, shown
 from ..files import alone, write_json, writing
-from ..salience.memory import PeakMemory
+from ..peak_memory import PeakMemory
 from . import methods
 from .checkpoint import Progress, read_checkpoint
 from .config import RunConfig, load_json
+from .folder import Folder
 from .inputs import Inputs, read_inputs
-from .loop import Folder, Loop, check_finite, check_moves, evaluate
+from .loop import Loop, check_finite, check_moves, evaluate
 from .models import quiet_transformers
 from .progress import Display
 from .result import result_of

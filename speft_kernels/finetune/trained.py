@@ -16,6 +16,7 @@ from ..errors import AdapterError, shown
 from ..model import desparsify, sparse_layers
 from . import baselines
 from .config import TASKS
+from .folder import Folder, is_run
 from .methods import ABOUT
 from .models import load_causal_lm, load_classifier, load_tokenizer
 from .tasks import CausalLM, Classification, Task
@@ -79,9 +80,7 @@ def load_trained(
 
 def trained_folder(folder: Path) -> Path:
     """The adapter's folder where that of its run was given."""
-    if (folder / "result.json").is_file() or (folder / "metrics.jsonl").is_file():
-        return folder / "adapter"
-    return folder
+    return Folder(folder).adapter if is_run(folder) else folder
 
 
 def about_of(folder: Path) -> dict[str, Any]:

@@ -4,16 +4,10 @@ offending facts.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..pattern import SparsePattern
 from .registry import FLOATS
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 accumulates in float64, everything else in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_float(**tensors: Tensor) -> None:

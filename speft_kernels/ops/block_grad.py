@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _cuda_native, _native, _triton
+from ..dtypes import accumulator_dtype
 from ..pattern import SparsePattern
 from ..plan import SparsityPlan, plan_of
 from . import _checks, registry
@@ -189,7 +190,7 @@ def _(dy, x, rows, cols, bh, bw, out, accumulate, backend):  # type: ignore[no-u
 
 
 def _allocate(dy: Tensor, rows: Tensor, bh: int, bw: int) -> Tensor:
-    return dy.new_empty((rows.shape[0], bh, bw), dtype=_checks.accumulator_dtype(dy.dtype))
+    return dy.new_empty((rows.shape[0], bh, bw), dtype=accumulator_dtype(dy.dtype))
 
 
 @operation("speft::block_grad")

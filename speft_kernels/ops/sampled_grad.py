@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _cuda_native, _native, _triton
 from ..compact import PANEL_ROWS, CompactIndices
+from ..dtypes import accumulator_dtype
 from ..parts import TILE, Parts, gathered
 from ..pattern import SparsePattern
 from ..plan import BLOCK_TOKENS, TOKEN_STEP, SparsityPlan, plan_of
@@ -31,7 +32,7 @@ from .panels import STRETCH_TOKENS, add_panels, columns_of
 
 # Tiles that the torch backend multiplies at a time; and elements of what it copies of the used
 # columns, or of the lines of these tiles: 16 MB in float32.
-TILES_AT_ONCE, STRETCH_ELEMENTS = 64, 1 << 22
+TILES_AT_ONCE, GATHER_ELEMENTS = 64, 1 << 22
 
 
 def sampled_grad(
@@ -145,7 +146,7 @@ def gradient_of_entries(
 def _check_out(out: Tensor, shape: tuple[int, ...], dy: Tensor, x: Tensor) -> None:
     if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
         raise ValueError("out= cannot carry a gradient, and dy or x requires one: leave it out")
-    dtype = _checks.accumulator_dtype(dy.dtype)
+    dtype = accumulator_dtype(dy.dtype)
     if tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
         raise ValueError(
             f"out must be a contiguous {dtype} tensor of shape {shape}, got {out.dtype} of shape "
@@ -178,7 +179,7 @@ def _torch(dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumul
     if not parts.rows.numel():
         return
     widest = max(parts.cols.numel(), TILES_AT_ONCE * TILE)
-    step = max(STRETCH_TOKENS, STRETCH_ELEMENTS // widest)
+    step = max(STRETCH_TOKENS, GATHER_ELEMENTS // widest)
     for start in range(0, dy.shape[0], step):
         _add_stretch(dy, x, slice(start, min(start + step, dy.shape[0])), parts, out)
 
@@ -335,7 +336,7 @@ def _(dy, x, parts, width, out, accumulate, backend):  # type: ignore[no-untyped
 
 
 def _allocate(dy: Tensor, nnz: int) -> Tensor:
-    return dy.new_empty(nnz, dtype=_checks.accumulator_dtype(dy.dtype))
+    return dy.new_empty(nnz, dtype=accumulator_dtype(dy.dtype))
 
 
 @operation("speft::sampled_grad")

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from .. import _cuda_native, _native, _triton
 from ..compact import CompactIndices
 from ..costs import costs_of
+from ..dtypes import accumulator_dtype
 from ..pattern import SparsePattern
 from ..plan import plan_of
 from ..quantized import PIECE_BYTES, QuantizedWeight
@@ -142,7 +143,7 @@ def _check_values(flat: Tensor, name: str, values: Tensor, pattern: SparsePatter
         raise ValueError(
             f"values must have shape {pattern.values_shape}, got {tuple(values.shape)}"
         )
-    dtype = _checks.accumulator_dtype(flat.dtype)
+    dtype = accumulator_dtype(flat.dtype)
     if values.dtype != dtype:
         raise TypeError(f"values must be {dtype} beside {flat.dtype} {name}, got {values.dtype}")
     _checks.check_device("values", values, name, flat)

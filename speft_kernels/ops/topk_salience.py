@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import _cuda_native, _native, _triton
+from ..dtypes import accumulator_dtype
 from ..errors import SalienceError, nearest
 from . import _checks, registry
 from ._library import operation
@@ -219,9 +220,7 @@ def _index_dtype(matrix: Tensor) -> torch.dtype:
 
 def _score(pair: Pair, metric: str) -> Tensor:
     """The flat score of one matrix; adding 0.0 makes -0.0 and 0.0 one value."""
-    weight, grad = (
-        None if t is None else t.flatten().to(_checks.accumulator_dtype(t.dtype)) for t in pair
-    )
+    weight, grad = (None if t is None else t.flatten().to(accumulator_dtype(t.dtype)) for t in pair)
     if weight is None:
         assert grad is not None
         return (grad if metric == "raw" else grad.abs()) + 0.0

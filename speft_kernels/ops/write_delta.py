@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _cuda_native, _native, _triton
+from ..dtypes import accumulator_dtype
 from ..pattern import SparsePattern
 from . import _checks, registry
 from ._library import operation
@@ -137,7 +138,7 @@ def _check(weight: Tensor, pattern: SparsePattern, base: Tensor, values: Tensor 
                 f"{name} must have shape {pattern.values_shape}, got {tuple(tensor.shape)}"
             )
     if values is not None:
-        dtype = _checks.accumulator_dtype(weight.dtype)
+        dtype = accumulator_dtype(weight.dtype)
         if values.dtype != dtype:
             raise TypeError(
                 f"values must be {dtype} beside a {weight.dtype} weight, got {values.dtype}"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..files import replaced
-from .folder import is_run, is_study
+from ..finetune.folder import is_run
+from .folder import is_study
 
 __all__ = ["write_report"]
 

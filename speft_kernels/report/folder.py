@@ -34,10 +34,6 @@ class Metrics:
         return [x for x, _ in known], [y for _, y in known]
 
 
-def is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "result.json"))
-
-
 def is_study(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("study.json", "runs.csv"))
 

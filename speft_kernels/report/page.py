@@ -11,11 +11,11 @@ import hashlib
 import html
 import math
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..errors import plain
 from .assets import SCRIPT, STYLE
 
 
@@ -37,25 +37,6 @@ class Cell(NamedTuple):
 class Column:
     title: str
     numeric: bool = False
-
-
-def plain(value: object) -> str:
-    """`value` as text that every encoding and every parser takes.
-
-    Control characters, halves of surrogate pairs and marks that turn the direction of the text
-    around become U+FFFD: they would hide what a name really is, or not be allowed in the page.
-    """
-    text = value if isinstance(value, str) else str(value)
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join("\ufffd" if _is_unsafe(letter) else letter for letter in text)
-
-
-def _is_unsafe(letter: str) -> bool:
-    if letter in "\n\t":
-        return False
-    # Zl and Zp end a line of a script; Cf holds the marks of direction and of no width.
-    return unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 
 
 def short(value: object, length: int = 32) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..finetune.config import RunConfig
+from ..finetune.folder import Folder
 from . import cells, figures
 from .folder import Metrics, read_json, read_metrics
 from .masks import Masks, grid_of, read_masks
@@ -22,12 +23,13 @@ def run_page(folder: Path) -> str:
         ConfigError: a file of the run is missing or damaged.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    config = read_json(folder / "config.json")
-    finished = (folder / "result.json").exists()
-    result = read_json(folder / "result.json") if finished else {}
-    begun = finished or (folder / "metrics.jsonl").exists()
-    metrics = read_metrics(folder / "metrics.jsonl") if begun else Metrics([], [])
-    masks = read_masks(folder / "adapter")
+    places = Folder(folder)
+    config = read_json(places.config)
+    finished = places.result.exists()
+    result = read_json(places.result) if finished else {}
+    begun = finished or places.metrics.exists()
+    metrics = read_metrics(places.metrics) if begun else Metrics([], [])
+    masks = read_masks(places.adapter)
     settings = config.get("settings")
     settings = settings if isinstance(settings, dict) else {}
     return page(
@@ -51,7 +53,7 @@ def _lead(settings: dict[str, Any], finished: bool, metrics: Metrics, folder: Pa
     if finished:
         return text
     last = metrics.steps[-1]["step"] if metrics.steps else 0
-    resumable = (folder / "checkpoint").is_dir()
+    resumable = Folder(folder).checkpoint.is_dir()
     more = "; it holds a checkpoint, from which --resume goes on" if resumable else ""
     return Html(text + notices([f"This run is not finished: {last} steps are recorded{more}."]))
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
-from .page import Html, plain, short
+from ..errors import plain
+from .page import Html, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,8 +137,7 @@ def _adapt(element: ElementTree.Element, key: str) -> None:
         element.set(name, value)
 
 
-def label(value: object, length: int = 30) -> str:
-    """A name of unknown origin for a figure: a long one keeps its beginning and its end."""
+def label(value: object) -> str:
+    """A name of unknown origin for a figure: of a long one its first 15 and its last 14 letters."""
     text = short(value, 10**6)
-    half = length // 2
-    return text if len(text) <= length else f"{text[: length - half]}…{text[1 - half :]}"
+    return text if len(text) <= 30 else f"{text[:15]}…{text[-14:]}"

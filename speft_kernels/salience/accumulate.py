@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import accumulator_dtype
 from ..errors import ConfigError, SalienceError
 from .borrow import scoring_leaves
 
@@ -59,7 +60,7 @@ class GradientSums:
     ) -> None:
         self._device, self._fold = device, fold
         self._dtypes = {
-            name: weight.dtype if dtype == "weight" else wide(weight.dtype)
+            name: weight.dtype if dtype == "weight" else accumulator_dtype(weight.dtype)
             for name, weight in ((name, layer.weight) for name, layer in layers.items())
         }
         self.sums: dict[str, Tensor] = {}
@@ -79,17 +80,13 @@ class GradientSums:
         return sum(total.nbytes for total in self.sums.values())
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return float32, or float64 for float64: what sums are kept in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def folded(gradient: Tensor, fold: str) -> Tensor:
     """Return what `SpeftConfig.accumulate` makes of one batch's gradient, which is consumed."""
     if fold == "absolute":
         return gradient.abs_()
     if fold == "square":
-        return gradient.to(wide(gradient.dtype)).square_()  # a half's square is out of its range
+        # A half's square is out of its range.
+        return gradient.to(accumulator_dtype(gradient.dtype)).square_()
     return gradient
 
 

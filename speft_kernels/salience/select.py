@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..pattern import SparsePattern
+from ..peak_memory import PeakMemory
 from . import processes
 from .accumulate import GradientSums, LossFn, PassStatistics, folded, stream_gradients
 from .hessian import hessian_gradients
-from .memory import PeakMemory
 from .metrics import Metric, metric_named
 from .ranking import choose
 from .report import LayerBudget, SalienceReport

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..dtypes import accumulator_dtype
 from ..errors import SalienceError
 from .accumulate import (
     Consume,
@@ -24,7 +25,6 @@ from .accumulate import (
     PassStatistics,
     arrives_in_parts,
     count_examples,
-    wide,
 )
 from .shares import loss_and_scales
 
@@ -189,11 +189,12 @@ def square_sums(calls: list[tuple[Tensor, Tensor]], scales: Sequence[float], lab
     dy = outputs[0] if len(calls) == 1 else torch.cat(outputs, dim=1)
     dtype = torch.promote_types(x.dtype, dy.dtype)
     (_, steps, k), n = x.shape, dy.shape[2]
+    wide = accumulator_dtype(dtype)
     if steps == 1:
-        scaled_dy = dy[:, 0].to(wide(dtype)) * dy.new_tensor(scales, dtype=wide(dtype))[:, None]
-        return scaled_dy.square_().t() @ x[:, 0].to(wide(dtype)).square()
+        scaled_dy = dy[:, 0].to(wide) * dy.new_tensor(scales, dtype=wide)[:, None]
+        return scaled_dy.square_().t() @ x[:, 0].to(wide).square()
     x, dy = x.to(dtype), dy.to(dtype).transpose(1, 2)
-    total = torch.zeros(n, k, dtype=wide(dtype), device=x.device)
+    total = torch.zeros(n, k, dtype=wide, device=x.device)
     buffer = _CPU_BUFFER if x.device.type == "cpu" else _GPU_BUFFER
     rows = min(n, max(1, buffer // k))
     at_once = max(1, buffer // (n * k))

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import accumulator_dtype
 from ..errors import ConfigError, SalienceError
-from .accumulate import Consume, LossFn, PassStatistics, first_non_finite, wide
+from .accumulate import Consume, LossFn, PassStatistics, first_non_finite
 from .borrow import scoring_leaves
 from .linearise import linear_activations
 
@@ -100,7 +101,7 @@ def _flow(model: nn.Module, loss_fn: LossFn | None) -> Tensor:
     if not isinstance(output, Tensor):
         logits = getattr(output, "logits", None)
         output = output[0] if logits is None else logits
-    return output.to(wide(output.dtype)).sum()
+    return output.to(accumulator_dtype(output.dtype)).sum()
 
 
 def _call_user(model: nn.Module, loss_fn: LossFn) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ... import _native
 from ...nn import SparseDeltaLinear
-from ...salience.memory import PeakMemory
+from ...peak_memory import PeakMemory
 from ...testing import uniform_pattern
 from ..checks import agree, rounding_bound
 from ..harness import Case, Saved, Side

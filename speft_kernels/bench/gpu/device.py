@@ -221,13 +221,11 @@ class Device:
             self.free()
         return facts
 
-    def _keep_busy(self, products: int = 600) -> None:
-        """Issue large products, some 1.5 ms each on an H200, and do not wait for them. As many as
-        a queue takes without making the host wait.
-        """
+    def _keep_busy(self) -> None:
+        """Issue large products, some 1.5 ms each on an H200, and do not wait for them."""
         a = self.randn(8192, 8192)
         out = torch.empty_like(a)
-        for _ in range(products):
+        for _ in range(600):  # as many as a queue takes without making the host wait
             torch.mm(a, a, out=out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,9 +60,5 @@ def _high_water_mark() -> int | None:
     mark = _linux_mark()
     if mark is not None:
         return mark
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
