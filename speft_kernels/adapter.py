@@ -115,7 +115,9 @@ def write_adapter(
     extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """`save_adapter` with `layers` in the place of the model's own patterns and values."""
+    """`save_adapter` with `layers` in the place of the model's own patterns and values; raises as
+    it does.
+    """
     folder = Path(folder)
     _check_destination(folder, overwrite)
     dense = _dense_tensors(model)

@@ -65,17 +65,15 @@ class SparseDeltaLinear(nn.Module):
     Build it with `SparseDeltaLinear.from_linear`. Two modes, equal in what they compute:
 
     - `resident`: D is written into the weight, so a step costs what the frozen layer costs plus the
-    sampled gradient.
-      The write happens on the first forward after `values` changed. Changes are seen through the
-      tensor's version, which every in-place operation and every optimizer raises; after writing
-      through `values.data`, call `sync()`.
+      sampled gradient. The write happens on the first forward after `values` changed. Changes are
+      seen through the tensor's version, which every in-place operation and every optimizer raises;
+      after writing through `values.data`, call `sync()`.
     - `additive`: the base is never written; D is a second, sparse product. For a base that is
-    quantised or shared.
+      quantised or shared.
 
     Parameters: `weight` `[N, K]` and `bias` `[N]`, frozen; `values`, float32 (float64 for a float64
-        weight),
-    `[nnz]` or `[num_blocks, bh, bw]`, trained. Buffers: `indices`, and `base_values` (W0 at the
-    trained entries).
+    weight), `[nnz]` or `[num_blocks, bh, bw]`, trained. Buffers: `indices`, and `base_values` (W0
+    at the trained entries).
     """
 
     weight: nn.Parameter
@@ -189,6 +187,17 @@ class SparseDeltaLinear(nn.Module):
         return self._pattern
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `x @ (W0 + D)^T + b`, `[..., N]`.
+
+        Args:
+            x: `[..., K]`, of the weight's dtype, or of any that autocast turns into its own. The
+                backward pass keeps the columns of it that the pattern reads, one copy for all
+                layers that are given this very tensor.
+
+        Raises:
+            ConfigError: `requires_grad` was set on the weight.
+            StaleWeightError: in the backward pass, where `values` changed since this one.
+        """
         if self.base is not None:
             return self._forward_over_base(x)
         device, source = x.device.type, x

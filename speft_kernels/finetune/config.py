@@ -394,7 +394,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The settings that an earlier run wrote to its `config.json`."""
+    """The settings that an earlier run wrote to its `config.json`. Raises ConfigError for a file
+    that is missing or damaged.
+    """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
         if not isinstance(settings, dict):

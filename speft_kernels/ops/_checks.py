@@ -40,7 +40,10 @@ def check_pattern_device(pattern: SparsePattern, name: str, tensor: Tensor) -> N
 
 
 def tokens_first(name: str, tensor: Tensor, width: int) -> Tensor:
-    """Return `[..., width]` as `[M, width]`, without a copy wherever strides allow."""
+    """Return `[..., width]` as `[M, width]`, without a copy wherever strides allow.
+
+    Raises ValueError for a tensor of another width.
+    """
     if tensor.dim() == 0 or tensor.shape[-1] != width:
         raise ValueError(f"{name} must have shape [..., {width}], got {tuple(tensor.shape)}")
     if tensor.dim() == 2:
