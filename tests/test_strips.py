@@ -107,7 +107,7 @@ def test_gathering_must_pay_for_packing_its_rows():
 
 @pytest.mark.parametrize("density", [0.001, 0.005, 0.05])
 def test_index_memory_is_stated(density):
-    """In docs/design.md: 6 bytes an entry, and 4 a strip, of which an entry has one at most, filled
+    """In docs/gpu.md: 6 bytes an entry, and 4 a strip, of which an entry has one at most, filled
     up to groups of 64.
     """
     for make in (realistic_pattern, uniform_pattern):

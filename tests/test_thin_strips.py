@@ -105,7 +105,7 @@ def test_strips_that_are_read_at_once_lie_in_different_banks(make):
 
 @pytest.mark.parametrize("density", [0.001, 0.005, 0.05])
 def test_index_memory_is_stated(density):
-    """In docs/design.md: 6 bytes an entry, 4 a line of a tile, 2.1 a strip, of which groups are
+    """In docs/gpu.md: 6 bytes an entry, 4 a line of a tile, 2.1 a strip, of which groups are
     filled up.
     """
     for make in (realistic_pattern, uniform_pattern):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Kernels are put straight into the dispatcher. `torch.library.custom_op` wraps each call in Python
-# of its own: 54 to 100 us a call on the machine of docs/design.md, where this takes 18, and a
+# of its own: 54 to 100 us a call on the Intel of docs/measurements.md, where this takes 18, and a
 # training step of a small model makes a hundred calls.
 _LIBRARY = torch.library.Library("speft", "FRAGMENT")
 
