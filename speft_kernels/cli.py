@@ -103,6 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except PermissionError as error:  # what is named may lie in a folder of another user's
+        if error.filename is None:
+            raise
+        print(f"speft: error: {plain(error.filename)}: {error.strerror}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

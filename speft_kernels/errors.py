@@ -83,4 +83,4 @@ def _is_unsafe(letter: str) -> bool:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name closest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name[:120], list(known), n=1, cutoff=0.5)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    return f" Did you mean {shown(matches[0])}?" if matches else ""

@@ -414,10 +414,22 @@ def test_the_command_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
     ("flags", "message"),
     [
         (["sampled_grat"], "unknown operation 'sampled_grat'. Did you mean 'sampled_grad'?"),
-        (["--rounds", "0"], "--rounds must be at least 1"),
-        (["--threads", "-1"], "--threads must be at least 1"),
+        *(
+            (["--rounds", value], f"--rounds: '{value[:50]}")
+            for value in ("0", "-1", "1_0", str(10**30), "9" * 5000)
+        ),
+        (["--threads", "-1"], "--threads: '-1' is not a whole number from 1"),
+        (["--threads", str(10**30)], f"--threads: '{10**30}' is not a whole number from 1"),
+        (["--threads", "99999"], "99999 is more than this machine's"),
         (["--output", "{}/none/bench.csv"], "none does not exist"),
         (["--output", "{}/other.csv"], "no table of benchmark results"),
+        (["--output", "{}"], "is a folder or a device"),
+        (["--output", "{}/" + "x" * 250], "cannot be written: File name too long"),
+        (["--plot", "{}"], "is a folder or a device"),
+        (["--plot", ""], "is a folder or a device"),
+        (["--plot", "{}/none/bench.png"], "none does not exist"),
+        (["--plot", "{}/bench.badsuffix"], "must end in one of .png, .svg, .pdf, .jpg"),
+        (["--plot", "{}/bench"], "must end in one of .png"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_measured(
@@ -425,11 +437,23 @@ def test_what_cannot_be_done_is_said_before_anything_is_measured(
 ):
     (tmp_path / "other.csv").write_text("something else\n")
     monkeypatch.setattr("speft_kernels.bench.harness.measure", None)  # calling it would fail
-    assert main(["bench", *(flag.format(tmp_path) for flag in flags)]) == 2
+    try:
+        code = main(["bench", *(flag.format(tmp_path) for flag in flags)])
+    except SystemExit as stopped:  # argparse's own way
+        code = stopped.code
+    assert code == 2
     printed = capsys.readouterr()
     assert message in printed.err
+    assert len(printed.err) < 1000
     assert printed.out == ""
     assert (tmp_path / "other.csv").read_text() == "something else\n"
+
+
+@pytest.mark.parametrize("ending", [".png", ".svg", ".pdf", ".jpg"])
+def test_every_format_of_the_figure_is_written(tiny, tmp_path, ending):
+    figure = tmp_path / f"bench{ending}"
+    assert main(["bench", "sampled_grad", "--quick", "--rounds", "1", "--plot", str(figure)]) == 0
+    assert figure.stat().st_size > 1000
 
 
 def test_without_matplotlib_the_error_says_how_to_get_it(tmp_path, capsys, monkeypatch):

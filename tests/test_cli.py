@@ -188,6 +188,17 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, module, extra):
     assert f"pip install 'speft-kernels[{extra}]'" in capsys.readouterr().err
 
 
+def test_what_may_not_be_read_is_no_fault_of_the_package(monkeypatch, capsys):
+    from speft_kernels.commands import info
+
+    def closed(_):
+        raise PermissionError(13, "Permission denied", "/closed/run")
+
+    monkeypatch.setattr(info, "run", closed)
+    assert main(["info", "/closed/run"]) == 2
+    assert capsys.readouterr().err == "speft: error: /closed/run: Permission denied\n"
+
+
 def test_help_names_every_setting_and_command(capsys):
     assert sorted(FIELDS) == sorted(name for names in GROUPS.values() for name in names)
     with pytest.raises(SystemExit) as caught:

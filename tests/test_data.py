@@ -1,5 +1,8 @@
 import csv
+import gzip
+import os
 import re
+from pathlib import Path
 
 import pytest
 from tiny_text import write_jsonl, write_tsv
@@ -23,6 +26,26 @@ def test_tsv_keeps_quotes_and_odd_line_separators(tmp_path):
     examples = read(path)
     assert [row.texts for row in examples.rows] == [(text,) for text in texts]
     assert [row.line for row in examples.rows] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_the_line_ends_of_old_macs_are_read_where_there_are_no_others(tmp_path, name):
+    texts = ["one", "two", "three"]
+    if name == "a.jsonl":
+        lines = [f'{{"sentence": "{text}", "label": 1}}' for text in texts]
+    else:
+        separator = "\t" if name == "a.tsv" else ","
+        lines = [separator.join(row) for row in [("sentence", "label"), *((t, "1") for t in texts)]]
+    path = tmp_path / name
+    path.write_bytes("\r".join([*lines, ""]).encode())
+    rows = read(path).rows
+    assert [row.texts for row in rows] == [(text,) for text in texts]
+    assert [row.line for row in rows] == ([1, 2, 3] if name == "a.jsonl" else [2, 3, 4])
+
+
+def test_a_carriage_return_is_a_part_of_a_text_where_newlines_end_the_lines(tmp_path):
+    path = write_tsv(tmp_path / "a.tsv", [("one\rtwo", "1")])
+    assert read(path).rows[0].texts == ("one\rtwo",)
 
 
 def test_csv_follows_quotes_over_lines_and_windows_line_ends(tmp_path):
@@ -130,13 +153,43 @@ BROKEN = {
         b"sentense\tlabel\na\t1\n",
         ["'sentense', 'label'", "Did you mean 'sentence'?"],
     ),
-    "no label": ("a.tsv", b"sentence\tlable\na\t1\n", ["'label' is missing", "'label'?"]),
+    "no label": (
+        "a.tsv",
+        b"sentence\tlable\na\t1\n",
+        ["needs the column 'label'. Found: 'sentence', 'lable'. Column 'lable': Did", "'label'?"],
+    ),
+    "no text": (
+        "a.tsv",
+        b"question\tlabel\na\t1\n",
+        [
+            "needs one of these: 'sentence1' and 'sentence2'; 'premise' and 'hypothesis'; "
+            "'question1' and 'question2'; 'question' and 'sentence'; 'sentence'; 'text'. "
+            "Found: 'question', 'label'."
+        ],
+    ),
+    "many columns": ("a.tsv", b"\t".join(b"c%d" % i for i in range(5000)), ["and 4980 more"]),
+    "many repeated columns": (
+        "a.tsv",
+        b"\t".join(b"c%d" % (i % 50_000) for i in range(100_000)),
+        ["names 'c0', 'c1'", "and 49980 more twice"],
+    ),
+    "a long column": ("a.tsv", b"x" * 100_000 + b"\tlabel\n", ["xxx...xxx"]),
+    "a long label": ("a.jsonl", b'{"sentence": "a", "label": [%s1]}' % (b"1," * 9999), ["'label'"]),
+    "a long text": ("a.jsonl", b'{"sentence": [%s1], "label": 1}' % (b"1," * 9999), ["not text"]),
     "latin-1": (
         "a.tsv",
         b"sentence\tlabel\nok\t1\ncaf\xe9\t0\n",
         ["line 3", "byte 0xe9 at offset 23", "not UTF-8", "iconv"],
     ),
-    "utf-16": ("a.tsv", GOOD.encode("utf-16"), ["line 1", "byte 0xff at offset 0", "not UTF-8"]),
+    "utf-16": (
+        "a.tsv",
+        b"\xff\xfe" + GOOD.encode("utf-16-le"),
+        ["UTF-16", "read as UTF-8", "iconv"],
+    ),
+    "utf-16, the other": ("a.csv", b"\xfe\xff" + GOOD.encode("utf-16-be"), ["is UTF-16 text"]),
+    "gzip": ("a.tsv", gzip.compress(GOOD.encode()), ["is compressed with gzip", "gzip -dc"]),
+    "zip": ("a.csv", b"PK\x03\x04\x14\0", ["is a zip archive or an Excel file"]),
+    "parquet": ("a.jsonl", b"PAR1\x15\x04\x15PAR1", ["is a Parquet file", "as JSON lines"]),
     "too few fields": ("a.tsv", b"sentence\tlabel\na\t1\nb\n", ["line 3: 1 field(s)", "names 2"]),
     "too many fields": ("a.csv", b"sentence,label\na,b,1\n", ["line 2: 3 field(s)"]),
     "open quote": ("a.csv", b'sentence,label\n"a,1\n', ["broken CSV", "inner quotes doubled"]),
@@ -181,6 +234,8 @@ def test_broken_files_are_refused_with_place_and_remedy(tmp_path, case):
     assert str(path) in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_answered_with_the_nearest(tmp_path):
@@ -191,6 +246,21 @@ def test_a_missing_file_is_answered_with_the_nearest(tmp_path):
         read(tmp_path / "nowhere" / "train.tsv")
     with pytest.raises(DataError, match=r"is a folder.*'train.tsv'"):
         read(tmp_path)
+
+
+def test_a_pipe_is_no_file_that_is_missing(tmp_path):
+    os.mkfifo(tmp_path / "pipe.tsv")
+    with pytest.raises(DataError, match="pipe.tsv is a pipe or a device, and data are read more"):
+        read(tmp_path / "pipe.tsv")
+
+
+def test_a_folder_that_may_not_be_entered_is_said_so(tmp_path, monkeypatch):
+    def closed(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", closed)  # root may enter all of them
+    with pytest.raises(DataError, match="a.tsv: cannot be read: Permission denied"):
+        read(tmp_path / "a.tsv")
 
 
 def test_causal_lm_names_its_own_columns(tmp_path):
@@ -218,6 +288,14 @@ def test_an_unknown_label_in_eval_is_named_with_its_line(tmp_path):
     )
     with pytest.raises(DataError, match=re.escape(message) + r".*Did you mean 'good'"):
         check_labels(held_out, label_ids(train))
+
+
+def test_long_labels_are_not_shown_whole(tmp_path):
+    train = read(write_tsv(tmp_path / "a.tsv", [("a", str(n) * 5000) for n in range(1, 100)]))
+    held_out = read(write_tsv(tmp_path / "b.tsv", [("a", "1" * 5001)]))
+    with pytest.raises(DataError, match="and 79 more") as caught:
+        check_labels(held_out, label_ids(train))
+    assert len(str(caught.value)) < 5000
 
 
 def test_the_two_sides_must_have_the_same_columns(tmp_path):

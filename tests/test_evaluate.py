@@ -113,6 +113,10 @@ def test_what_cannot_be_evaluated_is_said(place, trained, tmp_path, capsys):
     taken.write_text("dear")
     assert "exists already" in error_of(capsys, *command, data, "--predictions", taken)
     assert taken.read_text() == "dear"
+    for where, reason in ((tmp_path, "is a folder"), (tmp_path / "x" / "p.jsonl", "not exist")):
+        message = error_of(capsys, *command, data, "--predictions", where)
+        assert f"--predictions {where}" in message
+        assert reason in message
     save_bert(tmp_path / "base", ["other words"])
     assert "another base" in error_of(capsys, *command, data, "--model", tmp_path / "base")
     assert "no folder of a run" in error_of(capsys, "evaluate", tmp_path, "--data", data)

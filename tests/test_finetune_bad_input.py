@@ -1,13 +1,14 @@
 """Settings, models and checkpoints that no run can use are refused in one line that says why."""
 
 import copy
+import os
 
 import pytest
 import torch
 from tiny_text import save_bert
 from torch import nn
 
-from speft_kernels.errors import ConfigError
+from speft_kernels.errors import ConfigError, DataError
 from speft_kernels.finetune.checkpoint import (
     Progress,
     load_tensors,
@@ -17,6 +18,7 @@ from speft_kernels.finetune.checkpoint import (
     save_tensors,
 )
 from speft_kernels.finetune.config import RunConfig, load_json, load_yaml
+from speft_kernels.finetune.data import read_examples
 from speft_kernels.finetune.inputs import ScoringBatches, check_rank
 from speft_kernels.finetune.models import pooling_of, resolve
 from speft_kernels.finetune.signals import StopSignals
@@ -43,6 +45,29 @@ def config_of(**settings):
 def test_values_have_bounds(settings, message):
     with pytest.raises(ConfigError, match=message):
         config_of(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epochs", "1_0"), ("seed", "1_0"), ("lr", "1_0e-4"), ("block_shape", "1_6x16")],
+)
+def test_numbers_have_no_underscores(name, value):
+    with pytest.raises(ConfigError, match=f"{name} = '{value}' is (not|like)"):
+        config_of(**{name: value})
+
+
+def test_a_pipe_keeps_the_name_that_the_shell_gave_it():
+    """As in --train <(zcat train.tsv.gz): what it is a link to is no file."""
+    read, write = os.pipe()
+    path = f"/dev/fd/{read}"
+    try:
+        config = config_of(train=path).located()
+        assert config.train == path
+        with pytest.raises(DataError, match=f"{path} is a pipe or a device"):
+            read_examples(config.train, "classification")
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "test", "model", "output"])

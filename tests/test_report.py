@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import re
 import shutil
 import sys
@@ -232,9 +233,13 @@ def test_what_cannot_be_reported(tmp_path, trained, capsys, monkeypatch):
     ):
         with pytest.raises(ConfigError, match=reason):
             write_report(folder)
-    for output in (tmp_path, tmp_path / "absent" / "page.html"):
+    os.mkfifo(tmp_path / "pipe")  # as a device is, not to be replaced by a file
+    for output in (tmp_path, tmp_path / "absent" / "page.html", tmp_path / "pipe"):
         with pytest.raises(ConfigError, match="choose another --output"):
             write_report(trained, output)
+        assert main(["report", str(trained), "--output", str(output)]) == 2
+        assert f"--output {output}" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(trained), "--output", str(tmp_path / "page.html")]) == 2
     assert "pip install 'speft-kernels[bench]'" in capsys.readouterr().err
@@ -343,6 +348,7 @@ def test_damaged_runs_of_a_study_are_named(study):
         "1-3-0.01-0": {"metric": "f1"},
         "1-4-0.01-0": {"id": "../../outside"},
         "1-5-0.01-1": {"seed": 0},
+        "1-2-0.01-0": {"id": "x" * 300},
     }
     write_rows(study / "runs.csv", [dataclasses.replace(r, **changed.get(r.id, {})) for r in rows])
     page = report(study)
@@ -351,11 +357,12 @@ def test_damaged_runs_of_a_study_are_named(study):
         r"run 1-1-0.01-1 could not be read: .*metrics.jsonl, line 1",
         "run 0-1-0.01-1 is left out of the statistics: its score is nan",
         "run 1-3-0.01-0 is left out of the statistics: its metric is f1, that of its task accuracy",
+        "run x+ could not be read: File name too long",
         r"run ../../outside could not be read: .* is no name of a run's folder",
         "run 1-5-0.01-1 repeats run 1-5-0.01-0",
         "The loss curves of these runs are left out, .*: 1-0-0.01-0",
         "run diverged failed: the loss is inf",
-        "2 with a folder and no row in runs.csv yet: .*not-finished",
+        "3 with a folder and no row in runs.csv yet: .*not-finished",
     ):
         assert re.search(line, page.text), line
     assert "second try" not in page.text

@@ -70,7 +70,10 @@ def test_lists_span_the_grid_and_ids_name_runs_on_any_machine(study_file, tmp_pa
         ("seeds: [0, 1, 2]", "search_slack: -1", "search_slack = -1 must be a number from 0 on"),
         ("seeds: [0, 1, 2]", "seeds: [0, -1]", "run films-head-lr0.01-s-1-.*: seed = -1 must be"),
         ("seeds: [0, 1, 2]", "seeds: [.inf]", "method head: seeds = .inf. must be a list"),
-        ("lr: [1e-2, 3e-2]", f"lr: {10**400}", r"method head: lr = 10*\.\.\.0* must be a list"),
+        ("lr: [1e-2, 3e-2]", f"lr: {10**400}", r"method head: lr = 10*\.\.\.0* is too large"),
+        ("lr: [1e-2, 3e-2]", "lr: [1_0e-4]", "lr = .'1_0e-4'. must be a list of numbers"),
+        ("seeds: [0, 1, 2]", f"seeds: [{10**30}]", r"seeds = .10*. is too large a number"),
+        ("epochs: 1", "epochs: '1_0'", "epochs = '1_0' is not a whole number"),
         (
             "seeds: [0, 1, 2]",
             f"search_slack: {10**400}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from .records import Record
 
+FORMATS = (".png", ".svg", ".pdf", ".jpg")
 _COLOURS = {True: "#2a7f4f", False: "#c0392b", None: "#7f8c9b"}
 _LABELS = {True: "goal met", False: "goal missed", None: "no goal"}
 
@@ -47,13 +48,20 @@ def bars_of(records: Sequence[Record]) -> list[Bar]:
     return bars
 
 
+def check_format(path: Path) -> None:
+    """Raises ConfigError for an ending that names no format of `plot`."""
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"--plot {path}: the file must end in one of {', '.join(FORMATS)}")
+
+
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Write the figure; the ending of `path` names the format.
+    """Write the figure; the ending of `path` names the format, one of `FORMATS`.
 
     Raises:
         ConfigError: there is nothing to plot, or the file cannot be written.
         ModuleNotFoundError: matplotlib is not installed.
     """
+    check_format(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -81,5 +89,5 @@ def plot(records: Sequence[Record], path: Path) -> None:
     figure.legend(handles=handles, loc="outside upper right", ncols=len(shown), fontsize=8)
     try:
         figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not write
+    except OSError as error:
         raise ConfigError(f"{path}: the figure cannot be written: {error}") from error

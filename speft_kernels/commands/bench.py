@@ -6,8 +6,8 @@ import argparse
 import importlib.util
 
 from ..bench.cases import KERNELS, OPERATIONS, cases_of
-from ..errors import ConfigError
-from ..files import path_of
+from .numbers import count, threads
+from .outputs import output_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,34 +18,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to measure: {', '.join(OPERATIONS)} [the quick cases of {', '.join(KERNELS)}]",
     )
     parser.add_argument("--quick", action="store_true", help="only the quick cases")
-    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each case [its own]")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and the kernels")
+    parser.add_argument("--rounds", type=count, metavar="N", help="rounds of each case [its own]")
+    parser.add_argument(
+        "--threads", type=threads, metavar="N", help="threads of torch and the kernels"
+    )
     parser.add_argument("--cold", action="store_true", help="empty the caches before each call")
     parser.add_argument("--output", metavar="CSV", help="file to add the results to")
-    parser.add_argument("--plot", metavar="FILE", help="figure of --output, or of this run")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="figure of --output, or of this run: a .png, .svg, .pdf or .jpg",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     operations = args.operations or KERNELS
     quick = args.quick or not args.operations
     builds = [build for name in operations for build in cases_of(name, quick=quick)]
-    for name in ("rounds", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {value}")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("no matplotlib", name="matplotlib")  # before the time is spent
+    # All that can be said before the time is spent.
+    output, figure = output_file("output", args.output), output_file("plot", args.plot)
+    if figure is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("no matplotlib", name="matplotlib")
 
     import torch
 
     from ..bench.harness import measure
     from ..bench.machine import this_machine
-    from ..bench.plot import plot
+    from ..bench.plot import check_format, plot
     from ..bench.records import Record, read_records, records_of, write_records
     from ..bench.report import describe, goals, heading
 
-    output = path_of("output", args.output) if args.output else None
-    _check_folders(args)
+    if figure is not None:
+        check_format(figure)
     if output is not None and output.exists():
         read_records(output)
     if args.threads is not None:
@@ -63,14 +67,6 @@ def run(args: argparse.Namespace) -> int:
         rows = rows + fresh if output is None else write_records(output, fresh)
     if closing := goals(results):
         print(f"\n{closing}")
-    if args.plot:
-        plot(rows, path_of("plot", args.plot))
+    if figure is not None:
+        plot(rows, figure)
     return 0
-
-
-def _check_folders(args: argparse.Namespace) -> None:
-    for flag in ("output", "plot"):
-        value = getattr(args, flag)
-        folder = None if value is None else path_of(flag, value).parent
-        if folder is not None and not folder.is_dir():
-            raise ConfigError(f"--{flag} {value}: the folder {folder} does not exist")

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..files import path_of, replaced
 from ..finetune.config import RunConfig
+from .outputs import output_file
 from .settings import add_flag, given_settings
 
 _SETTINGS = ("max_length", "batch_size", "dtype")
@@ -42,11 +43,9 @@ def run(args: argparse.Namespace) -> int:
 
     settings = given_settings(args)
     config = RunConfig.from_dict({**settings, "train": args.data, "output": args.folder})
-    output = path_of("predictions", args.predictions) if args.predictions else None
-    if output is not None and (output.exists() or not output.parent.is_dir()):
-        raise ConfigError(
-            f"predictions {output} exists already, or its folder does not; choose another file"
-        )
+    output = output_file("predictions", args.predictions)
+    if output is not None and output.exists():
+        raise ConfigError(f"--predictions {output} exists already; choose another file")
     with quiet_transformers(), StopSignals() as stop:
         accelerator = start_accelerator(config.dtype)
         trained = load_trained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..files import path_of
+from .outputs import output_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..report import write_report
 
-    output = path_of("output", args.output) if args.output else None
+    output = output_file("output", args.output)
     print(write_report(path_of("folder", args.folder), output))
     return 0

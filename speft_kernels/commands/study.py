@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..finetune.signals import Interrupted
+from .numbers import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,12 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FOLDER", help="folder that data paths start from")
     parser.add_argument(
         "--jobs",
-        type=_positive,
+        type=count,
         metavar="N",
         help="runs at a time [one a GPU; without GPUs one]",
     )
     parser.add_argument(
-        "--max-runs", type=_positive, metavar="N", help="begin no more than so many runs now"
+        "--max-runs", type=count, metavar="N", help="begin no more than so many runs now"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="list the runs that are due, and run none"
@@ -90,10 +91,3 @@ def _jobs() -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return number

@@ -6,11 +6,14 @@ import argparse
 from dataclasses import asdict
 
 from ..errors import ConfigError
+from .numbers import threads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's)")
+    parser.add_argument(
+        "--threads", type=threads, metavar="N", help="threads of the CPU (default: torch's)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="measure and print, keep nothing")
 
 
@@ -25,8 +28,6 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here")
     if args.threads is not None:
-        if args.threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     costs = calibrate(device)

@@ -311,7 +311,8 @@ class RunConfig:
                 continue
             path = path_of(name, value)
             try:
-                if name == "output" or path.exists():
+                # A pipe, as the shell makes of <(...), is found by the name given alone.
+                if name == "output" or path.is_file() or path.is_dir():
                     absolute[name] = str(path.resolve())
             except (OSError, RuntimeError) as error:  # links that lead back to themselves
                 raise ConfigError(f"{name} = {shown(value)} is no path: {error}") from error
@@ -423,7 +424,7 @@ def coerce(name: str, value: Any) -> Any:
         if kind is type(None):
             continue
         try:
-            return _as(kind, value)
+            return as_kind(kind, value)
         except (TypeError, ValueError):
             continue
         except OverflowError:
@@ -436,14 +437,15 @@ def _is_union(expected: Any) -> bool:
     return typing.get_origin(expected) in (typing.Union, types.UnionType)
 
 
-def _as(kind: Any, value: Any) -> Any:
+def as_kind(kind: Any, value: Any) -> Any:
+    """`value` as this type, as `coerce` does it; raises TypeError, ValueError or OverflowError."""
     if kind is str:
         if not isinstance(value, str):
             raise TypeError
         return value
     if kind == tuple[int, int]:
         sides = value.lower().split("x") if isinstance(value, str) else value
-        height, width = (_as(int, side) for side in sides)
+        height, width = (as_kind(int, side) for side in sides)
         return (height, width)
     if kind == tuple[str, ...]:
         if isinstance(value, str) or not all(isinstance(item, str) for item in value):
@@ -452,6 +454,8 @@ def _as(kind: Any, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TypeError
     if kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    if isinstance(value, str) and "_" in value:  # Python takes 1_0 for ten
         raise ValueError
     number = kind(value)
     if kind is int and abs(number) >= 2**63:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError, nearest
+from ..errors import DataError, nearest, shown
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json")
 # Columns of a task's text, in the order they are looked for.
@@ -31,11 +32,15 @@ TEXT_COLUMNS = {
         *(("instruction", "input", "output"), ("instruction", "output"), ("text",)),
     ),
 }
-NEEDED = {
-    "classification": "'sentence' (or 'sentence1' and 'sentence2') and 'label'",
-    "causal-lm": "'prompt' and 'response' (or 'query' and 'response', or 'question' and 'answer', "
-    "or 'instruction', 'input' and 'output'), or 'text'",
+# How files begin that are no UTF-8 text: what they are, and what to do about it.
+_NO_TEXT = {
+    b"\xff\xfe": ("UTF-16 text", "convert it with iconv -f utf-16 -t utf-8"),
+    b"\xfe\xff": ("UTF-16 text", "convert it with iconv -f utf-16 -t utf-8"),
+    b"\x1f\x8b": ("compressed with gzip", "unpack it with gzip -dc"),
+    b"PK\x03\x04": ("a zip archive or an Excel file", "unpack it, or export a table of it"),
+    b"PAR1\x15": ("a Parquet file", "export it as JSON lines"),
 }
+_MOST_NAMES = 20  # of columns or labels in a message
 _WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
 
 
@@ -73,17 +78,21 @@ def read_examples(source: str, task: str, *, default_split: str = "train") -> Ex
     Raises DataError for whatever makes the source unusable.
     """
     path = Path(source)
-    if path.is_file():
-        located = _parse(path)
-        where = str(path)
-    elif path.is_dir():
-        raise DataError(f"{path} is a folder; name a file in it ({_listing(path)})")
-    elif path.suffix.lower() in SUFFIXES or source.startswith(("/", ".", "~")):
-        raise DataError(f"{path}: no such file.{_neighbour(path)}")
-    else:
-        located = _from_hub(source, default_split)
-        where = source
-    return _to_examples(where, located, task)
+    try:
+        if path.is_file():
+            return _to_examples(str(path), _parse(path), task)
+        if path.is_dir():
+            raise DataError(f"{path} is a folder; name a file in it ({_listing(path)})")
+        if path.exists():  # of <(...) in a shell, for one
+            raise DataError(
+                f"{path} is a pipe or a device, and data are read more than once; write them to a "
+                "file and name that"
+            )
+        if path.suffix.lower() in SUFFIXES or source.startswith(("/", ".", "~")):
+            raise DataError(f"{path}: no such file.{_neighbour(path)}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return _to_examples(source, _from_hub(source, default_split), task)
 
 
 def split_off(train: Examples, share: float) -> tuple[Examples, Examples]:
@@ -114,7 +123,7 @@ def label_ids(train: Examples) -> dict[str, int]:
     labels = {row.label or "" for row in train.rows}
     if len(labels) == 1:
         raise DataError(
-            f"{train.source}: every row has the label {next(iter(labels))!r}; "
+            f"{train.source}: every row has the label {shown(next(iter(labels)))}; "
             "a classifier needs two labels at least"
         )
     numeric = all(_WHOLE_NUMBER.fullmatch(label) for label in labels)
@@ -127,10 +136,10 @@ def check_labels(examples: Examples, known: dict[str, int]) -> None:
     """Raises DataError when a label of `examples` does not occur in the training data."""
     for row in examples.rows:
         if row.label not in known:
-            shown = ", ".join(repr(label) for label in list(known)[:20])
             raise DataError(
-                f"{examples.source}, line {row.line}: label {row.label!r} does not occur in the "
-                f"training data (its labels: {shown}).{nearest(str(row.label), known)}"
+                f"{examples.source}, line {row.line}: label {shown(row.label)} does not occur in "
+                f"the training data (its labels: {_quoted(list(known))})."
+                f"{nearest(str(row.label), known)}"
             )
 
 
@@ -162,10 +171,10 @@ def _parse(path: Path) -> Iterator[Located]:
 
 
 def _decode(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    raw = path.read_bytes()
+    for start, (what, remedy) in _NO_TEXT.items():
+        if raw.startswith(start):
+            raise DataError(f"{path} is {what}, and data are read as UTF-8 text: {remedy}")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -176,10 +185,15 @@ def _decode(path: Path) -> str:
         ) from None
 
 
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Only a newline ends a line; where there is none, the carriage return of an old Mac does."""
+    for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), start=1):
+        yield number, line.removesuffix("\r")
+
+
 def _tsv(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Quotes in TSV are ordinary characters (as in GLUE's files), and only a newline ends a row."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        yield number, line.removesuffix("\r").split("\t")
+    """Quotes in TSV are ordinary characters (as in GLUE's files)."""
+    return ((number, line.split("\t")) for number, line in _lines(text))
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
@@ -208,11 +222,9 @@ def _table(path: Path, lines: Iterable[tuple[int, list[str]]]) -> Iterator[Locat
             continue
         if header is None:
             header = [name.strip() for name in fields]
-            repeated = {name for name in header if header.count(name) > 1}
+            repeated = [name for name, count in Counter(header).items() if count > 1]
             if repeated:
-                raise DataError(
-                    f"{path}: the header names {_quoted(sorted(repeated))} twice; rename one"
-                )
+                raise DataError(f"{path}: the header names {_quoted(repeated)} twice; rename one")
             yield number, dict.fromkeys(header)
             continue
         if len(fields) != len(header):
@@ -225,7 +237,7 @@ def _table(path: Path, lines: Iterable[tuple[int, list[str]]]) -> Iterator[Locat
 
 def _json_lines(path: Path, text: str) -> Iterator[Located]:
     keys: dict[str, None] | None = None
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in _lines(text):
         if not line.strip():
             continue
         try:
@@ -291,28 +303,34 @@ def _to_examples(source: str, located: Iterator[Located], task: str) -> Examples
 
 
 def _choose_columns(source: str, found: tuple[str, ...], task: str) -> tuple[str, ...]:
-    chosen = next((c for c in TEXT_COLUMNS[task] if set(c) <= set(found)), None)
-    missing = "a text column" if chosen is None else None
-    if task == "classification" and "label" not in found:
-        missing = "the column 'label'" if missing is None else "text and label columns"
-    if chosen is None or missing is not None:
-        wanted = {name for names in TEXT_COLUMNS[task] for name in names} | {"label"}
-        hints = [
-            f"{name!r} looks like it:{hint}" for name in found if (hint := nearest(name, wanted))
-        ]
-        if task == "causal-lm":
-            hints = [hint for hint in hints if "'label'" not in hint]
-        raise DataError(
-            f"{source}: {missing} is missing. Task {task} needs the columns {NEEDED[task]}; found: "
-            f"{_quoted(found)}. {'; '.join(hints)}".rstrip()
-        )
-    return chosen
+    accepted = TEXT_COLUMNS[task]
+    chosen = next((names for names in accepted if set(names) <= set(found)), None)
+    labelled = task != "classification" or "label" in found
+    if chosen is not None and labelled:
+        return chosen
+    needed, wanted = [], []
+    if not labelled:
+        needed.append("the column 'label'")
+        wanted.append("label")
+    if chosen is None:
+        texts = "; ".join(" and ".join(map(repr, names)) for names in accepted)
+        needed.append(f"one of these: {texts}")
+        wanted += [name for names in accepted for name in names]
+    hints = (
+        f" Column {shown(name)}:{hint}"
+        for name in found[:_MOST_NAMES]
+        if name not in {*wanted, "label"} and (hint := nearest(name, wanted))
+    )
+    raise DataError(
+        f"{source}: task {task} needs {', and '.join(needed)}. Found: {_quoted(found)}."
+        f"{''.join(hints)}"
+    )
 
 
 def _text(source: str, line: int, record: dict[str, Any], column: str) -> str:
     value = record.get(column)
     if not isinstance(value, str):
-        what = "is missing" if column not in record else f"is {value!r}, not text"
+        what = "is missing" if column not in record else f"is {shown(value)}, not text"
         raise DataError(f"{source}, line {line}: {column!r} {what}")
     return _whole(source, line, column, value)
 
@@ -322,7 +340,9 @@ def _label(source: str, line: int, record: dict[str, Any]) -> str:
     if isinstance(value, int):
         value = str(value).lower()
     if not isinstance(value, str):
-        raise DataError(f"{source}, line {line}: 'label' is {value!r}, not a name or whole number")
+        raise DataError(
+            f"{source}, line {line}: 'label' is {shown(value)}, not a name or whole number"
+        )
     if not value.strip():
         raise DataError(f"{source}, line {line}: the label is empty; fill it in or drop the row")
     return _whole(source, line, "label", value.strip())
@@ -336,7 +356,10 @@ def _whole(source: str, line: int, column: str, text: str) -> str:
 
 
 def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "none"
+    """The names in a list that does not grow with the file they come from."""
+    more = len(names) - _MOST_NAMES
+    listed = ", ".join(map(shown, names[:_MOST_NAMES]))
+    return (listed + (f" and {more} more" if more > 0 else "")) or "none"
 
 
 def _listing(folder: Path) -> str:

@@ -26,8 +26,8 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     output = folder / "report.html" if output is None else output
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder")
-    if output.is_dir() or not output.parent.is_dir():
-        raise ConfigError(f"output {output} is a folder, or in none; choose another --output")
+    if not output.parent.is_dir() or (output.exists() and not output.is_file()):
+        raise ConfigError(f"output {output} is no file, or in no folder; choose another --output")
     if is_study(folder):
         from .study import study_page as report_of
     elif is_run(folder):

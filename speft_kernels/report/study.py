@@ -86,8 +86,9 @@ class _Files:
                 return nothing
             found: _T = read(run)
             return found
-        except ConfigError as error:
-            problem = f"run {row.id} could not be read: {error}"
+        except (ConfigError, OSError) as error:  # OSError: of a name too long for any folder
+            reason = getattr(error, "strerror", None) or error
+            problem = f"run {row.id} could not be read: {reason}"
             if problem not in self.problems:
                 self.problems.append(problem)
             return nothing

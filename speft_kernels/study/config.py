@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ConfigError, nearest, shown
 from ..files import path_of
-from ..finetune.config import FIELDS, RunConfig, one_name_each, read_yaml
+from ..finetune.config import FIELDS, RunConfig, as_kind, one_name_each, read_yaml
 
 _KEYS = {
     "name": "the study's name",
@@ -313,8 +313,10 @@ def _several(key: str, value: Any, kind: Any) -> tuple[Any, ...]:
     values = value if isinstance(value, list) else [value]
     try:
         # YAML reads 1e-3 as text.
-        found = tuple(kind(item) for item in values if not isinstance(item, bool))
-    except (TypeError, ValueError, OverflowError):
+        found = tuple(as_kind(kind, item) for item in values)
+    except OverflowError:
+        raise ConfigError(f"{key} = {shown(value)} is too large a number") from None
+    except (TypeError, ValueError):
         found = ()
     if not found or len(found) < len(values) or (kind is int and list(found) != values):
         raise ConfigError(f"{key} = {shown(value)} must be a list of numbers with one at least")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, shown
 from ..files import replaced
 
 
@@ -86,7 +86,7 @@ class Row:
         """
         try:
             sparse = settings["method"] == "speft"
-            return cls(
+            row = cls(
                 id=id,
                 task=task,
                 name=name,
@@ -120,8 +120,10 @@ class Row:
                 inputs=result.get("inputs", ""),
                 mask_seconds=result.get("mask", {}).get("seconds"),
             )
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise DataError(f"run {id}: its result.json lacks what a row needs: {error}") from error
+        # What the table could not give back would end the study where the table is next read.
+        return _row(f"run {id}, result.json", dict(zip(COLUMNS, _texts(row), strict=True)))
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
@@ -139,8 +141,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in sorted(rows, key=lambda row: row.id):
-            values = dataclasses.astuple(row)
-            writer.writerow(["" if value is None else value for value in values])
+            writer.writerow(_texts(row))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -155,22 +156,29 @@ def read_rows(path: Path) -> list[Row]:
             missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
             if missing:
                 raise DataError(f"{path}: no column {', '.join(map(repr, missing))}")
-            return [_row(path, reader.line_num, record) for record in reader]
+            return [_row(f"{path}, line {reader.line_num}", record) for record in reader]
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV: {error}") from error
 
 
-def _row(path: Path, line: int, record: Mapping[str, str | None]) -> Row:
+def _texts(row: Row) -> list[str]:
+    return ["" if value is None else str(value) for value in dataclasses.astuple(row)]
+
+
+def _row(where: str, record: Mapping[str, str | None]) -> Row:
+    """The row of these texts. Raises DataError, which names `where`."""
     values: dict[str, Any] = {}
     for name in [name for name in COLUMNS if name in record]:
         text = record[name]
         kind, *others = typing.get_args(_TYPES[name]) or (_TYPES[name],)
         if text is None:
-            raise DataError(f"{path}, line {line}: the line ends before column {name!r}")
+            raise DataError(f"{where}: the line ends before column {name!r}")
         try:
+            text.encode()  # halves of surrogate pairs cannot be written
             values[name] = None if others and not text else kind(text)
         except ValueError as error:
-            raise DataError(f"{path}, line {line}: {name} = {text!r} is no number") from error
+            what = "text" if kind is str else "number"
+            raise DataError(f"{where}: {name} = {shown(text)} is no {what}") from error
     return Row(**values)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -180,7 +182,8 @@ def _run_due(
                     break
                 if run.id not in started:
                     started.add(run.id)
-                    slot = min(set(range(jobs)) - {worker.slot for worker in workers.values()})
+                    taken = {worker.slot for worker in workers.values()}
+                    slot = next(slot for slot in itertools.count() if slot not in taken)
                     config = run.config(places.runs / run.id, study.data)
                     workers[run.id] = Worker(config, threads=threads, slot=slot)
                     running[run.id] = run
@@ -216,18 +219,28 @@ def _alone(places: Places, say: Callable[[str], object]) -> Iterator[None]:
 
     Raises StudyError if another process runs the study in this folder.
     """
-    with open(places.lock, "w", encoding="utf-8") as file:
+    with _lock_file(places.lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StudyError(f"another process runs the study in {places.root}") from error
-        with open(run_lock(places.runs), "w", encoding="utf-8") as runs:
+        with _lock_file(run_lock(places.runs)) as runs:
             try:
                 fcntl.flock(runs, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 say(f"waits for runs of a study that was killed to leave {places.runs}")
                 fcntl.flock(runs, fcntl.LOCK_EX)
         yield
+
+
+def _lock_file(path: Path) -> TextIO:
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise StudyError(
+            f"{path}, the study's lock, cannot be opened: {error.strerror}; remove it, or give the "
+            "study another output folder"
+        ) from error
 
 
 def _row(run: Run, folder: Path) -> Row:
@@ -237,7 +250,7 @@ def _row(run: Run, folder: Path) -> Row:
         # Where the run and its data lay says nothing of it; the rest is needed to repeat it.
         del settings["output"]
         settings.update({key: run.settings.get(key) for key in PATHS})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{folder}: not the folder of a finished run ({error}); delete it to run it again"
         ) from error
