@@ -427,3 +427,27 @@ def test_packed_activations_of_another_shape_are_refused():
             call(dy, wrong)
     with pytest.raises(ValueError, match="the packed x of 40 tokens"):
         call(dy.repeat(2, 1), kept)
+
+
+@pytest.mark.parametrize("tokens", [64, 600])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tiles_of_the_last_rows_are_not_zeroed_by_a_part_without_rows(tokens, threads):
+    """Most of the work in the last rows, no multiple of 16: parts end up behind them."""
+    mask = torch.zeros(140, 2048, dtype=torch.bool)
+    mask[range(128), range(128)] = True
+    mask[128:, :256] = True
+    mask[128:, 256:1024] = torch.rand(12, 768, generator=torch.Generator().manual_seed(0)) < 0.3
+    pattern = SparsePattern.from_mask(mask)
+    plan = SparsityPlan.build(pattern)
+    assert plan.shares()["tiles"] > 0.5
+    dy, x = torch.randn(tokens, 140), torch.randn(tokens, 2048)
+    wanted = (dy.double().t() @ x.double())[mask]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for packed in (False, True):
+            operand = ops.keep_columns(x, plan) if packed else x
+            found = ops.sampled_grad(dy, operand, pattern, plan=plan, packed=packed)
+            assert float((found - wanted).abs().max()) < 1e-3  # of sums of some 30
+    finally:
+        torch.set_num_threads(before)

@@ -129,7 +129,8 @@ int64_t first_at(const int32_t* lines, int64_t count, int64_t line) {
 // The used rows of part `part` of `parts`, alike in work; they begin at a multiple of kTileSide.
 Range rows_of_part(const SampledEntries& plan, int64_t part, int64_t parts) {
     const auto work = [&](int64_t row) {
-        const int64_t tiles = first_at(plan.tile_rows, plan.num_tiles, row / kTileSide);
+        const int64_t groups = (row + kTileSide - 1) / kTileSide;
+        const int64_t tiles = first_at(plan.tile_rows, plan.num_tiles, groups);
         return kWorkOfRow * row + first_at(plan.entry_rows, plan.num_entries, row) +
                tiles * kTileSide * kTileSide / 4;
     };
@@ -283,7 +284,8 @@ void run(const Problem<T>& problem, Accumulator<T>* out, bool accumulate, int th
             const Range entries = {first_at(plan.entry_rows, plan.num_entries, mine.begin),
                                    first_at(plan.entry_rows, plan.num_entries, mine.end)};
             const Range tiles = {
-                first_at(plan.tile_rows, plan.num_tiles, mine.begin / kTileSide),
+                // Rounded up as well: a part without rows, behind the last, has no tile of theirs.
+                first_at(plan.tile_rows, plan.num_tiles, (mine.begin + kTileSide - 1) / kTileSide),
                 first_at(plan.tile_rows, plan.num_tiles, (mine.end + kTileSide - 1) / kTileSide)};
             Sums<Acc> sums{out, out, plan.slots, plan.tile_slots};
             if (!direct) {
