@@ -106,6 +106,8 @@ def replaced(path: Path) -> Iterator[Path]:
 
     Raises OutputError when it cannot be written; `path` is as it was.
     """
+    if path.exists() and not path.is_file():  # a device would become a file for all
+        raise OutputError(f"{path} is no file, so it is not replaced by one")
     with writing(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)

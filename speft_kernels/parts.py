@@ -75,6 +75,10 @@ class Parts:
         """The fields in order, as an operation takes them; `Parts(*tensors)` is the inverse."""
         return [getattr(self, name) for name in _FIELDS]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: `native` holds addresses, which a copy has others of."""
+        return {name: getattr(self, name) for name in _FIELDS}
+
     @cached_property
     def has_panels(self) -> bool:
         return self.hot_cols.numel() + self.hot_rows.numel() > 0

@@ -41,6 +41,9 @@ class _Last(threading.local):
 
 
 _last = _Last()
+# What a group is, which columns it keeps and whose copy it has change together: other threads may
+# read the same layers. Held while a plan is built, not while a copy is made.
+_lock = threading.RLock()
 
 
 def _in_checkpoint() -> bool:
@@ -74,13 +77,14 @@ class SharedInput:
 
     def plan(self, pattern: SparsePattern) -> SparsityPlan:
         """The plan of a layer of this group, which keeps the columns of all of it."""
-        if self._columns is None:
-            return plan_of(pattern)
-        plan = self._plans.get(id(pattern))
-        if plan is None or plan.pattern is not pattern:
-            plan = SparsityPlan.build(pattern, keep=self._columns)
-            self._plans[id(pattern)] = plan
-        return plan
+        with _lock:
+            if self._columns is None:
+                return plan_of(pattern)
+            plan = self._plans.get(id(pattern))
+            if plan is None or plan.pattern is not pattern:
+                plan = SparsityPlan.build(pattern, keep=self._columns)
+                self._plans[id(pattern)] = plan
+            return plan
 
     def keep(
         self, source: Tensor, x: Tensor, pattern: SparsePattern
@@ -101,7 +105,8 @@ class SharedInput:
     def _keep(
         self, source: Tensor, x: Tensor, pattern: SparsePattern
     ) -> tuple[Tensor, SparsityPlan]:
-        plan, copy = self.plan(pattern), self._copy
+        with _lock:
+            plan, copy, columns = self.plan(pattern), self._copy, self._columns
         if copy is not None and copy.source() is source and copy.version == source._version:
             kept = copy.kept()
             if kept is not None and kept.dtype == x.dtype:
@@ -113,8 +118,12 @@ class SharedInput:
                 plan = plan_of(pattern)
                 return ops.keep_columns(x, plan), plan
         kept = ops.keep_columns(x, plan)
-        if plan.kept_columns is not None and len(self._patterns) > 1:
-            self._copy = _Copy(weakref.ref(source), source._version, weakref.ref(kept), pattern)
+        if plan.kept_columns is not None:
+            with _lock:
+                # Where another thread has merged the group meanwhile, its plans read other columns.
+                if len(self._patterns) > 1 and self._columns is columns:
+                    found = weakref.ref(source), source._version, weakref.ref(kept)
+                    self._copy = _Copy(*found, pattern)
         return kept, plan
 
     def _note(self, source: Tensor, pattern: SparsePattern) -> SharedInput:
@@ -122,10 +131,12 @@ class SharedInput:
         last, other = _last.source, None if _last.group is None else _last.group()
         group: SharedInput = self
         if last is not None and other is not None and last() is source:
-            other = other.group()
-            if other is not self and other._fits(pattern):
-                other._take(self)
-                group = other
+            with _lock:
+                other = other.group()
+                # Neither has become part of another one meanwhile.
+                if other is not self and self._merged_into is None and other._fits(pattern):
+                    other._take(self)
+                    group = other
         _last.source, _last.group = weakref.ref(source), weakref.ref(group)
         return group
 

@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_runs import METHODS, make_place, run
 from tiny_text import save_bert, save_llama, sentences, write_jsonl, write_tsv
 from transformers import AutoModelForSequenceClassification
 
 from speft_kernels.cli import main
-from speft_kernels.errors import AdapterError
+from speft_kernels.errors import AdapterError, SpeftError
 from speft_kernels.finetune import MeanPoolClassifier, load_trained
 
 
@@ -157,3 +158,20 @@ def test_a_damaged_adapter_of_another_library_is_named(place, tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(AdapterError, match="PEFT cannot load it"):
         load_trained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["full", "merged", "lora"])
+def test_weights_that_are_not_there_are_not_drawn_anew(place, tmp_path, method):
+    folder, name = tmp_path / "run" / "adapter", "model.safetensors"
+    run(place, tmp_path / "run", "speft" if method == "merged" else method, max_steps=1)
+    if method == "merged":
+        folder = tmp_path / "merged"
+        assert main(["merge", "--adapter", str(tmp_path / "run"), "--output", str(folder)]) == 0
+    elif method == "lora":
+        name = "adapter_model.safetensors"
+    load_trained(folder)
+    tensors = load_file(folder / name)
+    del tensors[sorted(key for key in tensors if "layer.1" in key)[0]]
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    with pytest.raises(SpeftError, match="lacks the weights|missing adapter keys"):
+        load_trained(folder)

@@ -244,7 +244,7 @@ def test_the_best_model_is_the_one_that_is_kept(place, tmp_path, monkeypatch):
     def scripted(model, *rest):
         seen.append(model.state_dict()["classifier.weight"].clone())
         score = next(scores)
-        return {"accuracy": score, "f1": 0.0, "matthews": 0.0, "loss": 1.0}
+        return {"accuracy": score, "f1": 0.0, "matthews": 0.0, "loss": 1.0}, []
 
     monkeypatch.setattr(loop_module, "evaluate", scripted)
     output = tmp_path / "run"

@@ -1,6 +1,7 @@
 """A run and what it stands on: its folder is its own, and it goes on over nothing that changed."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -13,7 +14,7 @@ from tiny_runs import Silent, make_place, run, tensors, terminate
 from tiny_text import write_tsv
 
 from speft_kernels.errors import ConfigError, OutputError, SpeftError
-from speft_kernels.files import alone
+from speft_kernels.files import alone, write_json
 from speft_kernels.finetune.signals import Interrupted
 
 
@@ -174,3 +175,11 @@ def test_a_disk_that_is_full_before_the_first_step_leaves_no_folder(place, tmp_p
         with pytest.raises(OutputError, match="state.pt cannot be written: File too large"):
             run(place, tmp_path / "run", display=Full())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="pipe is no file, so it is not replaced by one"):
+        write_json(tmp_path / "pipe", {})
+    assert (tmp_path / "pipe").is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

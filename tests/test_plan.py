@@ -1,6 +1,8 @@
 """SparsityPlan: each entry in exactly one part, and what it keeps of the activations."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from kernels import KINDS, make_pattern
 from plans import COSTS, PARTS, each_entry, mixed_pattern, plan_with
 
-from speft_kernels import SparsePattern, SparsityPlan
+from speft_kernels import SparsePattern, SparsityPlan, ops
 from speft_kernels.costs import DEFAULTS, Costs
 from speft_kernels.errors import PatternError
 from speft_kernels.parts import ALIGNED_LINES, PANEL_ELEMENTS
@@ -345,3 +347,14 @@ def test_autograd_may_save_the_parts_of_a_plan_made_in_inference_mode():
         assert plan.packed.rows.numel() > 0
     tensors = [*plan.packed.tensors(), *plan.whole.tensors()]
     assert not any(tensor.is_inference() for tensor in tensors)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
+def test_a_plan_in_use_can_be_copied(copied):
+    pattern = make_pattern("realistic", 48, 64)
+    plan = plan_of(pattern)
+    dy, x = torch.randn(20, 48), torch.randn(20, 64)
+    wanted = ops.sampled_grad(dy, x, pattern, plan=plan)
+    again = copied(plan)
+    del plan
+    assert torch.equal(ops.sampled_grad(dy, x, again.pattern, plan=again), wanted)

@@ -451,3 +451,20 @@ def test_tiles_of_the_last_rows_are_not_zeroed_by_a_part_without_rows(tokens, th
             assert float((found - wanted).abs().max()) < 1e-3  # of sums of some 30
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("op", ["sampled_grad", "block_grad"])
+@pytest.mark.parametrize("which", ["dy", "x"])
+def test_a_result_over_its_own_operands_is_refused(op, which):
+    pattern = SparsePattern.from_blocks((16, 16), (4, 4), torch.tensor([0, 3, 7]))
+    if op == "sampled_grad":
+        pattern = make_pattern("uniform", 16, 16)
+    dy, x = torch.randn(8, 16), torch.randn(8, 16)
+    call = getattr(ops, op)
+    wanted = call(dy, x, pattern)
+    memory = {"dy": dy, "x": x}[which].view(-1)
+    with pytest.raises(ValueError, match=f"out overlaps {which} in memory"):
+        call(dy, x, pattern, out=memory[: wanted.numel()].view_as(wanted))
+    beside = torch.cat([dy.flatten(), torch.empty(wanted.numel())])
+    own, dy = beside[128:].view_as(wanted), beside[:128].view(8, 16)  # of one storage, apart
+    torch.testing.assert_close(call(dy, x, pattern, out=own), wanted)

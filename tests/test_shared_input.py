@@ -13,7 +13,7 @@ from layers import at_entries, dense_twin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from speft_kernels import SparseDeltaLinear, SparsePattern
+from speft_kernels import SparseDeltaLinear, SparsePattern, ops
 from speft_kernels.shared_input import SharedInput
 from speft_kernels.testing import realistic_pattern
 
@@ -492,3 +492,26 @@ def test_nothing_is_kept_alive():
     gc.collect()
     assert storage() is None
     assert source() is None
+
+
+def test_a_group_that_another_thread_merges_while_a_copy_is_made(monkeypatch):
+    """The copy is of the columns of before: no sibling may read it with a plan of those of now."""
+    first, second = layer_of(columns_pattern([1, 2, 3])), layer_of(columns_pattern([50, 60, 70]))
+    x = torch.randn(TOKENS, K, dtype=torch.float64)
+    original, others = ops.keep_columns, []
+
+    def meanwhile(*args):
+        if not others:
+            other = torch.randn(8, K, dtype=torch.float64)
+            others.append(threading.Thread(target=lambda: [first(other), second(other)]))
+            others[0].start()
+            others[0].join()
+        return original(*args)
+
+    monkeypatch.setattr(ops, "keep_columns", meanwhile)
+    y = first(x), second(x)
+    dy = [torch.randn_like(part) for part in y]
+    torch.autograd.backward(y, dy)
+    for layer, gradient in zip((first, second), dy, strict=True):
+        wanted = (gradient.t() @ x).flatten()[layer.pattern.indices.long()]
+        torch.testing.assert_close(layer.values.grad, wanted)

@@ -47,7 +47,10 @@ template <class Acc>
 SPEFT_INLINE Key<Acc> to_key(Acc score) {
     using K = Key<Acc>;
     constexpr K sign = K(1) << (8 * sizeof(K) - 1);
-    const K bits = bit_cast<K>(score + Acc(0));  // -0 becomes 0: they are one score
+    const K given = bit_cast<K>(score);
+    // -0 becomes 0: they are one score. Adding 0 would become a fused multiply-add with the product
+    // that a score is, and that of an underflowing one is -0.
+    const K bits = given == sign ? K(0) : given;
     return bits & sign ? ~bits : bits | sign;
 }
 

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..finetune.data import check_labels, read_examples
     from ..finetune.inputs import check_fit, encode
-    from ..finetune.loop import predict
+    from ..finetune.loop import evaluate
     from ..finetune.models import quiet_transformers
     from ..finetune.progress import Display
     from ..finetune.run import start_accelerator
@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
         check_fit(trained.model, trained.tokenizer, {"data": examples}, {"data": encoded})
         model = trained.model.to(accelerator.device)
         try:
-            metrics, predicted = predict(model, task, encoded, config.batch_size, accelerator, stop)
+            metrics, predicted = evaluate(
+                model, task, encoded, config.batch_size, accelerator, stop
+            )
         except Interrupted as interruption:
             return report_interruption(interruption)
     if output is not None:

@@ -102,7 +102,10 @@ def load(model: nn.Module, folder: Path) -> nn.Module:
     peft = library("lora")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of head weights that the adapter brings
+            # Of the head's weights, which the adapter brings; but not of any that it lacks.
+            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("error", message=".*missing adapter keys")
             loaded: nn.Module = peft.PeftModel.from_pretrained(model, folder)
     except Exception as error:  # PEFT passes on errors of every library and file format below it
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -155,7 +155,7 @@ class Loop:
         """Metrics on `encoded`. Raises Interrupted when a signal arrives meanwhile."""
         return evaluate(
             self.model, self.task, encoded, self.config.batch_size, self.accelerator, self.stop
-        )
+        )[0]
 
     def _stateful_parts(self) -> dict[str, Any]:
         return {
@@ -326,6 +326,7 @@ def check_finite(metrics: Mapping[str, float], when: str, remedy: str) -> None:
             raise TrainingError(f"the evaluation's {name} is {value} {when}; {remedy}")
 
 
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     task: Task,
@@ -333,21 +334,10 @@ def evaluate(
     batch_size: int,
     accelerator: Accelerator,
     stop: StopSignals,
-) -> dict[str, float]:
-    """Metrics of `model` on `encoded`, in evaluation mode."""
-    return predict(model, task, encoded, batch_size, accelerator, stop)[0]
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module,
-    task: Task,
-    encoded: Sequence[Encoded],
-    batch_size: int,
-    accelerator: Accelerator,
-    stop: StopSignals,
 ) -> tuple[dict[str, float], list[int]]:
-    """Metrics as of `evaluate`, and the class number of each example; none of a language model."""
+    """Metrics of `model` on `encoded`, in evaluation mode, and the class number that it gives each
+    example; none of a language model.
+    """
     model.eval()
     total, count = 0.0, 0
     order: list[int] = []

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..files import path_of
 from .config import DEFAULT_MODEL
 
@@ -133,12 +133,14 @@ def load_classifier(
     *,
     pooling: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    whole: bool = False,
 ) -> PreTrainedModel:
     """A sequence classifier with one output for each of `labels`, weights in float32.
 
     A head of that size that the folder already holds is kept; otherwise it is new (drawn from
     torch's global generator). `pooling` "mean" gives a `MeanPoolClassifier`, "model" the
-    architecture's own class, and "auto" what the folder asks for (see `pooling_of`).
+    architecture's own class, and "auto" what the folder asks for (see `pooling_of`). Of a `whole`
+    model, weights that the folder lacks are an error, those of the head too.
     """
     where = resolve(model)
     names = dict(enumerate(labels))
@@ -152,14 +154,17 @@ def load_classifier(
     with _loading(model, "classifier"):
         config = AutoConfig.from_pretrained(where, **settings)
         config.problem_type = "single_label_classification"
-        if pooling == "model":
-            classifier = AutoModelForSequenceClassification.from_pretrained(
-                where, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+        own = config.architectures == [MeanPoolClassifier.__name__]
+        if pooling == "model" or own or whole:
+            kind = MeanPoolClassifier if own else AutoModelForSequenceClassification
+            classifier, told = kind.from_pretrained(
+                where,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
-        elif config.architectures == [MeanPoolClassifier.__name__]:
-            classifier = MeanPoolClassifier.from_pretrained(
-                where, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-            )
+            _check_whole(model, told, whole)
         else:
             encoder = AutoModel.from_pretrained(where, config=config, dtype=torch.float32)
             classifier = MeanPoolClassifier(config, encoder)
@@ -169,10 +174,25 @@ def load_classifier(
     return classifier
 
 
-def load_causal_lm(model: str) -> PreTrainedModel:
-    """A causal language model with its weights in float32."""
+def load_causal_lm(model: str, *, whole: bool = False) -> PreTrainedModel:
+    """A causal language model with its weights in float32; `whole` as for `load_classifier`."""
     with _loading(model, "causal language model"):
-        return AutoModelForCausalLM.from_pretrained(resolve(model), dtype=torch.float32)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            resolve(model), dtype=torch.float32, output_loading_info=True
+        )
+        network: PreTrainedModel = loaded[0]
+        _check_whole(model, loaded[1], whole)
+    return network
+
+
+def _check_whole(model: str, told: dict[str, Any], whole: bool) -> None:
+    """Raises ConfigError where transformers has drawn weights of a whole model anew."""
+    drawn = [*sorted(told["missing_keys"]), *(str(item[0]) for item in told["mismatched_keys"])]
+    if whole and drawn:
+        raise ConfigError(
+            f"model {model}: the folder lacks the weights {shown(drawn)} of this model, or has "
+            "others; it is damaged or of another model"
+        )
 
 
 def pooling_of(model: str) -> str:

@@ -104,7 +104,7 @@ def _fresh(
     stop: StopSignals,
 ) -> tuple[Loop, methods.Prepared]:
     config, model, task = inputs.config, inputs.model, inputs.task
-    before = evaluate(model, task, inputs.eval, config.batch_size, accelerator, stop)
+    before, _ = evaluate(model, task, inputs.eval, config.batch_size, accelerator, stop)
     display.note("before training: " + "  ".join(f"{k} {v:.4f}" for k, v in before.items()))
     batches, loss_fn = inputs.scoring_batches(stop), methods.mean_loss(task, accelerator)
     warmed = methods.warm_up_head(model, config, inputs.targets, batches, loss_fn)

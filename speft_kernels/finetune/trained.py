@@ -65,10 +65,12 @@ def load_trained(
     task: Task
     if about["task"] == "causal-lm":
         task = CausalLM(tokenizer, length)
-        network = load_causal_lm(where)
+        network = load_causal_lm(where, whole=whole)
     else:
         task = Classification(tokenizer, {label: i for i, label in enumerate(labels)}, length)
-        network = load_classifier(where, labels, pooling=about["pooling"], tokenizer=tokenizer)
+        network = load_classifier(
+            where, labels, pooling=about["pooling"], tokenizer=tokenizer, whole=whole
+        )
     if (folder / PEFT_FILE).is_file():
         network = baselines.load(network, folder)
     elif not whole:

@@ -31,6 +31,24 @@ def check_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
         )
 
 
+def check_apart(first: str, out: Tensor, **read: Tensor) -> None:
+    """Raise ValueError where `out`, which is written, lies within the memory of what is read."""
+    begin, end = _extent(out)
+    for second, tensor in read.items():
+        first_byte, last = _extent(tensor)
+        if begin < last and first_byte < end:
+            raise ValueError(f"{first} overlaps {second} in memory; give it memory of its own")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and of that behind its last."""
+    if tensor.numel() == 0:
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    length = 1 + sum((size - 1) * stride for size, stride in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size()
+
+
 def check_pattern_device(pattern: SparsePattern, name: str, tensor: Tensor) -> None:
     if pattern.device != tensor.device:
         raise ValueError(

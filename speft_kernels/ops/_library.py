@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Kernels are put straight into the dispatcher. `torch.library.custom_op` wraps each call in Python
 # of its own: 54 to 100 us a call on the Intel of docs/measurements.md, where this takes 18, and a
@@ -47,6 +48,7 @@ def operation(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[...,
 
         @functools.wraps(body)
         def exact(*args: Any) -> Any:
+            _refuse_tangents(name, args)
             device = _device_type(args)
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
@@ -68,13 +70,27 @@ def operation(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[...,
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a kernel may be called past the dispatcher, which costs more than a small kernel:
-    nothing traces, casts or stands in for the tensor.
+    nothing traces, counts, casts, differentiates forward or stands in for the tensor.
     """
     return (
         type(tensor) is Tensor
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(tensor.device.type)
+        and forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_tracing()
     )
+
+
+def _refuse_tangents(name: str, args: Iterable[Any]) -> None:
+    """Raise where an argument has a forward-mode derivative, which would be lost in silence."""
+    if forward_ad._current_level < 0:
+        return
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative; use backward() or torch.autograd.grad"
+            )
 
 
 def _device_type(args: Iterable[Any]) -> str:

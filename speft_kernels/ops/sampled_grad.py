@@ -153,6 +153,8 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dy: Tensor, x: Tensor) -> No
             f"{tuple(out.shape)}"
         )
     _checks.check_device("out", out, "dy", dy)
+    if not torch.compiler.is_compiling():
+        _checks.check_apart("out", out, dy=dy, x=x)
 
 
 # An implementation is called with dy [M, N]; x [M, K], or packed [B, C, T]; the entries in its form

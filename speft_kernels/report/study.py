@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigError
+from ..finetune.folder import Folder
 from ..study.rows import Row
 from . import figures
 from .aggregate import Summary, density_groups, summarise
@@ -72,10 +73,10 @@ class _Files:
     absent: list[str] = field(default_factory=list)
 
     def metrics(self, row: Row) -> Metrics:
-        return self._read(row, lambda run: read_metrics(run / "metrics.jsonl"), Metrics([], []))
+        return self._read(row, lambda run: read_metrics(Folder(run).metrics), Metrics([], []))
 
     def masks(self, row: Row) -> Masks:
-        return self._read(row, lambda run: read_masks(run / "adapter"), {})
+        return self._read(row, lambda run: read_masks(Folder(run).adapter), {})
 
     def _read(self, row: Row, read: Any, nothing: _T) -> _T:
         try:

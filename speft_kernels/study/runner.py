@@ -16,6 +16,7 @@ import torch
 
 from ..errors import ConfigError, DataError, SpeftError
 from ..files import write_json
+from ..finetune.folder import Folder
 from ..finetune.signals import Interrupted, StopSignals
 from .config import PATHS, Run, Study
 from .inputs import changed_inputs, changed_settings
@@ -155,7 +156,7 @@ def collect(study: Study) -> dict[str, Row]:
     known = study.grid()
     for id, run in known.items():
         folder = places.runs / id
-        if id not in stored and (folder / "result.json").exists():
+        if id not in stored and Folder(folder).result.exists():
             stored[id] = _row(run, folder)
     return {id: row for id, row in stored.items() if id in known}
 
@@ -245,8 +246,8 @@ def _lock_file(path: Path) -> TextIO:
 
 def _row(run: Run, folder: Path) -> Row:
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
+        result = json.loads(Folder(folder).result.read_text(encoding="utf-8"))
+        settings = json.loads(Folder(folder).config.read_text(encoding="utf-8"))["settings"]
         # Where the run and its data lay says nothing of it; the rest is needed to repeat it.
         del settings["output"]
         settings.update({key: run.settings.get(key) for key in PATHS})

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from ..errors import SalienceError, SpeftError
 from ..finetune.config import RunConfig
+from ..finetune.folder import Folder
 
 
 class Failure(NamedTuple):
@@ -99,7 +100,7 @@ def execute(config: RunConfig, *, threads: int, slot: int) -> None:
     folder = Path(config.output)
     with open(run_lock(folder.parent), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        resume = (folder / "checkpoint" / "state.pt").exists()
+        resume = Folder(folder).state.exists()
         if folder.exists() and not resume:
             shutil.rmtree(folder)  # it stopped before its first checkpoint
         finetune(config, resume=resume)
