@@ -1,6 +1,6 @@
-// The pybind11 face of the CUDA kernels: one line a kernel. Pointers and the stream arrive as
-// integers, the GIL is released, and a launcher's error becomes an exception that names the
-// operation and the shapes. Built twice: for the GPU, and against host/device.h for the tests.
+// The pybind11 face of the CUDA kernels: pointers and the stream arrive as integers, the GIL is
+// released, and a launcher's error becomes an exception that names the operation and the shapes.
+// Built twice: for the GPU, and against host/device.h for the tests.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,12 +1,14 @@
-// The pybind11 face of the CPU kernels: one line a kernel. Pointers arrive as integers, the GIL is
-// released while a kernel runs, and std::bad_alloc becomes MemoryError.
+// The pybind11 face of the CPU kernels: pointers arrive as integers, the GIL is released
+// while a kernel runs, and std::bad_alloc becomes MemoryError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/simd.h"
 
 namespace py = pybind11;
 using speft::CompactIndices;
@@ -26,14 +28,37 @@ CompactIndices compact(uintptr_t rows, uintptr_t crow, int64_t num_rows, uintptr
             at<const int32_t>(cols), at<const int32_t>(local), num_cols};
 }
 
-// Which instruction set the multiversioned loops run on here.
+// The instruction sets of simd.h, the widest first.
+struct InstructionSet {
+    int registers;
+    const char* name;
+};
+constexpr InstructionSet kInstructionSets[] = {
+    {speft::kAvx512, "AVX-512"}, {speft::kAvx2, "AVX2"}, {speft::kBaseline, "baseline"}};
+
+// Which one the vectorised loops run on.
 const char* instruction_set() {
-#if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) return "AVX-512";
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
-#endif
-    return "baseline";
+    for (const InstructionSet& set : kInstructionSets)
+        if (set.registers == speft::registers) return set.name;
+    return "unknown";
+}
+
+// Those that this processor has.
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const InstructionSet& set : kInstructionSets)
+        if (set.registers <= speft::best_registers()) names.push_back(set.name);
+    return names;
+}
+
+// For tests, which would otherwise see one set alone on each machine; not while a kernel runs.
+void use_instruction_set(const std::string& name) {
+    for (const InstructionSet& set : kInstructionSets)
+        if (set.name == name && set.registers <= speft::best_registers()) {
+            speft::registers = set.registers;
+            return;
+        }
+    throw py::value_error("this processor has no instruction set " + name);
 }
 
 using Ptr = uintptr_t;
@@ -44,6 +69,8 @@ PYBIND11_MODULE(_C, m) {
     const auto released = py::call_guard<py::gil_scoped_release>();
     m.doc() = "Compiled CPU kernels of speft_kernels; call them through speft_kernels.ops.";
     m.def("instruction_set", &instruction_set);
+    m.def("instruction_sets", &instruction_sets);
+    m.def("use_instruction_set", &use_instruction_set);
 #ifdef _OPENMP
     m.attr("openmp") = true;
 #else

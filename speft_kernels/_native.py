@@ -16,7 +16,7 @@ from torch import Tensor
 
 REMEDY = "build them with `pip install -e .` (or `make build`) in the project's folder"
 
-# The codes of csrc/cpu/dtype.h.
+# The codes of csrc/dtypes.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 

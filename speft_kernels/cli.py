@@ -31,7 +31,7 @@ _EXTRAS = {
     "rich": "finetune",
     "yaml": "finetune",
     "peft": "peft",
-    "matplotlib": "bench",
+    "matplotlib": "report",
 }
 
 

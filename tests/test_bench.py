@@ -459,7 +459,7 @@ def test_every_format_of_the_figure_is_written(tiny, tmp_path, ending):
 def test_without_matplotlib_the_error_says_how_to_get_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "--plot", str(tmp_path / "figure.png")]) == 2
-    assert "pip install 'speft-kernels[bench]'" in capsys.readouterr().err
+    assert "pip install 'speft-kernels[report]'" in capsys.readouterr().err
 
 
 def test_the_help_does_not_wait_for_torch():

@@ -242,7 +242,7 @@ def test_what_cannot_be_reported(tmp_path, trained, capsys, monkeypatch):
     assert (tmp_path / "pipe").is_fifo()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(trained), "--output", str(tmp_path / "page.html")]) == 2
-    assert "pip install 'speft-kernels[bench]'" in capsys.readouterr().err
+    assert "pip install 'speft-kernels[report]'" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 

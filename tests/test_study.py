@@ -222,7 +222,7 @@ def test_without_matplotlib_the_table_is_told_all_the_same(
     assert main(["study", "--config", str(study_file()), "--data", str(place)]) == 2
     out, err = capsys.readouterr()
     assert "| method |" in out
-    assert "pip install 'speft-kernels[bench]'" in err
+    assert "pip install 'speft-kernels[report]'" in err
 
 
 def test_a_study_runs_in_one_process_at_a_time(study, fake):

@@ -1,11 +1,13 @@
 // block_grad: dV[b] = dy[:, rows_b]^T @ x[:, cols_b].
 //
 // The used groups of columns of dy and x of one stretch of tokens are copied, widened, into two
-// slabs, which are then multiplied tile by tile. A tile is 8 x 16 products (8 x 8 in float64) held
-// in registers over the stretch: the longer side of a block lies along the vector.
+// slabs, which are then multiplied tile by tile. A tile is 8 x 16 products (8 x 8 in float64), half
+// of it at a time in registers over the stretch, or all: the longer side of a block lies along the
+// vector.
 //
 // Count (M tokens, R and C used rows and columns, E entries, float32): reads 4 M (R + C) bytes once
-// from memory; 2 M E operations, one vector load and 8 broadcasts for 8 vector multiply-adds.
+// from memory; 2 M E operations, one vector load and 8 broadcasts for 8 vector multiply-adds
+// (AVX-512; two loads and 4 for 8 with AVX2).
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -51,56 +53,40 @@ SPEFT_INLINE void copy(const T* matrix, int64_t stride, Range tokens, const int3
         }
 }
 
-#define SPEFT_DEFINE_COPY(T)                                                              \
-    SPEFT_MULTIVERSION void copy_groups(const T* matrix, int64_t stride, Range tokens,    \
-                                        const int32_t* used, int64_t count, int64_t size, \
-                                        int64_t slab_stride, Accumulator<T>* slab) {      \
-        copy(matrix, stride, tokens, used, count, size, slab_stride, slab);               \
-    }
-SPEFT_DEFINE_COPY(float)
-SPEFT_DEFINE_COPY(double)
-SPEFT_DEFINE_COPY(BFloat16)
-SPEFT_DEFINE_COPY(Float16)
-
 // out[i * row_step + j * lane_step] += sum over t of tall[t, i] * wide[t, j], i < height, j < width
-template <class Acc, int kHeight>
-SPEFT_INLINE void tile(const Acc* tall, int64_t tall_stride, const Acc* wide, int64_t wide_stride,
-                       int tokens, int width, int64_t row_step, int64_t lane_step, Acc* out) {
-    Vector<Acc> sums[kHeight] = {};
+template <int kBytes, int kHeight, class Acc>
+SPEFT_INLINE void add_lines(const Acc* tall, int64_t tall_stride, const Acc* wide,
+                            int64_t wide_stride, int tokens, int width, int64_t row_step,
+                            int64_t lane_step, Acc* out) {
+    using L = Lanes<Acc, kBytes>;
+    L sums[kHeight];
     for (int t = 0; t < tokens; ++t) {
-        Vector<Acc> v;
-        __builtin_memcpy(&v, wide + t * wide_stride, sizeof(v));
+        const L v = L::from(wide + t * wide_stride);
         for (int i = 0; i < kHeight; ++i)
-            sums[i] += tall[t * tall_stride + i] * v;
+            sums[i].add_product(tall[t * tall_stride + i], v);
     }
-    for (int i = 0; i < kHeight; ++i)
+    for (int i = 0; i < kHeight; ++i) {
+        Acc sum[L::count];
+        sums[i].to(sum);
         for (int j = 0; j < width; ++j)
-            out[i * row_step + j * lane_step] += sums[i][j];
+            out[i * row_step + j * lane_step] += sum[j];
+    }
 }
 
-template <class Acc>
-SPEFT_INLINE void tile_of_height(int height, const Acc* tall, int64_t tall_stride, const Acc* wide,
-                                 int64_t wide_stride, int tokens, int width, int64_t row_step,
-                                 int64_t lane_step, Acc* out) {
-    if (height == kTileHeight)
-        return tile<Acc, kTileHeight>(tall, tall_stride, wide, wide_stride, tokens, width, row_step,
-                                      lane_step, out);
-    for (int i = 0; i < height; ++i)
-        tile<Acc, 1>(tall + i, tall_stride, wide, wide_stride, tokens, width, row_step, lane_step,
-                     out + i * row_step);
-}
-
-SPEFT_MULTIVERSION void add_tile(int height, const float* tall, int64_t tall_stride,
-                                 const float* wide, int64_t wide_stride, int tokens, int width,
-                                 int64_t row_step, int64_t lane_step, float* out) {
-    tile_of_height(height, tall, tall_stride, wide, wide_stride, tokens, width, row_step, lane_step,
-                   out);
-}
-SPEFT_MULTIVERSION void add_tile(int height, const double* tall, int64_t tall_stride,
-                                 const double* wide, int64_t wide_stride, int tokens, int width,
-                                 int64_t row_step, int64_t lane_step, double* out) {
-    tile_of_height(height, tall, tall_stride, wide, wide_stride, tokens, width, row_step, lane_step,
-                   out);
+// As many lines at a time as the registers hold: 8 need 8 of AVX-512's 32, 4 need 8 of AVX2's 16.
+template <int kBytes, class Acc>
+SPEFT_INLINE void add_tile(int height, const Acc* tall, int64_t tall_stride, const Acc* wide,
+                           int64_t wide_stride, int tokens, int width, int64_t row_step,
+                           int64_t lane_step, Acc* out) {
+    int i = 0;
+    const auto add = [&](auto lines) SPEFT_INLINED {
+        for (; i + lines <= height; i += lines)
+            add_lines<kBytes, lines>(tall + i, tall_stride, wide, wide_stride, tokens, width,
+                                     row_step, lane_step, out + i * row_step);
+    };
+    if constexpr (kBytes == kAvx512) add(std::integral_constant<int, 8>{});
+    add(std::integral_constant<int, 4>{});
+    add(std::integral_constant<int, 1>{});
 }
 
 template <class T>
@@ -114,15 +100,17 @@ template <class T>
 void fill_slab(const Operand<T>& operand, int64_t first, Range tokens, int64_t columns,
                Accumulator<T>* slab) {
     const Groups& groups = operand.groups;
-    copy_groups(operand.matrix + first * operand.stride, operand.stride, tokens, groups.used.data(),
-                int64_t(groups.used.size()), groups.size, columns, slab);
+    vectorised([&](auto) SPEFT_INLINED {
+        copy(operand.matrix + first * operand.stride, operand.stride, tokens, groups.used.data(),
+             int64_t(groups.used.size()), groups.size, columns, slab);
+    });
 }
 
 template <class T>
 void run(const Operand<T>& dy, const Operand<T>& x, int64_t out_features, int64_t tokens,
          int64_t num_blocks, Accumulator<T>* out, bool accumulate, int threads) {
     using Acc = Accumulator<T>;
-    constexpr int lanes = VectorOf<Acc>::lanes;
+    constexpr int lanes = kVectorBytes / sizeof(Acc);
     const int64_t block_height = dy.groups.size, block_width = x.groups.size;
     const bool turned = block_height > block_width;
     const Operand<T>&tall = turned ? x : dy, &wide = turned ? dy : x;
@@ -154,8 +142,11 @@ void run(const Operand<T>& dy, const Operand<T>& x, int64_t out_features, int64_
             const int width = int(std::min<int64_t>(lanes, wide.groups.size - lane));
             const Acc* a = slabs.tall.get() + tall.groups.place[b] * tall.groups.size + row;
             const Acc* v = slabs.wide.get() + wide.groups.place[b] * wide.groups.size + lane;
-            add_tile(height, a, tall_columns, v, wide_columns, int(count), width, row_step,
-                     lane_step, sums + b * block_entries + row * row_step + lane * lane_step);
+            Acc* to = sums + b * block_entries + row * row_step + lane * lane_step;
+            vectorised([&](auto bytes) SPEFT_INLINED {
+                add_tile<bytes>(height, a, tall_columns, v, wide_columns, int(count), width,
+                                row_step, lane_step, to);
+            });
         }
         worker.barrier();
     };

@@ -45,7 +45,7 @@ struct Worker {
 // Runs f(worker) on `threads` threads. With one thread OpenMP is left out, because its runtime does
 // not survive a fork() in which it was already running, and data loaders fork.
 template <class F>
-void parallel(int threads, F&& f) {
+void parallel([[maybe_unused]] int threads, F&& f) {
 #ifdef _OPENMP
     if (threads > 1) {
     #pragma omp parallel num_threads(threads)

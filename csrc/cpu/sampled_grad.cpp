@@ -39,10 +39,10 @@ struct Sums {
 };
 
 // Four entries at a time, whatever rows they are in: four sums hide the latency of one another.
-template <class Acc>
+template <int kBytes, class Acc>
 SPEFT_INLINE void gather(const Acc* dy, const Acc* x, int width, const int32_t* rows,
                          const int32_t* cols, Range entries, const Sums<Acc>& sums) {
-    constexpr int lanes = VectorOf<Acc>::lanes;
+    using L = Lanes<Acc, kBytes>;
     int64_t e = entries.begin;
     for (; e + 4 <= entries.end; e += 4) {
         const Acc *a[4], *b[4];
@@ -50,76 +50,61 @@ SPEFT_INLINE void gather(const Acc* dy, const Acc* x, int width, const int32_t* 
             a[i] = dy + int64_t(rows[e + i]) * width;
             b[i] = x + int64_t(cols[e + i]) * width;
         }
-        Vector<Acc> s0 = {}, s1 = {}, s2 = {}, s3 = {};
-        for (int t = 0; t < width; t += lanes) {
-            s0 += load_aligned(a[0] + t) * load_aligned(b[0] + t);
-            s1 += load_aligned(a[1] + t) * load_aligned(b[1] + t);
-            s2 += load_aligned(a[2] + t) * load_aligned(b[2] + t);
-            s3 += load_aligned(a[3] + t) * load_aligned(b[3] + t);
-        }
+        L s[4];
+        for (int t = 0; t < width; t += L::count)
+            for (int i = 0; i < 4; ++i)
+                s[i].add_product(L::from(a[i] + t), L::from(b[i] + t));
         Acc sum[4] = {};
-        add_sums_of_lanes<Acc>(s0, s1, s2, s3, sum);
+        add_sums_of_lanes(s, sum);
         for (int i = 0; i < 4; ++i)
             sums[e + i] += sum[i];
     }
     for (; e < entries.end; ++e) {
         const Acc* a = dy + int64_t(rows[e]) * width;
         const Acc* b = x + int64_t(cols[e]) * width;
-        Vector<Acc> s = {};
-        for (int t = 0; t < width; t += lanes)
-            s += load_aligned(a + t) * load_aligned(b + t);
-        sums[e] += sum_lanes<Acc>(s);
+        L s;
+        for (int t = 0; t < width; t += L::count)
+            s.add_product(L::from(a + t), L::from(b + t));
+        sums[e] += sum_lanes(s);
     }
 }
 
-// products[i, j] = dy[i] . x[j], kTileSide x kTileSide of them, 4 x 4 in registers at a time.
-template <class Acc>
+// products[i, j] = dy[i] . x[j], kTileSide x kTileSide of them, as many at a time as the registers
+// hold: 4 x 4 in 16 of the 32 that AVX-512 has, 2 x 2 in 8 of the 16 of AVX2.
+template <int kBytes, class Acc>
 SPEFT_INLINE void multiply(const Acc* const* dy, const Acc* const* x, int width, Acc* products) {
-    constexpr int lanes = VectorOf<Acc>::lanes;
-    for (int i = 0; i < kTileSide; i += 4)
-        for (int j = 0; j < kTileSide; j += 4) {
-            Vector<Acc> s[4][4] = {};
-            for (int t = 0; t < width; t += lanes) {
-                Vector<Acc> b[4];
-                for (int q = 0; q < 4; ++q)
-                    b[q] = load_aligned(x[j + q] + t);
-                for (int p = 0; p < 4; ++p) {
-                    const Vector<Acc> a = load_aligned(dy[i + p] + t);
-                    for (int q = 0; q < 4; ++q)
-                        s[p][q] += a * b[q];
+    using L = Lanes<Acc, kBytes>;
+    constexpr int side = kBytes == kAvx512 ? 4 : 2;
+    for (int i = 0; i < kTileSide; i += side)
+        for (int j = 0; j < kTileSide; j += side) {
+            L s[side * side];
+            for (int t = 0; t < width; t += L::count) {
+                L b[side];
+                for (int q = 0; q < side; ++q)
+                    b[q] = L::from(x[j + q] + t);
+                for (int p = 0; p < side; ++p) {
+                    const L a = L::from(dy[i + p] + t);
+                    for (int q = 0; q < side; ++q)
+                        s[p * side + q].add_product(a, b[q]);
                 }
             }
-            for (int p = 0; p < 4; ++p) {
+            for (int n = 0; n < side * side; n += 4) {
                 Acc sum[4] = {};
-                add_sums_of_lanes<Acc>(s[p][0], s[p][1], s[p][2], s[p][3], sum);
+                add_sums_of_lanes(s + n, sum);
                 for (int q = 0; q < 4; ++q)
-                    products[(i + p) * kTileSide + j + q] = sum[q];
+                    products[(i + (n + q) / side) * kTileSide + j + (n + q) % side] = sum[q];
             }
         }
 }
 
 // to[i] += from[i]
 template <class Acc>
-SPEFT_INLINE void add(const Acc* from, int64_t count, Acc* to) {
-    for (int64_t i = 0; i < count; ++i)
-        to[i] += from[i];
+void add_all(const Acc* from, int64_t count, Acc* to) {
+    vectorised([&](auto) SPEFT_INLINED {
+        for (int64_t i = 0; i < count; ++i)
+            to[i] += from[i];
+    });
 }
-
-#define SPEFT_DEFINE_PRODUCTS(Acc)                                                                \
-    SPEFT_MULTIVERSION void add_gathered(const Acc* dy, const Acc* x, int width,                  \
-                                         const int32_t* rows, const int32_t* cols, Range entries, \
-                                         const Sums<Acc>& sums) {                                 \
-        gather(dy, x, width, rows, cols, entries, sums);                                          \
-    }                                                                                             \
-    SPEFT_MULTIVERSION void multiply_tile(const Acc* const* dy, const Acc* const* x, int width,   \
-                                          Acc* products) {                                        \
-        multiply(dy, x, width, products);                                                         \
-    }                                                                                             \
-    SPEFT_MULTIVERSION void add_all(const Acc* from, int64_t count, Acc* to) {                    \
-        add(from, count, to);                                                                     \
-    }
-SPEFT_DEFINE_PRODUCTS(float)
-SPEFT_DEFINE_PRODUCTS(double)
 
 // The first of sorted `lines` at or after `line`.
 int64_t first_at(const int32_t* lines, int64_t count, int64_t line) {
@@ -222,20 +207,21 @@ void add_block(const Problem<T>& problem, Panels<T>& panels, int64_t block, Rang
                 b[j] = x + std::min(plan.tile_cols[i] * kTileSide + j, plan.num_cols - 1) * width;
             }
             alignas(kVectorBytes) Acc products[kTileEntries];
-            multiply_tile(a, b, width, products);
-            Acc* to = sums.tiles + (sums.tile_slots == nullptr ? i * kTileEntries : 0);
+            vectorised([&](auto bytes) SPEFT_INLINED { multiply<bytes>(a, b, width, products); });
             if (sums.tile_slots == nullptr) {
-                add_all(products, kTileEntries, to);
+                add_all(products, kTileEntries, sums.tiles + i * kTileEntries);
                 continue;
             }
             for (int64_t j = 0; j < kTileEntries; ++j) {
                 const int32_t slot = sums.tile_slots[i * kTileEntries + j];
-                if (slot >= 0) to[slot] += products[j];
+                if (slot >= 0) sums.tiles[slot] += products[j];
             }
         }
         const Range entries = {first_at(plan.entry_rows, plan.num_entries, first),
                                first_at(plan.entry_rows, plan.num_entries, last)};
-        add_gathered(chunk, x, width, plan.entry_rows, plan.entry_cols, entries, sums);
+        vectorised([&](auto bytes) SPEFT_INLINED {
+            gather<bytes>(chunk, x, width, plan.entry_rows, plan.entry_cols, entries, sums);
+        });
     }
 }
 

@@ -19,39 +19,36 @@ namespace {
 
 constexpr int kVectorsAtOnce = 4;  // of one row's sum, held in registers while its entries pass
 
-template <class Acc>
-SPEFT_INLINE void sum_row(const Acc* panel, int width, const int32_t* local, const Acc* values,
-                          int64_t count, Acc* sums) {
-    constexpr int lanes = VectorOf<Acc>::lanes;
-    int t = 0;
-    for (; t + kVectorsAtOnce * lanes <= width; t += kVectorsAtOnce * lanes) {
-        Vector<Acc> s[kVectorsAtOnce] = {};
-        for (int64_t e = 0; e < count; ++e) {
-            const Acc* p = panel + int64_t(local[e]) * width + t;
-            for (int i = 0; i < kVectorsAtOnce; ++i)
-                s[i] += values[e] * load_aligned(p + i * lanes);
-        }
-        __builtin_memcpy(sums + t, s, sizeof(s));
+template <int kBytes, int kVectors, class Acc>
+SPEFT_INLINE void sum_lines(const Acc* panel, int width, const int32_t* local, const Acc* values,
+                            int64_t count, Acc* sums) {
+    using L = Lanes<Acc, kBytes>;
+    L s[kVectors];
+    for (int64_t e = 0; e < count; ++e) {
+        const Acc* line = panel + int64_t(local[e]) * width;
+        for (int i = 0; i < kVectors; ++i)
+            s[i].add_product(values[e], L::from(line + i * L::count));
     }
-    for (; t < width; t += lanes) {
-        Vector<Acc> s = {};
-        for (int64_t e = 0; e < count; ++e)
-            s += values[e] * load_aligned(panel + int64_t(local[e]) * width + t);
-        __builtin_memcpy(sums + t, &s, sizeof(s));
-    }
+    for (int i = 0; i < kVectors; ++i)
+        s[i].to(sums + i * L::count);
 }
 
-SPEFT_MULTIVERSION void sum_rows(const float* panel, int width, const CompactIndices& delta,
-                                 const float* values, float* sums) {
-    for (int64_t r = 0; r < delta.num_rows; ++r)
-        sum_row(panel, width, delta.local + delta.crow[r], values + delta.crow[r],
-                delta.crow[r + 1] - delta.crow[r], sums + r * width);
-}
-SPEFT_MULTIVERSION void sum_rows(const double* panel, int width, const CompactIndices& delta,
-                                 const double* values, double* sums) {
-    for (int64_t r = 0; r < delta.num_rows; ++r)
-        sum_row(panel, width, delta.local + delta.crow[r], values + delta.crow[r],
-                delta.crow[r + 1] - delta.crow[r], sums + r * width);
+// sums[r, t] = the sum over row r's entries of values[e] * panel[local[e], t]
+template <int kBytes, class Acc>
+SPEFT_INLINE void sum_rows(const Acc* panel, int width, const CompactIndices& delta,
+                           const Acc* values, Acc* sums) {
+    constexpr int step = Lanes<Acc, kBytes>::count, many = kVectorsAtOnce * step;
+    for (int64_t r = 0; r < delta.num_rows; ++r) {
+        const int64_t first = delta.crow[r], count = delta.crow[r + 1] - first;
+        const int32_t* local = delta.local + first;
+        int t = 0;
+        for (; t + many <= width; t += many)
+            sum_lines<kBytes, kVectorsAtOnce>(panel + t, width, local, values + first, count,
+                                              sums + r * width + t);
+        for (; t < width; t += step)
+            sum_lines<kBytes, 1>(panel + t, width, local, values + first, count,
+                                 sums + r * width + t);
+    }
 }
 
 // y[t, rows[r]] += sums[r, t]
@@ -116,7 +113,9 @@ void run(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t in_featur
             const int count = int(std::min<int64_t>(width, tokens - m));
             pack_panel(Tokens<T>{x + m * x_stride, x_stride, in_features, count}, delta.cols,
                        delta.num_cols, width, own_panel);
-            sum_rows(own_panel, width, delta, values, own_sums);
+            vectorised([&](auto bytes) SPEFT_INLINED {
+                sum_rows<bytes>(own_panel, width, delta, values, own_sums);
+            });
             add_rows(y + m * y_stride, y_stride, count, delta, width, own_sums);
         }
     });

@@ -63,6 +63,7 @@ SPEFT_INLINE bool is_finite_key(Key<Acc> key) {
     return key > bottom && key < top;
 }
 
+// Writes the keys of `count` entries; returns whether all scores are finite.
 template <class T>
 SPEFT_INLINE bool score_keys(const T* w, const T* g, int64_t count, int metric,
                              Key<Accumulator<T>>* keys) {
@@ -95,17 +96,6 @@ SPEFT_INLINE bool score_keys(const T* w, const T* g, int64_t count, int metric,
     return finite != 0;
 }
 
-// Writes the keys of `count` entries; returns whether all scores are finite.
-#define SPEFT_DEFINE_KEYS(T)                                                                \
-    SPEFT_MULTIVERSION bool compute_keys(const T* w, const T* g, int64_t count, int metric, \
-                                         Key<Accumulator<T>>* keys) {                       \
-        return score_keys(w, g, count, metric, keys);                                       \
-    }
-SPEFT_DEFINE_KEYS(float)
-SPEFT_DEFINE_KEYS(double)
-SPEFT_DEFINE_KEYS(BFloat16)
-SPEFT_DEFINE_KEYS(Float16)
-
 // Whether any of kGroup keys is at least `least`.
 template <class K>
 SPEFT_INLINE bool any_of_group(const K* keys, K least) {
@@ -125,14 +115,6 @@ SPEFT_INLINE int groups_with(const K* keys, int64_t count, K least, int16_t* gro
         found += any_of_group(keys + i, least);
     }
     return found;
-}
-SPEFT_MULTIVERSION int find_groups(const uint32_t* keys, int64_t count, uint32_t least,
-                                   int16_t* groups) {
-    return groups_with(keys, count, least, groups);
-}
-SPEFT_MULTIVERSION int find_groups(const uint64_t* keys, int64_t count, uint64_t least,
-                                   int16_t* groups) {
-    return groups_with(keys, count, least, groups);
 }
 
 template <class K>
@@ -188,7 +170,7 @@ class Selection {
         std::vector<int64_t> offsets(parts_ + 1, 0);
         for (int p = 0; p < parts_; ++p)
             offsets[p + 1] = offsets[p] + above_of[p] + equal_of[p];
-        std::vector<Candidate<K>> candidates(size_t(offsets[parts_]));
+        std::vector<Candidate<K>> candidates(static_cast<size_t>(offsets[parts_]));
         emit(boundary << shift, boundary, shift, equal_of, offsets, candidates.data());
         choose(candidates, boundary, shift, missing, indices, counts);
         return -1;
@@ -212,8 +194,10 @@ class Selection {
                 std::min({int64_t(kChunk), range.end - at, starts_[matrix + 1] - at});
             const T* w = static_cast<const T*>(weights_[matrix]);
             const T* g = static_cast<const T*>(grads_[matrix]);
-            const bool finite =
-                compute_keys(w ? w + inside : w, g ? g + inside : g, count, metric_, keys);
+            if (w != nullptr) w += inside;
+            if (g != nullptr) g += inside;
+            const bool finite = vectorised(
+                [&](auto) SPEFT_INLINED { return score_keys(w, g, count, metric_, keys); });
             if (!f(int64_t(matrix), keys, at, count, finite)) return;
             at += count;
         }
@@ -299,7 +283,9 @@ class Selection {
                 int16_t groups[kChunk / kGroup + 1];
                 for_chunks(part, [&](int64_t, K* keys, int64_t at, int64_t count, bool) {
                     std::fill(keys + count, keys + count + kGroup, K(0));
-                    const int found = find_groups(keys, count, least, groups);
+                    const int found = vectorised([&](auto) SPEFT_INLINED {
+                        return groups_with(keys, count, least, groups);
+                    });
                     for (int i = 0; i < found; ++i) {
                         const int64_t stop = std::min<int64_t>(groups[i] + kGroup, count);
                         for (int64_t j = groups[i]; j < stop; ++j) {
