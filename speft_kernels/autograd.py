@@ -51,21 +51,12 @@ def _values_gradient(ctx: Any, dy: Tensor, kept: Tensor) -> Tensor | None:
     return out if ctx.sink is None else None
 
 
-def _bias_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
-    """Of a bias that the user has made to train; it is argument 3."""
-    return dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
-
-
 def version_of(tensor: Tensor, sink: Sink | None = None) -> int:
     """Return how often a tensor has been written to, by itself or as a part of a sink's parameter.
     Tensors of the inference mode do not count it.
     """
     own: int = 0 if tensor.is_inference() else tensor._version
     return own if sink is None else own + sink.parameter._version
-
-
-def _keep(ctx: Any, values: Tensor, plan: SparsityPlan, sink: Sink | None) -> None:
-    ctx.plan, ctx.sink, ctx.values, ctx.version = plan, sink, values, version_of(values, sink)
 
 
 def _refuse_changed_values(ctx: Any) -> None:
@@ -77,11 +68,12 @@ def _refuse_changed_values(ctx: Any) -> None:
         )
 
 
-class ResidentLinear(torch.autograd.Function):
-    """`y = x @ W^T + b` for a weight that already holds `base + values` at its trained entries.
+class SparseLinear(torch.autograd.Function):
+    """`y = x @ (W + D)^T + b`. `resident`: the weight holds `base + values` already, so forward and
+    input gradient are the frozen layer's own two GEMMs; else it is never written, and None stands
+    for `y = x @ D^T` alone.
 
-    Forward and input gradient are the frozen layer's own two GEMMs. Saved for the backward pass:
-    `kept`; a reference to `weight`, where `x` needs a gradient.
+    Saved for the backward pass: `kept`; a reference to `weight`, where `x` needs a gradient.
 
     Shapes: x `[..., K]`, values `plan.pattern.values_shape`, weight `[N, K]`, bias `[N]` or None; y
         `[..., N]`.
@@ -92,50 +84,22 @@ class ResidentLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         values: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         kept: Tensor | None,
         plan: SparsityPlan,
         sink: Sink | None,
+        resident: bool,
     ) -> Tensor:
-        _keep(ctx, values, plan, sink)
+        ctx.plan, ctx.sink, ctx.values, ctx.resident = plan, sink, values, resident
+        ctx.version = version_of(values, sink)
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
-        # Under autocast x arrives in the lower precision, and the product casts the weight.
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_changed_values(ctx)
-        kept, weight = ctx.saved_tensors
-        d_values = None if kept is None else _values_gradient(ctx, dy, kept)
-        dx = None
-        if weight is not None:
-            weight = weight if weight.dtype == dy.dtype else weight.to(dy.dtype)
-            dx = dy @ weight
-        return dx, d_values, None, _bias_gradient(ctx, dy), None, None, None
-
-
-class AdditiveLinear(torch.autograd.Function):
-    """`y = x @ (W + D)^T + b` for a weight that is never written. Saved for the backward pass:
-    `kept`; `values` and a reference to `weight`, where `x` needs a gradient.
-
-    Shapes: as ResidentLinear.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        values: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        kept: Tensor | None,
-        plan: SparsityPlan,
-        sink: Sink | None,
-    ) -> Tensor:
-        _keep(ctx, values, plan, sink)
-        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
+        if resident:
+            # Under autocast x arrives in the lower precision, and the product casts the weight.
+            assert weight is not None
+            return F.linear(x, weight, bias)
+        if weight is None:
+            return ops.delta_matmul(x, values, plan.pattern)
         return ops.sparse_delta_matmul(x, weight, values, plan.pattern, bias)
 
     @staticmethod
@@ -144,39 +108,16 @@ class AdditiveLinear(torch.autograd.Function):
         _refuse_changed_values(ctx)
         kept, weight = ctx.saved_tensors
         d_values = None if kept is None else _values_gradient(ctx, dy, kept)
-        dx = None
-        if weight is not None:
-            values = ctx.values.detach()
-            dx = ops.sparse_delta_matmul_grad_input(dy, weight, values, ctx.plan.pattern)
-        return dx, d_values, None, _bias_gradient(ctx, dy), None, None, None
+        dx = _input_gradient(ctx, dy, weight) if ctx.needs_input_grad[0] else None
+        d_bias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+        return dx, d_values, None, d_bias, None, None, None, None
 
 
-class DeltaMatmul(torch.autograd.Function):
-    """`y = x @ D^T` beside a base that is no plain matrix. Saved for the backward pass: `kept`.
-
-    Shapes: x `[..., K]`, values `plan.pattern.values_shape`; y `[..., N]`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        values: Tensor,
-        kept: Tensor | None,
-        plan: SparsityPlan,
-        sink: Sink | None,
-    ) -> Tensor:
-        _keep(ctx, values, plan, sink)
-        ctx.save_for_backward(kept)
-        return ops.delta_matmul(x, values, plan.pattern)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_changed_values(ctx)
-        (kept,) = ctx.saved_tensors
-        d_values = None if kept is None else _values_gradient(ctx, dy, kept)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = ops.delta_matmul_grad_input(dy, ctx.values.detach(), ctx.plan.pattern)
-        return dx, d_values, None, None, None
+def _input_gradient(ctx: Any, dy: Tensor, weight: Tensor | None) -> Tensor:
+    if ctx.resident:
+        assert weight is not None
+        return dy @ weight.to(dy.dtype)
+    values, pattern = ctx.values.detach(), ctx.plan.pattern
+    if weight is None:
+        return ops.delta_matmul_grad_input(dy, values, pattern)
+    return ops.sparse_delta_matmul_grad_input(dy, weight, values, pattern)

@@ -55,7 +55,7 @@ def set_modes(modes: Mapping[SparseDeltaLinear, str]) -> None:
         layer
         for layer, mode in modes.items()
         if layer.base is None
-        and not layer._pattern.is_empty
+        and not layer.pattern.is_empty
         and (mode == "resident" or layer._written is not None)
     ]
     ops.check_deltas(*_operands(written, modes))
@@ -76,7 +76,7 @@ def to_linears(layers: Iterable[SparseDeltaLinear], keep_delta: bool) -> dict[nn
     layers = list(layers)
     mode = "resident" if keep_delta else "additive"
     # An opaque base was never written: it is the plain layer, unless it were to hold a delta.
-    held = [x for x in layers if x.base is None or (keep_delta and not x._pattern.is_empty)]
+    held = [x for x in layers if x.base is None or (keep_delta and not x.pattern.is_empty)]
     set_modes(dict.fromkeys(held, mode))
     return {layer: _given_away(layer) for layer in layers}
 
@@ -94,7 +94,7 @@ def _operands(
 ) -> tuple[list[Tensor], list[SparsePattern], list[Tensor], list[Tensor | None]]:
     return (
         [layer.weight for layer in layers],
-        [layer._pattern for layer in layers],
+        [layer.pattern for layer in layers],
         [layer.base_values for layer in layers],
         [layer.values if modes[layer] == "resident" else None for layer in layers],
     )

@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
 )
 
 from . import family, ops
-from .autograd import AdditiveLinear, DeltaMatmul, ResidentLinear, Sink, version_of
+from .autograd import Sink, SparseLinear, version_of
 from .dtypes import accumulator_dtype
 from .errors import ConfigError, PatternError, nearest
 from .pattern import SparsePattern
@@ -220,7 +220,7 @@ class SparseDeltaLinear(nn.Module):
             if not (needs_grad and values.requires_grad):
                 return F.linear(x, weight, bias)
             kept, plan = self._keep(source, x)
-            y: Tensor = ResidentLinear.apply(x, values, weight, bias, kept, plan, self._sink)
+            y: Tensor = SparseLinear.apply(x, values, weight, bias, kept, plan, self._sink, True)
             return y
         weight = weight.detach()  # type: ignore[assignment]
         if autocast:
@@ -228,7 +228,7 @@ class SparseDeltaLinear(nn.Module):
             bias = None if bias is None else bias.to(x.dtype)  # type: ignore[assignment]
         if needs_grad and (values.requires_grad or x.requires_grad):
             kept, plan = self._keep(source, x)
-            return AdditiveLinear.apply(x, values, weight, bias, kept, plan, self._sink)
+            return SparseLinear.apply(x, values, weight, bias, kept, plan, self._sink, False)
         return ops.sparse_delta_matmul(x, weight, values, self._pattern, bias)
 
     def _keep(self, source: Tensor, x: Tensor) -> tuple[Tensor | None, SparsityPlan]:
@@ -255,7 +255,7 @@ class SparseDeltaLinear(nn.Module):
             return y + ops.delta_matmul(x, values, self._pattern)
         kept, plan = self._keep(source, x)
         sink = self._sink if values is self.values else None
-        return y + DeltaMatmul.apply(x, values, kept, plan, sink)
+        return y + SparseLinear.apply(x, values, None, None, kept, plan, sink, False)
 
     def _state(self) -> family.State:
         """What values and weight are now: of each the tensor itself, its version and its address.
@@ -382,9 +382,8 @@ class SparseDeltaLinear(nn.Module):
             self.values.data = values.to(self.values.device, dtype)
             self.values.grad = None if grad is None else grad.to(dtype)
         if self._written is not None:
-            self._written = (
-                family.UNKNOWN
-            )  # the memory is new, though its address may be an old one
+            # The memory is new, though its address may be an old one.
+            self._written = family.UNKNOWN
         if self.indices.device.type != "meta":
             self._pattern = self._pattern.to(self.indices.device)
             self.indices = self._pattern.indices

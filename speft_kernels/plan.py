@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,13 +19,13 @@ from .costs import Costs, costs_of
 from .errors import PatternError
 from .parts import TILE, HotLines, Parts, build_parts, choose_hot_lines
 from .pattern import SparsePattern, lazy_tensor
-from .strips import STRIP_ROWS, Strips, build_strips
-from .thin_strips import STRIP_ROWS as THIN_ROWS
+from .strips import Strips, build_strips
 from .thin_strips import ThinStrips, build_thin_strips
 from .tiles import QUARTERS, Tiles
 
 # What a backend reads of a plan: Triton's kernels strips, CUDA's thin ones, the others parts.
 Form = type[Parts] | type[Strips] | type[ThinStrips]
+F = TypeVar("F", Parts, Strips, ThinStrips)
 
 # A copy of more columns than this share of all saves too little memory to be worth its traffic: x
 # is kept itself.
@@ -134,8 +135,8 @@ class SparsityPlan:
 
     @property
     def _coordinates(self) -> tuple[Tensor, Tensor]:
-        """Row and column of each entry, sorted by (row, column)."""
-        rows, cols = self.pattern.rows, self.pattern.cols
+        """int64 row and column of each entry, sorted by (row, column)."""
+        rows, cols = self.pattern.rows.long(), self.pattern.cols.long()
         if self.row_order is not None:
             rows, cols = rows[self.row_order], cols[self.row_order]
         return rows, cols
@@ -165,71 +166,38 @@ class SparsityPlan:
     @lazy_tensor
     def hot_lines(self) -> HotLines:
         """The columns and rows that panels serve."""
-        rows, cols = (c.long() for c in self._coordinates)
         shape, width = self.pattern.shape, self.kept_width
-        return choose_hot_lines(rows, cols, shape, width, self.costs, self.tokens)
-
-    @lazy_tensor
-    def packed(self) -> Parts:
-        """The parts for packed activations: positions are those of `kept_columns`."""
-        return self._parts(self.kept_columns)
-
-    @lazy_tensor
-    def whole(self) -> Parts:
-        """The parts for whole activations: positions are columns of x."""
-        return self._parts(None)
-
-    def _parts(self, operand: Tensor | None) -> Parts:
-        rows, cols = (c.long() for c in self._coordinates)
-        return build_parts(
-            rows, cols, self.row_order, self.pattern.shape, self.hot_lines, self.costs, operand
-        )
-
-    @lazy_tensor
-    def packed_strips(self) -> Strips:
-        """What GPU kernels read in place of `packed`."""
-        return self._strips(self.kept_columns)
-
-    @lazy_tensor
-    def whole_strips(self) -> Strips:
-        """What GPU kernels read in place of `whole`."""
-        return self._strips(None)
-
-    def _strips(self, operand: Tensor | None) -> Strips:
-        rows, cols = (c.long() for c in self._coordinates)
-        return build_strips(
-            rows, cols, self.row_order, self.pattern.shape, self.costs, operand, self.tokens
-        )
-
-    @lazy_tensor
-    def packed_thin_strips(self) -> ThinStrips:
-        """What the CUDA kernels read in place of `packed`."""
-        return self._thin_strips(self.kept_columns)
-
-    @lazy_tensor
-    def whole_thin_strips(self) -> ThinStrips:
-        """What the CUDA kernels read in place of `whole`."""
-        return self._thin_strips(None)
+        return choose_hot_lines(*self._coordinates, shape, width, self.costs, self.tokens)
 
     @lazy_tensor
     def thin_strips_by_row(self) -> ThinStrips:
-        """`whole_thin_strips` for values sorted by (row, column)."""
+        """Those of whole activations, for values sorted by (row, column)."""
         if self.row_order is None:
-            return self.whole_thin_strips
-        rows, cols = (c.long() for c in self._coordinates)
-        return build_thin_strips(rows, cols, None, self.pattern.shape[1], None)
+            return self.compiled(ThinStrips, False)
+        return build_thin_strips(*self._coordinates, None, self.pattern.shape[1], None)
 
-    def _thin_strips(self, operand: Tensor | None) -> ThinStrips:
-        rows, cols = (c.long() for c in self._coordinates)
-        return build_thin_strips(rows, cols, self.row_order, self.pattern.shape[1], operand)
+    @cached_property
+    def _compiled(self) -> dict[tuple[Form, bool], Any]:
+        return {}
 
-    def compiled(self, form: Form, packed: bool) -> Parts | Strips | ThinStrips:
-        """The entries in the form that a backend reads, for packed or whole activations."""
+    def compiled(self, form: type[F], packed: bool) -> F:
+        """The entries in the form that a backend reads, for packed activations (positions are those
+        of `kept_columns`) or whole ones (columns of x); made once.
+        """
+        found = self._compiled.get((form, packed))
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._compiled[form, packed] = self._compile(form, packed)
+        return found
+
+    def _compile(self, form: Form, packed: bool) -> Any:
+        operand = self.kept_columns if packed else None
+        entries, shape = (*self._coordinates, self.row_order), self.pattern.shape
         if form is ThinStrips:
-            return self.packed_thin_strips if packed else self.whole_thin_strips
+            return build_thin_strips(*entries, shape[1], operand)
         if form is Strips:
-            return self.packed_strips if packed else self.whole_strips
-        return self.packed if packed else self.whole
+            return build_strips(*entries, shape, self.costs, operand, self.tokens)
+        return build_parts(*entries, shape, self.hot_lines, self.costs, operand)
 
     @lazy_tensor
     def kept_block_cols(self) -> Tensor:
@@ -244,29 +212,27 @@ class SparsityPlan:
         place[groups] = torch.arange(groups.numel(), dtype=torch.int32, device=place.device)
         return place[self.pattern.block_cols.long()]
 
-    def shares(self, form: Form = Parts) -> dict[str, float]:
-        """Return which share of the entries each part serves: columns, rows, tiles, gather, or, for
-        the form that Triton's kernels read, strips, gather; CUDA's have strips alone; for a block
-        pattern all are in blocks.
+    @property
+    def _parts(self) -> Parts:
+        return self.compiled(Parts, self.kept_columns is not None)
+
+    def shares(self) -> dict[str, float]:
+        """Return which share of the entries each part serves: columns, rows, tiles, gather; for a
+        block pattern all are in blocks.
         """
         total = max(self.pattern.nnz, 1)
         if self.pattern.is_block:
             return {"blocks": self.pattern.nnz / total}
-        parts = self.compiled(form, self.kept_columns is not None)
-        if isinstance(parts, ThinStrips):
-            counts = {"strips": parts.slot.numel()}
-        elif isinstance(parts, Strips):
-            counts = {"strips": parts.entry_at.numel(), "gather": parts.entry_row.numel()}
-        else:
-            counts = {
-                "columns": parts.hot_col_at.numel(),
-                "rows": parts.hot_row_at.numel(),
-                "tiles": int((parts.tile_slot >= 0).sum()),
-                "gather": parts.entry_row.numel(),
-            }
+        parts = self._parts
+        counts = {
+            "columns": parts.hot_col_at.numel(),
+            "rows": parts.hot_row_at.numel(),
+            "tiles": int((parts.tile_slot >= 0).sum()),
+            "gather": parts.entry_row.numel(),
+        }
         return {name: count / total for name, count in counts.items()}
 
-    def predicted_seconds(self, tokens: int | None = None, form: Form = Parts) -> dict[str, float]:
+    def predicted_seconds(self, tokens: int | None = None) -> dict[str, float]:
         """Return the time that the cost model gives each part of a backward pass, packing and the
         forward pass's copy (keep) beside.
         """
@@ -274,46 +240,31 @@ class SparsityPlan:
         costs, out_features = self.costs, self.pattern.shape[0]
         if self.pattern.is_block:
             return {"blocks": self.pattern.nnz * costs.tile * tokens}
-        whole = self.kept_columns is None
-        parts = self.compiled(form, not whole)
-        if isinstance(parts, ThinStrips):
-            computed = parts.strip_line.numel() * THIN_ROWS
-            seconds = {"strips": computed * costs.panel * tokens}
-            gathered, lines = 0, parts.columns.numel()
-        elif isinstance(parts, Strips):
-            computed = parts.group_cols.numel() * STRIP_ROWS
-            seconds = {"strips": computed * costs.panel * tokens}
-            gathered = parts.entry_row.numel()
-            lines = parts.rows.numel() + parts.columns.numel()
-        else:
-            width = self.pattern.shape[1] if whole else self.kept_width
+        whole, parts = self.kept_columns is None, self._parts
+        width = self.pattern.shape[1] if whole else self.kept_width
+        lines = parts.rows.numel() + (parts.cols.numel() if whole else 0)
 
-            def panel(hot: Tensor, length: int) -> float:
-                if hot.numel() == 0:
-                    return 0.0
-                return length * (hot.numel() * costs.panel + costs.read) * tokens + costs.call
+        def panel(hot: Tensor, length: int) -> float:
+            if hot.numel() == 0:
+                return 0.0
+            return length * (hot.numel() * costs.panel + costs.read) * tokens + costs.call
 
-            seconds = {
-                "columns": panel(parts.hot_cols, out_features),
-                "rows": panel(parts.hot_rows, width),
-                "tiles": parts.tile_row.numel() * TILE * TILE * costs.tile * tokens,
-            }
-            gathered = parts.entry_row.numel()
-            lines = parts.rows.numel() + (parts.cols.numel() if whole else 0)
         return {
-            **seconds,
-            "gather": gathered * costs.gather * tokens,
+            "columns": panel(parts.hot_cols, out_features),
+            "rows": panel(parts.hot_rows, width),
+            "tiles": parts.tile_row.numel() * TILE * TILE * costs.tile * tokens,
+            "gather": parts.entry_row.numel() * costs.gather * tokens,
             "pack": lines * costs.pack * tokens,
             "keep": 0.0 if whole else self.kept_width * costs.pack * tokens,
         }
 
-    def summary(self, tokens: int | None = None, form: Form = Parts) -> str:
+    def summary(self, tokens: int | None = None) -> str:
         """Return a table: what serves which share of the entries, and the predicted time of each
         part for `tokens` tokens (by default those of the hint).
         """
         tokens = self.tokens if tokens is None else tokens
-        pattern, shares = self.pattern, self.shares(form)
-        seconds = self.predicted_seconds(tokens, form)
+        pattern, shares = self.pattern, self.shares()
+        seconds = self.predicted_seconds(tokens)
         kept = (
             "x whole"
             if self.kept_columns is None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from speft_kernels import SparsePattern, SparsityPlan
 from speft_kernels.costs import Costs
-from speft_kernels.parts import HotLines
+from speft_kernels.parts import HotLines, Parts
 from speft_kernels.testing import uniform_pattern
 
 # One kind of work costs nothing, and the others cost a second a unit.
@@ -55,7 +55,7 @@ def mixed_pattern(n: int, k: int) -> SparsePattern:
 
 def each_entry(plan: SparsityPlan, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row and column of the weight and slot of all entries, whichever part they are in."""
-    parts = plan.packed if packed else plan.whole
+    parts = plan.compiled(Parts, packed)
     n, k = plan.pattern.shape
     width = plan.kept_width if packed else k
     row, position, slot = (

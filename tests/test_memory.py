@@ -22,6 +22,7 @@ from speft_kernels.bench import masks
 from speft_kernels.bench.cases import layer as crowded
 from speft_kernels.bench.memory import saved_for_backward
 from speft_kernels.costs import DEFAULTS
+from speft_kernels.parts import Parts
 from speft_kernels.plan import plan_of
 from speft_kernels.testing import realistic_pattern, uniform_pattern
 
@@ -117,7 +118,7 @@ def test_no_tensor_of_the_weights_shape_in_forward_or_backward(kind, density, mo
 def test_backward_of_a_dense_layer_needs_one_panel():
     """25 % of a weight of 36 MB: beside the gradient of the values, 9 MB, nothing of its size.
 
-    Stated in csrc/cpu/sampled_grad.cpp and parts.py: sums of at most 8 MiB, for each of two threads
+    Stated in csrc/cpu/token_sum.h and parts.py: sums of at most 8 MiB, for each of two threads
     a chunk of dy (256 KiB) and the columns of one block of x (512 KiB), and a panel of at most
     4 MiB. The layer that trains whole shows that a gradient of 36 MB would be seen.
     """
@@ -212,7 +213,7 @@ def test_scratch_of_panels_does_not_grow_with_tokens(side, packed, dtype):
         mask[:, k // 2 :] = False
         pattern, keep = SparsePattern.from_mask(mask), torch.arange(5 * k // 8, dtype=torch.int32)
     plan = SparsityPlan.build(pattern, costs=DEFAULTS["cpu"], keep=keep if packed else None)
-    parts = plan.packed if packed else plan.whole
+    parts = plan.compiled(Parts, packed)
     assert parts.has_panels
     assert parts.entry_row.numel() == 0  # they serve all
     grown = scratch_of_sampled_grad(plan, 16384, packed, "cpu", dtype)

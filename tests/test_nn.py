@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from speft_kernels import SparseDeltaLinear, SparsePattern, ops
-from speft_kernels.autograd import AdditiveLinear, DeltaMatmul, ResidentLinear
+from speft_kernels.autograd import SparseLinear
 from speft_kernels.errors import ConfigError, PatternError, StaleWeightError
 from speft_kernels.plan import plan_of
 from speft_kernels.testing import realistic_pattern, uniform_pattern
@@ -51,12 +51,12 @@ def test_gradcheck_of_the_autograd_functions(function, blocks):
     def call(x, values):
         kept = ops.keep_columns(x, plan)
         if function == "delta":
-            return DeltaMatmul.apply(x, values, kept, plan, None)
+            return SparseLinear.apply(x, values, None, None, kept, plan, None, False)
         if function == "additive":
-            return AdditiveLinear.apply(x, values, base, bias, kept, plan, None)
+            return SparseLinear.apply(x, values, base, bias, kept, plan, None, False)
         weight = base.clone()
         weight.view(-1)[pattern.entry_indices.long()] += values.detach().flatten()
-        return ResidentLinear.apply(x, values, weight, bias, kept, plan, None)
+        return SparseLinear.apply(x, values, weight, bias, kept, plan, None, True)
 
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     values = torch.randn(pattern.values_shape, dtype=torch.float64, requires_grad=True)

@@ -14,7 +14,7 @@ from plans import COSTS, PARTS, each_entry, mixed_pattern, plan_with
 from speft_kernels import SparsePattern, SparsityPlan, ops
 from speft_kernels.costs import DEFAULTS, Costs
 from speft_kernels.errors import PatternError
-from speft_kernels.parts import ALIGNED_LINES, PANEL_ELEMENTS
+from speft_kernels.parts import ALIGNED_LINES, PANEL_ELEMENTS, Parts
 from speft_kernels.plan import (
     BLOCK_BYTES,
     BLOCK_TOKENS,
@@ -128,7 +128,7 @@ def test_kept_columns_hold_the_used_ones_hot_ones_first(made):
 @given(made=plans())
 def test_what_the_kernels_binary_search_is_sorted(made):
     plan, _ = made
-    for parts in (plan.packed, plan.whole):
+    for parts in (plan.compiled(Parts, True), plan.compiled(Parts, False)):
         for lines in (parts.rows, parts.entry_row, parts.tile_row, parts.hot_rows):
             assert torch.equal(lines, lines.sort().values)
         for at in (parts.hot_col_at, parts.hot_row_at):
@@ -153,7 +153,10 @@ def check_pieces(pieces, lines, count, length, other):
 def test_pieces_of_panels_are_bounded(made):
     plan, _ = made
     n, k = plan.pattern.shape
-    for parts, width in ((plan.packed, plan.kept_width), (plan.whole, k)):
+    for parts, width in (
+        (plan.compiled(Parts, True), plan.kept_width),
+        (plan.compiled(Parts, False), k),
+    ):
         columns, rows = parts.hot_cols.numel(), parts.hot_rows.numel()
         check_pieces(parts.hot_col_panels, columns, parts.hot_col_at.numel(), n, k)
         check_pieces(parts.hot_row_panels, rows, parts.hot_row_at.numel(), width, n)
@@ -167,7 +170,7 @@ def test_a_panel_of_a_large_weight_has_four_megabytes_at_most(part):
     line, along = torch.arange(short), torch.arange(short) * (long // short)
     flat = along * k + line if part == "columns" else line * k + along
     plan = plan_with(part, SparsePattern.from_indices((n, k), flat))
-    parts = plan.whole
+    parts = plan.compiled(Parts, False)
     pieces = parts.hot_col_panels if part == "columns" else parts.hot_row_panels
     check_pieces(pieces, short, short, long, short)
     # A quarter of the weight would be 512 lines; the bound in bytes allows 256.
@@ -344,8 +347,8 @@ def test_autograd_may_save_the_parts_of_a_plan_made_in_inference_mode():
     pattern = mixed_pattern(96, 130)
     with torch.inference_mode():
         plan = plan_with("mixed", pattern)
-        assert plan.packed.rows.numel() > 0
-    tensors = [*plan.packed.tensors(), *plan.whole.tensors()]
+        assert plan.compiled(Parts, True).rows.numel() > 0
+    tensors = [*plan.compiled(Parts, True).tensors(), *plan.compiled(Parts, False).tensors()]
     assert not any(tensor.is_inference() for tensor in tensors)
 
 

@@ -222,8 +222,8 @@ def test_library_contract(backend):
         values = torch.randn(pattern.nnz, requires_grad=True)
         _, indices = delta_arguments(values, pattern, x, packed, backend)
         op, parts = torch.ops.speft.sparse_delta_matmul.default, (packed.data, packed.scales)
-        torch.library.opcheck(op, (x, *parts, values, None, *indices, False, backend))
-        torch.library.opcheck(op, (dy, *parts, values, None, *indices, True, backend))
+        torch.library.opcheck(op, (x, *parts, values, None, *indices, 6, False, backend))
+        torch.library.opcheck(op, (dy, *parts, values, None, *indices, 8, True, backend))
 
 
 def test_torch_widens_a_piece_at_a_time(memory_high_water):

@@ -27,6 +27,7 @@ from sampled import FORMS, assert_same_sums, at, plan_for, sampled
 
 from speft_kernels import SparsePattern, SparsityPlan, ops
 from speft_kernels.ops import registry
+from speft_kernels.parts import Parts
 from speft_kernels.plan import plan_of
 from speft_kernels.testing import uniform_pattern
 
@@ -277,7 +278,7 @@ def test_no_dense_gradient_exists(density, part):
 
     def largest(backend, form):
         operand = ops.keep_columns(x, plan) if form == "packed" else x
-        parts = plan.packed if form == "packed" else plan.whole
+        parts = plan.compiled(Parts, form == "packed")
         with LargestTensor() as seen:
             implementation("sampled_grad", backend)(dy, operand, parts, width, out, False)
         return seen.numel
@@ -303,7 +304,7 @@ def test_compiled_kernels_scratch_is_bounded(memory_high_water, density, form):
             dy, kept, plan.pattern, plan=plan, packed=form == "packed", out=out, backend="cpu"
         )
     )
-    # Stated in csrc/cpu/sampled_grad.cpp and plan.py: sums of 8 MiB at most, and for each thread
+    # Stated in csrc/cpu/token_sum.h and parts.py: sums of 8 MiB at most, and for each thread
     # 256 KiB of dy and 512 KiB of x; a panel has 4 MiB. The dense dW has 64 MiB, or 25.
     assert grown <= (8 << 20) + 2 * (768 << 10) + (4 << 20)
 

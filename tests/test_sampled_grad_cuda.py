@@ -67,7 +67,7 @@ def test_any_sizes_and_any_pattern(data):
 @pytest.mark.parametrize("density", [0.3, 0.9])
 def test_several_tiles_of_a_block(density):
     plan = SparsityPlan.build(SparsePattern.from_mask(torch.rand(270, 260) < density))
-    assert plan.whole_thin_strips.tile_block.numel() > 2
+    assert plan.compiled(ThinStrips, False).tile_block.numel() > 2
     dy, x = operands(40, plan)
     assert_exact(sampled(dy, x, plan, "whole"), dy, x, plan.pattern)
 

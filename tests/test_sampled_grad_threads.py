@@ -9,6 +9,7 @@ from plans import PARTS, plan_with
 from sampled import FORMS, assert_same_sums, at, error_bound, plan_for, sampled
 
 from speft_kernels import SparsePattern
+from speft_kernels.parts import Parts
 from speft_kernels.testing import uniform_pattern
 
 
@@ -83,7 +84,10 @@ def test_threads_do_not_change_a_bit_of_many_sums(part, density, form):
     """
     n, k, m = 2048, 1024, 300
     plan = plan_with(part, uniform_pattern((n, k), density))
-    sums = plan.whole.entry_row.numel() + plan.whole.tile_slot.numel()
+    sums = (
+        plan.compiled(Parts, False).entry_row.numel()
+        + plan.compiled(Parts, False).tile_slot.numel()
+    )
     splits = (8 << 20) // (4 * sums)
     assert splits == 2 if density == 0.4 else splits <= 1
     assert -(-m // plan.block_tokens(m)) == 3

@@ -214,7 +214,7 @@ def test_every_bit_is_the_same_again_and_past_the_dispatcher(backend, dtype):
         _, indices = delta_arguments(values, pattern, x, weight, backend)
         direct = ops.sparse_delta_matmul(x, weight, values, pattern, o["bias"], backend=backend)
         called = torch.ops.speft.sparse_delta_matmul(
-            x, weight, None, values, o["bias"], *indices, False, backend
+            x, weight, None, values, o["bias"], *indices, 40, False, backend
         )
         tracked = ops.sparse_delta_matmul(
             x.clone().requires_grad_(), weight, values, pattern, o["bias"], backend=backend
@@ -351,10 +351,10 @@ def test_library_contract(backend):
     _, indices = delta_arguments(values, pattern, x, weight, backend)
     check = torch.library.opcheck
     op = torch.ops.speft.sparse_delta_matmul.default
-    check(op, (x, weight, None, values, bias, *indices, False, backend))
-    check(op, (dy, weight, None, values, None, *indices, True, backend))
-    check(torch.ops.speft.delta_matmul.default, (x, values, *indices, 6, False, backend))
-    check(torch.ops.speft.delta_matmul.default, (dy, values, *indices, 5, True, backend))
+    check(op, (x, weight, None, values, bias, *indices, 6, False, backend))
+    check(op, (dy, weight, None, values, None, *indices, 5, True, backend))
+    check(op, (x, None, None, values, None, *indices, 6, False, backend))
+    check(op, (dy, None, None, values, None, *indices, 5, True, backend))
 
 
 @pytest.mark.parametrize("backend", backends(OP, torch.float64))

@@ -14,6 +14,7 @@ from speft_kernels.costs import DEFAULTS
 from speft_kernels.parts import Parts
 from speft_kernels.strips import GROUP_STRIPS, STRIP_ROWS, Strips
 from speft_kernels.testing import realistic_pattern, uniform_pattern
+from speft_kernels.thin_strips import ThinStrips
 
 
 def assert_each_entry_once(plan):
@@ -87,7 +88,7 @@ def test_costs_decide_what_is_gathered():
     # Under the costs "mixed" a strip is computed from 128 / 3 entries on.
     mask = torch.zeros(256, 90, dtype=torch.bool)
     mask[:43, 3] = mask[:42, 4] = mask[100:171, 5] = True  # 28 of the last, and 43 below row 128
-    strips = plan_with("mixed", SparsePattern.from_mask(mask)).whole_strips
+    strips = plan_with("mixed", SparsePattern.from_mask(mask)).compiled(Strips, False)
     assert strips.entry_at.numel() == 43 + 43
     assert strips.entry_row.numel() == 42 + 28
     assert strips.rows.tolist() == [*range(42), *range(100, 128)]
@@ -97,12 +98,12 @@ def test_gathering_must_pay_for_packing_its_rows():
     """With a GPU's costs, where a strip costs less than an entry, and with dearer strips."""
     pattern = realistic_pattern((1024, 1024), 0.005)
     costs = DEFAULTS["cuda"]
-    assert SparsityPlan.build(pattern, costs=costs).whole_strips.entry_row.numel() == 0
+    assert SparsityPlan.build(pattern, costs=costs).compiled(Strips, False).entry_row.numel() == 0
     single = SparsePattern.from_indices((1024, 1024), torch.tensor([5]))
     dear = replace(costs, panel=costs.gather, call=1e-12)
-    assert SparsityPlan.build(single, costs=dear).whole_strips.entry_row.numel() == 1
+    assert SparsityPlan.build(single, costs=dear).compiled(Strips, False).entry_row.numel() == 1
     packing = replace(dear, pack=1.0)
-    assert SparsityPlan.build(single, costs=packing).whole_strips.entry_row.numel() == 0
+    assert SparsityPlan.build(single, costs=packing).compiled(Strips, False).entry_row.numel() == 0
 
 
 @pytest.mark.parametrize("density", [0.001, 0.005, 0.05])
@@ -112,7 +113,7 @@ def test_index_memory_is_stated(density):
     """
     for make in (realistic_pattern, uniform_pattern):
         pattern = make((1024, 4096), density)
-        strips = SparsityPlan.build(pattern, costs=DEFAULTS["cuda"]).whole_strips
+        strips = SparsityPlan.build(pattern, costs=DEFAULTS["cuda"]).compiled(Strips, False)
         found = sum(t.numel() * t.element_size() for t in strips.tensors())
         blocks = 1024 // STRIP_ROWS
         filled = 4 * GROUP_STRIPS * blocks
@@ -121,29 +122,12 @@ def test_index_memory_is_stated(density):
         )
 
 
-def test_a_plan_hands_out_the_form_that_is_asked_for():
+@pytest.mark.parametrize("form", [Parts, Strips, ThinStrips])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_plan_compiles_each_form_once(form, packed):
     plan = plan_with("mixed", mixed_pattern(96, 130))
-    assert plan.compiled(Strips, True) is plan.packed_strips
-    assert plan.compiled(Strips, False) is plan.whole_strips
-    assert plan.compiled(Parts, True) is plan.packed
-    assert plan.compiled(Parts, False) is plan.whole
-    again = Strips(*plan.packed_strips.tensors())
-    assert all(a is b for a, b in zip(again.tensors(), plan.packed_strips.tensors(), strict=True))
-
-
-def test_the_summary_of_strips():
-    costs = DEFAULTS["cuda"]
-    plan = SparsityPlan.build(realistic_pattern((1024, 1024), 0.005), costs=costs)
-    assert plan.shares(Strips) == {"strips": 1.0, "gather": 0.0}
-    seconds = plan.predicted_seconds(1000, Strips)
-    groups = plan.packed_strips.group_cols.shape[0]
-    assert seconds["strips"] == pytest.approx(groups * 64 * 128 * costs.panel * 1000)
-    assert seconds["gather"] == seconds["pack"] == 0
-    text = plan.summary(1000, Strips)
-    assert "strips     100.0% of the entries" in text
-    assert f"{sum(seconds.values()) * 1e6:.1f} us predicted" in text
-    mixed = plan_with("mixed", mixed_pattern(96, 130))
-    shares = mixed.shares(Strips)
-    assert min(shares.values()) > 0
-    assert sum(shares.values()) == pytest.approx(1)
-    assert mixed.predicted_seconds(form=Strips)["pack"] > 0
+    compiled = plan.compiled(form, packed)
+    assert isinstance(compiled, form)
+    assert plan.compiled(form, packed) is compiled
+    again = form(*compiled.tensors())
+    assert all(a is b for a, b in zip(again.tensors(), compiled.tensors(), strict=True))

@@ -8,7 +8,6 @@ from kernels import KINDS, make_pattern
 from plans import mixed_pattern
 
 from speft_kernels import SparsePattern, SparsityPlan
-from speft_kernels.costs import DEFAULTS
 from speft_kernels.testing import realistic_pattern, uniform_pattern
 from speft_kernels.thin_strips import (
     BLOCK_ROWS,
@@ -87,10 +86,10 @@ def test_any_pattern(data):
 def test_a_tile_ends_where_its_lines_or_its_strips_do():
     mask = torch.zeros(BLOCK_ROWS, 2 * TILE_LINES, dtype=torch.bool)
     mask[0] = True  # a strip a line: the lines end first
-    strips = SparsityPlan.build(SparsePattern.from_mask(mask)).whole_thin_strips
+    strips = SparsityPlan.build(SparsePattern.from_mask(mask)).compiled(ThinStrips, False)
     assert strips.tile_lines.tolist() == [0, TILE_LINES, 2 * TILE_LINES]
     mask[::STRIP_ROWS] = True  # all strips of each
-    strips = SparsityPlan.build(SparsePattern.from_mask(mask)).whole_thin_strips
+    strips = SparsityPlan.build(SparsePattern.from_mask(mask)).compiled(ThinStrips, False)
     assert strips.tile_lines.diff().max() * BLOCK_STRIPS <= TILE_GROUPS * GROUP
     assert strips.tile_lines.diff().min() > 100  # of the 120 that surely fit
 
@@ -98,7 +97,7 @@ def test_a_tile_ends_where_its_lines_or_its_strips_do():
 @pytest.mark.parametrize("make", [realistic_pattern, uniform_pattern])
 def test_strips_that_are_read_at_once_lie_in_different_banks(make):
     """Of an even and an odd line; which leaves what one kind has more than the other."""
-    strips = SparsityPlan.build(make((1024, 4096), 0.005)).whole_thin_strips
+    strips = SparsityPlan.build(make((1024, 4096), 0.005)).compiled(ThinStrips, False)
     pairs = strips.strip_line.reshape(-1, 2) % 2
     assert (pairs[:, 0] == pairs[:, 1]).float().mean() < 0.2
 
@@ -109,25 +108,9 @@ def test_index_memory_is_stated(density):
     filled up.
     """
     for make in (realistic_pattern, uniform_pattern):
-        strips = SparsityPlan.build(make((1024, 4096), density)).packed_thin_strips
+        strips = SparsityPlan.build(make((1024, 4096), density)).compiled(ThinStrips, True)
         found = sum(t.numel() * t.element_size() for t in strips.tensors())
         tiles, groups = strips.tile_block.numel(), strips.group_rows.numel()
         packed = 4 * strips.columns.numel()
         wanted = 6 * strips.slot.numel() + 4 * strips.line.numel() + 17 * groups
         assert found == wanted + packed + 4 * (tiles + 3 * (tiles + 1))
-
-
-def test_a_plan_hands_them_out_and_sums_them_up():
-    costs = DEFAULTS["cuda"]
-    plan = SparsityPlan.build(realistic_pattern((1024, 1024), 0.005), costs=costs)
-    assert plan.compiled(ThinStrips, True) is plan.packed_thin_strips
-    assert plan.compiled(ThinStrips, False) is plan.whole_thin_strips
-    again = ThinStrips(*plan.packed_thin_strips.tensors())
-    assert all(
-        a is b for a, b in zip(again.tensors(), plan.packed_thin_strips.tensors(), strict=True)
-    )
-    assert plan.shares(ThinStrips) == {"strips": 1.0}
-    seconds = plan.predicted_seconds(1000, ThinStrips)
-    strips = plan.packed_thin_strips.strip_line.numel()
-    assert seconds["strips"] == pytest.approx(strips * STRIP_ROWS * costs.panel * 1000)
-    assert "strips     100.0% of the entries" in plan.summary(1000, ThinStrips)

@@ -7,7 +7,7 @@
 
 namespace speft {
 
-// Entries in CSR form over the rows and columns that hold any (speft_kernels/plan.py).
+// Entries in CSR form over the rows and columns that hold any (speft_kernels/compact.py).
 struct CompactIndices {
     const int32_t* rows;  // [num_rows]
     const int64_t* crow;  // [num_rows + 1]
@@ -23,7 +23,7 @@ void sparse_delta_matmul(void* y, int64_t y_stride, const void* x, int64_t x_str
                          int64_t in_features, int64_t tokens, const CompactIndices& delta,
                          const void* values, DType dtype, int threads);
 
-// The entries of a plan that sampled_grad computes here (speft_kernels/plan.py): positions among
+// The entries of a plan that sampled_grad computes here (speft_kernels/parts.py): positions among
 // the used rows and columns, and the place of each entry among the values.
 constexpr int64_t kTileSide = 16;
 struct SampledEntries {

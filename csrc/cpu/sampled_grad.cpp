@@ -1,5 +1,5 @@
 // sampled_grad: dv[e] = sum over m of dy[m, row_e] * x[m, col_e], for the entries of a plan that no
-// panel serves (speft_kernels/plan.py): those in dense tiles, and the gathered rest.
+// panel serves (speft_kernels/parts.py): those in dense tiles, and the gathered rest.
 //
 // One block of tokens at a time, the used columns of x and of dy lie transposed in panels, so that
 // every product runs along contiguous tokens. x may come packed so from the forward pass

@@ -4,9 +4,12 @@ offending facts.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ..dtypes import accumulator_dtype
 from ..pattern import SparsePattern
+from ..plan import SparsityPlan, plan_of
 from .registry import FLOATS
 
 
@@ -55,6 +58,47 @@ def check_pattern_device(pattern: SparsePattern, name: str, tensor: Tensor) -> N
             f"the pattern is on {pattern.device} and {name} on {tensor.device}; move it once "
             "with pattern.to(device)"
         )
+
+
+def gradient_operands(
+    dy: Tensor, x: Tensor, pattern: SparsePattern, plan: SparsityPlan | None
+) -> tuple[Tensor, SparsityPlan]:
+    """Check what the gradient of the entries of `pattern` is computed from, whatever form x is in;
+    return dy as `[M, N]` and the plan, by default the one cached with the pattern.
+    """
+    check_float(dy=dy, x=x)
+    check_same("dy", dy, "x", x)
+    check_pattern_device(pattern, "dy", dy)
+    plan = plan_of(pattern) if plan is None else plan
+    if plan.pattern is not pattern and plan.pattern != pattern:
+        raise ValueError(f"the plan was built for another pattern: {plan.pattern}, not {pattern}")
+    return tokens_first("dy", dy, pattern.shape[0]), plan
+
+
+def tokens_of_both(dy: Tensor, x: Tensor, width: int) -> Tensor:
+    """Return x as `[M, width]`, with as many tokens as `dy [M, N]`."""
+    x = tokens_first("x", x, width)
+    if dy.shape[0] != x.shape[0]:
+        raise ValueError(f"dy has {dy.shape[0]} tokens and x has {x.shape[0]}")
+    return x
+
+
+def gradient_out(out: Tensor | None, shape: tuple[int, ...], dy: Tensor, x: Tensor) -> Tensor:
+    """Return `out`, to which the gradient can be written; raise where it cannot."""
+    if out is None:
+        raise ValueError("accumulate=True needs the buffer to accumulate into: pass out=")
+    if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
+        raise ValueError("out= cannot carry a gradient, and dy or x requires one: leave it out")
+    dtype = accumulator_dtype(dy.dtype)
+    if tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out must be a contiguous {dtype} tensor of shape {shape}, got {out.dtype} of shape "
+            f"{tuple(out.shape)}"
+        )
+    check_device("out", out, "dy", dy)
+    if not torch.compiler.is_compiling():
+        check_apart("out", out, dy=dy, x=x)
+    return out
 
 
 def tokens_first(name: str, tensor: Tensor, width: int) -> Tensor:

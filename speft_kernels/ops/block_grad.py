@@ -16,10 +16,9 @@ from torch import Tensor
 from .. import _cuda_native, _native, _triton
 from ..dtypes import accumulator_dtype
 from ..pattern import SparsePattern
-from ..plan import SparsityPlan, plan_of
+from ..plan import SparsityPlan
 from . import _checks, registry
 from ._library import operation
-from .sampled_grad import _check_out
 
 # Elements that the torch backend gathers at a time, of dy and of x together: 64 MB in float32.
 GATHER_ELEMENTS = 1 << 24
@@ -55,24 +54,14 @@ def block_grad(
         TypeError: dtypes do not fit.
         BackendError: the backend that was asked for cannot serve the call.
     """
-    _checks.check_float(dy=dy, x=x)
-    _checks.check_same("dy", dy, "x", x)
-    _checks.check_pattern_device(pattern, "dy", dy)
-    dy = _checks.tokens_first("dy", dy, pattern.shape[0])
-    plan = plan_of(pattern) if plan is None else plan
-    if plan.pattern is not pattern and plan.pattern != pattern:
-        raise ValueError(f"the plan was built for another pattern: {plan.pattern}, not {pattern}")
-    x = _checks.tokens_first("x", x, plan.kept_width if packed else pattern.shape[1])
-    if dy.shape[0] != x.shape[0]:
-        raise ValueError(f"dy has {dy.shape[0]} tokens and x has {x.shape[0]}")
+    dy, plan = _checks.gradient_operands(dy, x, pattern, plan)
+    x = _checks.tokens_of_both(dy, x, plan.kept_width if packed else pattern.shape[1])
     bh, bw = pattern.block_shape
     cols = plan.kept_block_cols if packed else pattern.block_cols
     where = (pattern.block_rows, cols, bh, bw)
-    if out is None:
-        if accumulate:
-            raise ValueError("accumulate=True needs the buffer to accumulate into: pass out=")
+    if out is None and not accumulate:
         return torch.ops.speft.block_grad(dy, x, *where, backend)
-    _check_out(out, (pattern.num_blocks, bh, bw), dy, x)
+    out = _checks.gradient_out(out, (pattern.num_blocks, bh, bw), dy, x)
     torch.ops.speft.block_grad_(dy, x, *where, out, accumulate, backend)
     return out
 

@@ -20,7 +20,7 @@ from ..compact import PANEL_ROWS, CompactIndices
 from ..dtypes import accumulator_dtype
 from ..parts import TILE, Parts, gathered
 from ..pattern import SparsePattern
-from ..plan import BLOCK_TOKENS, TOKEN_STEP, SparsityPlan, plan_of
+from ..plan import BLOCK_TOKENS, TOKEN_STEP, SparsityPlan
 from ..strips import Strips, gathered_strips
 from ..thin_strips import ThinStrips, build_thin_strips
 from ..tiles import Tiles
@@ -70,13 +70,7 @@ def sampled_grad(
             f"the pattern has blocks of {pattern.block_shape}; sampled_grad serves single "
             "entries, use block_grad"
         )
-    _checks.check_float(dy=dy, x=x)
-    _checks.check_same("dy", dy, "x", x)
-    _checks.check_pattern_device(pattern, "dy", dy)
-    plan = plan_of(pattern) if plan is None else plan
-    if plan.pattern is not pattern and plan.pattern != pattern:
-        raise ValueError(f"the plan was built for another pattern: {plan.pattern}, not {pattern}")
-    dy = _checks.tokens_first("dy", dy, pattern.shape[0])
+    dy, plan = _checks.gradient_operands(dy, x, pattern, plan)
     width = plan.block_tokens(dy.shape[0])
     packed = packed and plan.kept_columns is not None
     if packed:
@@ -87,9 +81,7 @@ def sampled_grad(
                 f"{tuple(x.shape)}"
             )
     else:
-        x = _checks.tokens_first("x", x, pattern.shape[1])
-        if dy.shape[0] != x.shape[0]:
-            raise ValueError(f"dy has {dy.shape[0]} tokens and x has {x.shape[0]}")
+        x = _checks.tokens_of_both(dy, x, pattern.shape[1])
     serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
     parts = plan.compiled(serve.form, packed)
     needs_grad = torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad)
@@ -97,11 +89,9 @@ def sampled_grad(
         out = _allocate(dy, pattern.nnz)
         serve.function(dy, x, parts, width, out, False)
         return out
-    if out is None:
-        if accumulate:
-            raise ValueError("accumulate=True needs the buffer to accumulate into: pass out=")
+    if out is None and not accumulate:
         return torch.ops.speft.sampled_grad(dy, x, parts.tensors(), pattern.nnz, width, backend)
-    _check_out(out, (pattern.nnz,), dy, x)
+    out = _checks.gradient_out(out, (pattern.nnz,), dy, x)
     torch.ops.speft.sampled_grad_(dy, x, parts.tensors(), width, out, accumulate, backend)
     return out
 
@@ -141,20 +131,6 @@ def gradient_of_entries(
         rows, cols = compact.entry_rows, compact.entry_cols
         strips = build_thin_strips(rows, cols, None, x.shape[1], None).tensors()
     return torch.ops.speft.sampled_grad(dy, x, strips, nnz, BLOCK_TOKENS, backend)
-
-
-def _check_out(out: Tensor, shape: tuple[int, ...], dy: Tensor, x: Tensor) -> None:
-    if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
-        raise ValueError("out= cannot carry a gradient, and dy or x requires one: leave it out")
-    dtype = accumulator_dtype(dy.dtype)
-    if tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
-        raise ValueError(
-            f"out must be a contiguous {dtype} tensor of shape {shape}, got {out.dtype} of shape "
-            f"{tuple(out.shape)}"
-        )
-    _checks.check_device("out", out, "dy", dy)
-    if not torch.compiler.is_compiling():
-        _checks.check_apart("out", out, dy=dy, x=x)
 
 
 # An implementation is called with dy [M, N]; x [M, K], or packed [B, C, T]; the entries in its form
@@ -378,12 +354,12 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     tiles = Tiles.build(sparse, x.shape[1]).tensors() if multiply.form is Tiles else []
     # Whole activations and values sorted by row: the strips that this call was given serve, too.
     indices = list(sparse), [*by_column, order], tiles, parts if form is ThinStrips else []
-    product = torch.ops.speft.delta_matmul
+    product = torch.ops.speft.sparse_delta_matmul
     d_dy = d_x = None
     if ctx.needs_input_grad[0]:
-        d_dy = product(x, grad, *indices, dy.shape[1], False, ctx.backend)
+        d_dy = product(x, None, None, grad, None, *indices, dy.shape[1], False, ctx.backend)
     if ctx.needs_input_grad[1]:
-        d_x = product(dy, grad, *indices, x.shape[1], True, ctx.backend)
+        d_x = product(dy, None, None, grad, None, *indices, x.shape[1], True, ctx.backend)
     return d_dy, d_x, [None] * len(parts), None, None, None
 
 

@@ -99,7 +99,8 @@ def delta_matmul(
     """
     flat = _checks.tokens_first("x", x, pattern.shape[1])
     _checks.check_float(x=x)
-    y = _delta_product(flat, "x", values, pattern, False, backend)
+    _check_values(flat, "x", values, pattern)
+    y = _product(flat, None, values, pattern, None, False, backend)
     return y.reshape(*x.shape[:-1], pattern.shape[0])
 
 
@@ -109,7 +110,8 @@ def delta_matmul_grad_input(
     """Return `dy @ D`, `[..., K]` of dy's dtype: the input-gradient twin of `delta_matmul`."""
     flat = _checks.tokens_first("dy", dy, pattern.shape[0])
     _checks.check_float(dy=dy)
-    dx = _delta_product(flat, "dy", values, pattern, True, backend)
+    _check_values(flat, "dy", values, pattern)
+    dx = _product(flat, None, values, pattern, None, True, backend)
     return dx.reshape(*dy.shape[:-1], pattern.shape[1])
 
 
@@ -183,7 +185,7 @@ def _reads_thin_strips(x: Tensor, backend: str | None) -> bool:
 
 def _product(
     flat: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Tensor | QuantizedWeight | None,
     values: Tensor,
     pattern: SparsePattern,
     bias: Tensor | None,
@@ -191,27 +193,15 @@ def _product(
     backend: str | None,
 ) -> Tensor:
     values, indices = delta_arguments(values, pattern, flat, weight, backend)
-    if isinstance(weight, QuantizedWeight):
-        data, scales = weight.data, weight.scales
-    else:
-        data, scales = weight, None
+    data, scales = (
+        (weight.data, weight.scales) if isinstance(weight, QuantizedWeight) else (weight, None)
+    )
     out_features = pattern.shape[1 if twin else 0]
     if _past_the_dispatcher(flat, data, values, bias):
         return _serve(flat, data, scales, values, bias, *indices[:3], out_features, twin, backend)
     return torch.ops.speft.sparse_delta_matmul(
-        flat, data, scales, values, bias, *indices, twin, backend
+        flat, data, scales, values, bias, *indices, out_features, twin, backend
     )
-
-
-def _delta_product(
-    flat: Tensor, name: str, values: Tensor, pattern: SparsePattern, twin: bool, backend: str | None
-) -> Tensor:
-    _check_values(flat, name, values, pattern)
-    values, indices = delta_arguments(values, pattern, flat, None, backend)
-    out_features = pattern.shape[1 if twin else 0]
-    if _past_the_dispatcher(flat, values):
-        return _serve(flat, None, None, values, None, *indices[:3], out_features, twin, backend)
-    return torch.ops.speft.delta_matmul(flat, values, *indices, out_features, twin, backend)
 
 
 def _past_the_dispatcher(flat: Tensor, *others: Tensor | None) -> bool:
@@ -434,10 +424,13 @@ def _no_gradients(indices: Iterable[list[Tensor]]) -> tuple[list[None], ...]:
     return tuple([None] * len(some) for some in indices)
 
 
-@operation("speft::delta_matmul")
-def _delta_matmul(
+@operation("speft::sparse_delta_matmul")
+def _sparse_delta_matmul(
     x: Tensor,
+    weight: Tensor | None,
+    scales: Tensor | None,
     values: Tensor,
+    bias: Tensor | None,
     csr: list[Tensor],
     csc: list[Tensor],
     tiles: list[Tensor],
@@ -446,73 +439,19 @@ def _delta_matmul(
     twin: bool,
     backend: str | None,
 ) -> Tensor:
-    return _serve(x, None, None, values, None, csr, csc, tiles, out_features, twin, backend)
-
-
-@_delta_matmul.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, values, csr, csc, tiles, strips, out_features, twin, backend
-):
-    return x.new_empty(x.shape[0], out_features)
-
-
-def _save_delta(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, values, *indices, _, ctx.twin, ctx.backend = inputs
-    needs, ctx.in_features = ctx.needs_input_grad, x.shape[1]
-    every = _saved(ctx, indices)
-    ctx.save_for_backward(x if needs[1] else None, values if needs[0] else None, *every)
-
-
-def _delta_backward(ctx, dy):  # type: ignore[no-untyped-def]
-    x, values, *saved = ctx.saved_tensors
-    indices = _loaded(ctx, saved)
-    dx = d_values = None
-    if ctx.needs_input_grad[0]:
-        dx = torch.ops.speft.delta_matmul(
-            dy, values, *indices, ctx.in_features, not ctx.twin, ctx.backend
-        )
-    if ctx.needs_input_grad[1]:
-        rows_side, cols_side = (x, dy) if ctx.twin else (dy, x)
-        d_values = gradient_of_entries(rows_side, cols_side, indices[0], indices[3], ctx.backend)
-    return dx, d_values, *_no_gradients(indices), None, None, None
-
-
-_delta_matmul.register_autograd(_delta_backward, setup_context=_save_delta)
-
-
-@operation("speft::sparse_delta_matmul")
-def _sparse_delta_matmul(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    values: Tensor,
-    bias: Tensor | None,
-    csr: list[Tensor],
-    csc: list[Tensor],
-    tiles: list[Tensor],
-    strips: list[Tensor],
-    twin: bool,
-    backend: str | None,
-) -> Tensor:
-    out_features = _out_features(weight, scales, twin)
     return _serve(x, weight, scales, values, bias, csr, csc, tiles, out_features, twin, backend)
-
-
-def _out_features(weight: Tensor, scales: Tensor | None, twin: bool) -> int:
-    shape = weight.shape if scales is None else QuantizedWeight(weight, scales).shape
-    return shape[1 if twin else 0]
 
 
 @_sparse_delta_matmul.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, weight, scales, values, bias, csr, csc, tiles, strips, twin, backend
+    x, weight, scales, values, bias, csr, csc, tiles, strips, out_features, twin, backend
 ):
-    return x.new_empty(x.shape[0], _out_features(weight, scales, twin))
+    return x.new_empty(x.shape[0], out_features)
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, scales, values, _, *indices, ctx.twin, ctx.backend = inputs
-    needs = ctx.needs_input_grad
+    x, weight, scales, values, _, *indices, _, ctx.twin, ctx.backend = inputs
+    needs, ctx.in_features = ctx.needs_input_grad, x.shape[1]
     # A frozen layer below needs neither gradient of x nor weight: keep only what a gradient will
     # read.
     keep_x = needs[1] or needs[3]
@@ -528,7 +467,7 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     needs = ctx.needs_input_grad
     if needs[0]:
         dx = torch.ops.speft.sparse_delta_matmul(
-            dy, weight, scales, values, None, *indices, not ctx.twin, ctx.backend
+            dy, weight, scales, values, None, *indices, ctx.in_features, not ctx.twin, ctx.backend
         )
     # The forward twin maps [M, N] to [M, K], so the roles of its operands are exchanged.
     rows_side, cols_side = (x, dy) if ctx.twin else (dy, x)
@@ -538,7 +477,7 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
         d_values = gradient_of_entries(rows_side, cols_side, indices[0], indices[3], ctx.backend)
     if needs[4]:
         d_bias = dy.sum(0)
-    return dx, d_weight, None, d_values, d_bias, *_no_gradients(indices), None, None
+    return dx, d_weight, None, d_values, d_bias, *_no_gradients(indices), None, None, None
 
 
 _sparse_delta_matmul.register_autograd(_backward, setup_context=_save)

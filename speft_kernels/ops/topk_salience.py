@@ -15,8 +15,8 @@ the result is the same on every backend and for any number of threads. `taylor_f
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -233,12 +233,32 @@ def _score(pair: Pair, metric: str) -> Tensor:
 # matrix has, int64, on the CPU: whoever parts the indices needs it there.
 Selection = tuple[Tensor, Tensor]
 
-# The form of an implementation that takes `(pairs, ks, together, metric)`; all others rank one
-# group at a time and take `(pairs, k, metric)`.
-_BATCHED = "batched"
+
+def _group_by_group(rank: Callable[[list[Pair], int, str], Selection]) -> Callable[..., Selection]:
+    """An implementation out of one that ranks the matrices of a single group together."""
+
+    @functools.wraps(rank)
+    def serve(pairs: list[Pair], ks: list[int], together: bool, metric: str) -> Selection:
+        if together:
+            return rank(pairs, ks[0], metric)
+        parts = []
+        for i, (pair, k) in enumerate(zip(pairs, ks, strict=True)):
+            try:
+                parts.append(rank([pair], k, metric))
+            except NonFiniteScoreError:
+                raise NonFiniteScoreError(i) from None
+        indices, counts = zip(*parts, strict=True)
+        return torch.cat(indices), torch.cat(counts)
+
+    return serve
+
+
+# An implementation is called with the pairs; how many of each matrix are wanted, or of all
+# `together`, then one number; and the metric.
 
 
 @registry.implement("topk_salience", "reference")
+@_group_by_group
 def _reference(pairs: list[Pair], k: int, metric: str) -> Selection:
     scores = [_score(pair, metric) for pair in pairs]
     for i, score in enumerate(scores):
@@ -268,6 +288,7 @@ def _digit(keys: Tensor, shift: int, width: int, top: bool) -> Tensor:
 
 
 @registry.implement("topk_salience", "torch")
+@_group_by_group
 def _torch(pairs: list[Pair], k: int, metric: str) -> Selection:
     """Radix select: one histogram pass a digit. The score of one matrix at a time exists, never all
     of them.
@@ -305,6 +326,7 @@ def _torch(pairs: list[Pair], k: int, metric: str) -> Selection:
 
 
 @registry.implement("topk_salience", "cpu")
+@_group_by_group
 def _cpu(pairs: list[Pair], k: int, metric: str) -> Selection:
     first = _first(pairs[0])
     sizes = (ctypes.c_int64 * len(pairs))(*[_first(pair).numel() for pair in pairs])
@@ -325,7 +347,7 @@ def _cpu(pairs: list[Pair], k: int, metric: str) -> Selection:
     return indices, counts
 
 
-@registry.implement("topk_salience", "triton", _triton.DTYPES, form=_BATCHED)
+@registry.implement("topk_salience", "triton", _triton.DTYPES)
 def _in_triton(pairs: list[Pair], ks: list[int], together: bool, metric: str) -> Selection:
     weights, grads = ([t for t in side if t is not None] for side in zip(*pairs, strict=True))
     indices, counts, bad = _triton.kernels("topk_salience").topk_salience(
@@ -367,9 +389,9 @@ def _in_cuda(
 
 
 for _backend in _cuda_native.MODULES:
-    registry.implement(
-        "topk_salience", _backend, (torch.float32, *_cuda_native.DTYPES), form=_BATCHED
-    )(partial(_in_cuda, _backend))
+    registry.implement("topk_salience", _backend, (torch.float32, *_cuda_native.DTYPES))(
+        functools.partial(_in_cuda, _backend)
+    )
 
 
 @operation("speft::topk_salience")
@@ -397,28 +419,10 @@ def _topk_salience(
     members = [pairs[i] for i in chosen]
     budgets = [k for k in ks if k > 0]
     try:
-        if implementation.form == _BATCHED:
-            indices, counts = implementation.function(members, budgets, together, metric)
-        elif together:
-            indices, counts = implementation.function(members, *budgets, metric)
-        else:
-            indices, counts = _one_by_one(implementation.function, members, budgets, metric)
+        indices, counts = implementation.function(members, budgets, together, metric)
     except NonFiniteScoreError as error:
         raise NonFiniteScoreError(chosen[error.matrix]) from None
     return indices, counts if together else torch.tensor(ks)
-
-
-def _one_by_one(
-    serve: Callable[..., Selection], pairs: list[Pair], ks: list[int], metric: str
-) -> Selection:
-    parts = []
-    for i, (pair, k) in enumerate(zip(pairs, ks, strict=True)):
-        try:
-            parts.append(serve([pair], k, metric))
-        except NonFiniteScoreError:
-            raise NonFiniteScoreError(i) from None
-    indices, counts = zip(*parts, strict=True)
-    return torch.cat(indices), torch.cat(counts)
 
 
 def _allocate_selection(first: Tensor, k: int, number: int) -> Selection:

@@ -19,12 +19,12 @@ def number(value: object) -> float | None:
     return found if abs(found) < _LARGEST else None
 
 
-def cell(value: object, form: str = "", *, marked: bool = False) -> Cell:
+def cell(value: object, form: str = "") -> Cell:
     """A cell that shows the number `value` in a format, and sorts by it."""
     found = number(value)
     if found is None:
         return Cell(NOTHING if value in (None, "") else value)
-    return Cell(format(found, form) if form else f"{value:,}", found, marked)
+    return Cell(format(found, form) if form else f"{value:,}", found)
 
 
 def share(value: object) -> Cell:
