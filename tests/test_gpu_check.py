@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from speft_kernels.bench.gpu import check, device, install, journal, record
+from speft_kernels.bench.gpu import check, device, install, journal, record, stages
 from speft_kernels.bench.gpu.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,16 +38,18 @@ def pip(monkeypatch):
     """Commands of pip, answered by a function of their environment; nothing is installed."""
     monkeypatch.setattr(install, "_environment", lambda own: False)
     monkeypatch.setattr(install, "_remove_older_kernels", lambda: None)
-    monkeypatch.setattr(install, "import_error", lambda python, with_cuda=False: "")
-    asked = []
+    monkeypatch.setattr(install, "import_error", lambda python, with_cuda=False, more=None: "")
+    asked, commands = [], []
 
     def answering(answer):
         def run(command, more):
             asked.append(more)
+            commands.append(command)
             return answer(more)
 
         return run
 
+    answering.commands = commands
     return asked, answering
 
 
@@ -72,7 +74,7 @@ def test_cuda_kernels_that_were_built_and_cannot_be_imported_are_an_error(
 ):
     asked, answering = pip
 
-    def refused(python, with_cuda=False):
+    def refused(python, with_cuda=False, more=None):
         return "undefined symbol: speft_f" if with_cuda else ""
 
     monkeypatch.setattr(install, "import_error", refused)
@@ -83,6 +85,7 @@ def test_cuda_kernels_that_were_built_and_cannot_be_imported_are_an_error(
 
 def test_what_was_built_without_nvcc_is_built_again_where_there_is_one(tmp_path, pip, monkeypatch):
     asked, answering = pip
+    monkeypatch.setattr(install, "CUDA", tmp_path)
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.delenv("CUDA_HOME", raising=False)
     run = answering(lambda more: (int(more["SPEFT_BUILD_CUDA"]), "error: there is no nvcc"))
@@ -114,6 +117,99 @@ def test_kernels_that_cannot_run_are_said_loudly(session, monkeypatch):
     assert not session.with_cuda
 
 
+def test_where_pip_installs_nothing_the_package_is_built_in_place(tmp_path, pip, monkeypatch):
+    asked, answering = pip
+    monkeypatch.setenv("PYTHONPATH", "/before")
+    run = answering(lambda _: (0, "") if "--inplace" in answering.commands[-1] else (1, "no pip"))
+    built = install.install("90a", run, tmp_path)
+    assert (built.python, built.error, built.pip) == (sys.executable, "", "no pip")
+    assert built.more["PYTHONPATH"].split(":")[1:] == [str(ROOT), "/before"]
+    assert [more["SPEFT_BUILD_CUDA"] for more in asked] == ["1", "0", "1"]
+    assert answering.commands[-1][1:] == [str(ROOT / "setup.py"), "build_ext", "--inplace"]
+    assert install.install("90a", run, tmp_path) == built
+    assert len(asked) == 3
+
+
+def test_a_file_that_nvcc_refuses_in_place_costs_the_cuda_backend_alone(tmp_path, pip):
+    _, answering = pip
+
+    def answer(more):
+        if "--inplace" not in answering.commands[-1]:
+            return 1, "no pip"
+        return (1, COMPILERS_WORDS) if more["SPEFT_BUILD_CUDA"] == "1" else (0, "")
+
+    built = install.install("90a", answering(answer), tmp_path)
+    assert (built.python, built.pip) == (sys.executable, "no pip")
+    assert "block_grad.cu(12): error" in built.error
+
+
+def test_a_package_in_its_repository_is_found_by_pythonpath(tmp_path, monkeypatch):
+    """Triton's kernels, which lie beside it, as well; and a module that Python imports when it
+    starts is not hidden by ours.
+    """
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import sys; sys.theirs = True\n")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    more = install._found_by_path(tmp_path / "path")
+    program = (
+        "import importlib.util, sys\n"
+        "print(importlib.util.find_spec('speft_kernels.triton_kernels').origin, sys.theirs)\n"
+    )
+    # A Python without the packages that are installed here, and so without an editable finder.
+    command = [sys._base_executable, "-c", program]
+    done = subprocess.run(command, cwd="/", env=more, capture_output=True, text=True)
+    assert done.stdout.split() == [str(ROOT / "triton_kernels" / "__init__.py"), "True"], (
+        done.stderr
+    )
+
+
+def test_a_build_in_place_counts_and_the_record_tells_of_it(session, monkeypatch, capfd):
+    built = install.Built(sys.executable, pip="No module named pip", more={"SPEFT_FOUND": "here"})
+    monkeypatch.setattr(install, "install", lambda archs, run: built)
+    monkeypatch.setattr(install, "lacking", lambda python, more: {})
+    command = [sys.executable, "-c", "import os; print('found', os.environ['SPEFT_FOUND'])"]
+    monkeypatch.setattr(session, "_command", lambda *_, again: (command, {}))
+    session.run("kernels", force=False)
+    assert session.with_cuda
+    found = session.write()["stages"]
+    assert (found["build"]["status"], found["kernels"]["status"]) == ("complete", "complete")
+    assert found["build"]["detail"].endswith("pip failed: No module named pip")
+    assert "found here" in capfd.readouterr().out
+
+
+def test_tools_of_cuda_are_sought_where_setup_py_seeks_nvcc(tmp_path, monkeypatch):
+    def tool(folder):
+        path = tmp_path / folder / "tool"
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+        path.chmod(0o755)
+        return str(path)
+
+    monkeypatch.setattr(install, "CUDA", tmp_path / "default")
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert install.cuda_tool("tool") is None
+    for folder in ("default/bin", "path", "home/bin"):
+        found = tool(folder)
+        assert install.cuda_tool("tool") == found
+    monkeypatch.delenv("CUDA_HOME")
+    assert install.cuda_tool("tool") == str(tmp_path / "path" / "tool")
+
+
+def test_an_error_of_pytest_is_no_lack_of_time(session, monkeypatch):
+    """It ends with the status that tells of that in the other stages."""
+    monkeypatch.setattr(session, "built", True)
+    monkeypatch.setattr(session, "python", sys.executable)
+    command = [sys.executable, "-c", f"raise SystemExit({stages.OUT_OF_TIME})"]
+    monkeypatch.setattr(session, "_command", lambda *_, again: (command, {}))
+    ended = {}
+    for stage in ("test", "kernels"):
+        session.run(stage, force=False)
+        ended[stage] = session.journal(stage).status()
+    assert ended == {"test": "failed", "kernels": "out of time"}
+
+
 def test_what_does_not_build_at_all_says_why(tmp_path, pip):
     _, answering = pip
     run = answering(lambda more: (1, "first\nno compiler found"))
@@ -139,7 +235,7 @@ def test_kernels_of_an_older_build_are_removed(tmp_path):
 def test_stages_go_on_without_the_cuda_kernels_and_the_record_says_so(session, monkeypatch, capsys):
     built = install.Built(sys.executable, "a.cu(1): error: no")
     monkeypatch.setattr(install, "install", lambda archs, run: built)
-    monkeypatch.setattr(install, "lacking", lambda python: {})
+    monkeypatch.setattr(install, "lacking", lambda python, more: {})
     monkeypatch.setattr(session, "_command", lambda *_, again: ([sys.executable, "-c", ""], {}))
     for stage in check.STAGES:
         session.run(stage, force=False)

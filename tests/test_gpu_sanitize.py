@@ -49,7 +49,7 @@ def scripted(monkeypatch):
 
         monkeypatch.setattr(sanitize, "outcomes", outcomes)
 
-    monkeypatch.setattr(sanitize.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(sanitize, "cuda_tool", lambda name: f"/usr/bin/{name}")
     return asked, says
 
 
@@ -149,6 +149,7 @@ def test_how_a_watched_process_ended(tmp_path, monkeypatch, capsys, script, outc
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f'#!/bin/sh\nset -e\necho "$@" > {tmp_path}/called\n{script}\n')
     tool.chmod(0o755)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setitem(sanitize.LONGEST, "sanitize", 1.0)
     monkeypatch.setitem(sanitize.STAGES, "sanitize", (RACE,))
@@ -184,7 +185,7 @@ def test_what_is_planted_has_to_be_found(status, outcome):
 
 
 def test_triton_s_kernels_are_watched_by_their_names(monkeypatch):
-    monkeypatch.setattr(sanitize.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sanitize, "cuda_tool", lambda name: name)
     called = " ".join(sanitize.command("racecheck", "triton", "block_grad", "cuda"))
     assert "--kernel-name kne=_tile_products --" in called
     assert "kns" not in called
@@ -192,12 +193,12 @@ def test_triton_s_kernels_are_watched_by_their_names(monkeypatch):
 
 
 def test_without_the_tool_nothing_is_watched_and_the_record_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(sanitize, "cuda_tool", lambda name: None)
     assert sanitize.main([str(tmp_path), "sanitize", "--key", "H200"]) == 0
     found = record.build(tmp_path, "H200", lambda stage: journal.fingerprint("sanitize"))
     assert set(found["sanitizer"]) == set(sanitize.TOOLS)
     for said in found["sanitizer"].values():
-        assert set(said["messages"].values()) == {"compute-sanitizer is not on PATH"}
+        assert set(said["messages"].values()) == {sanitize.NO_SANITIZER}
 
 
 def test_every_kernel_of_triton_is_watched():

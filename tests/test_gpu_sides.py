@@ -10,13 +10,14 @@ import time
 import pytest
 import torch
 
-from speft_kernels import _triton
+from speft_kernels import _triton, ops
 from speft_kernels.bench.gpu import cases, journal, record, run
 from speft_kernels.bench.gpu.cases.layer import LORA, peft_layers
-from speft_kernels.bench.gpu.device import Device
+from speft_kernels.bench.gpu.device import Device, Spent
 from speft_kernels.bench.gpu.journal import Journal
 from speft_kernels.bench.gpu.problems import MOST_TOKENS, TINY, Spec, Workbench
-from speft_kernels.bench.gpu.timing import GpuCase, GpuSide, measure
+from speft_kernels.bench.gpu.timing import Floor, GpuCase, GpuSide, measure
+from speft_kernels.bench.machine import Light
 from speft_kernels.costs import CROSSOVER_TOKENS, DEFAULTS
 from speft_kernels.ops import panels
 
@@ -133,6 +134,121 @@ def test_the_time_until_the_host_waits_stands_beside_that_of_the_call(waits, tmp
         whole = measured.result.timings["ours"].median
         assert 0.01 <= measured.until_wait["ours"] <= whole - 0.03
     assert torch.Tensor.tolist is torch._C.TensorBase.tolist
+
+
+class Scripted:
+    """A device whose calls take what their side says: (the whole, until the host waits)."""
+
+    is_cuda, light = False, Light(1e9, 1e9)
+
+    def peak(self, call):
+        call()
+        return 1
+
+    def synchronize(self):
+        pass
+
+    def is_lost(self):
+        return False
+
+    def timed(self, call, lead, waits=False):
+        whole, until = call()
+        return lambda: Spent(whole, 1e-5, until if waits else None)
+
+
+def test_a_side_that_waits_is_judged_by_its_time_until_then(tmp_path):
+    """Of floors, of peers and of the quartiles; the whole call stands beside it."""
+    floors = [Floor("reading", 10_000_000, 2.2)]  # 10 ms
+    sides = [
+        GpuSide("cuda", lambda: (0.05, 0.02), True, None, {"peer": 0.5}, waits=True, floors=floors),
+        GpuSide("triton", lambda: (0.05, 0.03), True, floors=floors),
+        GpuSide("peer", lambda: (0.04, 0.001)),
+    ]
+    measured = measure(GpuCase("topk_salience", "case", sides), Scripted())
+    ratios = {(v.ours, v.peer): v.ratio for v in measured.verdicts}
+    assert ratios["cuda", "peer"] == pytest.approx(0.5)
+    assert ratios["cuda", "reading"] == pytest.approx(2.0)
+    assert ratios["triton", "reading"] == pytest.approx(5.0)
+    assert measured.result.timings["cuda"].median == 0.05
+    book = Journal(tmp_path / journal.NAME, "goals", "abc", "cpu")
+    book.add(
+        "case", spec=vars(Spec("topk_salience", "x")), **run.entry_of(case_of(sides), measured)
+    )
+    found = record.build(tmp_path, "cpu", lambda stage: "abc")
+    judged = {goal.what: (goal.ms, goal.met) for goal in record.goals(found)}
+    assert judged == {
+        "cuda, until the host waits / peer": (20.0, True),
+        "cuda, until the host waits / reading": (20.0, True),
+        "triton / reading": (50.0, False),
+    }
+    assert "| 50, 20 until the host waits |" in record.table(found)
+
+
+def case_of(sides):
+    return GpuCase("topk_salience", "case", sides)
+
+
+@pytest.mark.parametrize(("seconds", "met"), [(1.2, False), (1.4, True)])
+def test_a_side_of_ours_has_a_goal_beside_another(seconds, met):
+    sides = [
+        GpuSide("triton", lambda: (seconds, None), True),
+        GpuSide("cuda", lambda: (1.0, None), True, beside={"triton": 1 / 1.3, "absent": 1.0}),
+    ]
+    (verdict,) = measure(case_of(sides), Scripted()).verdicts
+    assert (verdict.ours, verdict.peer, verdict.met) == ("cuda", "triton", met)
+    assert verdict.quartiles == pytest.approx((1 / seconds, 1 / seconds))
+
+
+def test_a_call_that_waits_twice_is_over_at_the_second():
+    numbers = torch.arange(3)
+
+    def call():
+        numbers.tolist()
+        time.sleep(0.02)
+        numbers.tolist()
+
+    assert Device("cpu").timed(call, 0.0, True)().until_wait >= 0.02
+
+
+@pytest.fixture
+def sides_of(monkeypatch):
+    """The sides of a case in which both of our backends with kernels take part."""
+    keep = ops.keep_columns
+    monkeypatch.setattr(
+        ops, "keep_columns", lambda x, plan, backend: keep(x, plan, backend="torch")
+    )
+    monkeypatch.setattr(Workbench, "backends", lambda *_, **__: ["triton", "cuda"])
+    bench = Workbench(Device("cpu"), TINY)
+    return lambda spec: {side.name: side for side in cases.setup(spec, bench).sides}
+
+
+def test_the_goals_of_the_cuda_kernels_are_judged_in_the_stage_goals(sides_of):
+    selected = Spec("topk_salience", "bfloat16")
+    product = Spec("sparse_delta_matmul", "q", MOST_TOKENS)
+    found = {name: side.floors[0].at_most for name, side in sides_of(selected).items() if side.ours}
+    assert found == {"triton": 3.0, "cuda": 2.2}
+    found = {name: side.goals for name, side in sides_of(product).items() if side.ours}
+    assert found == {"triton": {"x @ W alone": 1.05}, "cuda": {"x @ W alone": 1.6}}
+    uniform = [Spec("sampled_grad", "q", MOST_TOKENS, "uniform", d) for d in (0.005, 0.001)]
+    for spec in uniform:
+        # A tiny mask of 0.1 % uses few columns, so that x is kept packed.
+        (beside,) = [side.beside for side in sides_of(spec).values() if side.beside]
+        assert list(beside.values()) == [1 / 1.3]
+        (other,) = beside
+        assert other.startswith("triton, x ")
+    assert set(cases.goal_specs()) >= {selected, product, *uniform}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec("sampled_grad", "q", MOST_TOKENS),
+        Spec("sampled_grad", "q", 512, "uniform"),
+        Spec("sampled_grad", "q", MOST_TOKENS, "uniform", 0.05),
+    ],
+)
+def test_only_uniform_masks_of_most_tokens_have_a_goal_beside_triton(spec, sides_of):
+    assert not any(side.beside for side in sides_of(spec).values())
 
 
 def test_topk_is_timed_until_it_waits():

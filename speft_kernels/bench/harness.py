@@ -122,6 +122,23 @@ class Timing:
     rounds: tuple[float, ...]
     firsts: tuple[float, ...]
 
+    @classmethod
+    def of(cls, spent: Sequence[float], calls: int, light: float | None) -> Timing:
+        """Of all calls in the order in which they were made, `calls` of them in a round."""
+        firsts = tuple(spent[::calls])
+        return cls(
+            statistics.median(spent),
+            statistics.median(firsts),
+            light,
+            tuple(statistics.median(spent[i : i + calls]) for i in range(0, len(spent), calls)),
+            firsts,
+        )
+
+
+def meets(ratio: float, at_most: float | None) -> bool | None:
+    """Whether a ratio meets its goal; None where there is none."""
+    return None if at_most is None else ratio <= at_most
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -139,7 +156,16 @@ class Verdict:
 
     @property
     def met(self) -> bool | None:
-        return None if self.at_most is None else self.ratio <= self.at_most
+        return meets(self.ratio, self.at_most)
+
+    @classmethod
+    def of_times(
+        cls, ours: str, mine: Timing, peer: str, theirs: Timing, at_most: float | None
+    ) -> Verdict:
+        """Round by round: a machine that slows down for a while slows down both sides of one."""
+        ratios = _ratios(mine.rounds, theirs.rounds)
+        first = statistics.median(_ratios(mine.firsts, theirs.firsts))
+        return cls(ours, peer, statistics.median(ratios), first, at_most, _quartiles(ratios))
 
     def __str__(self) -> str:
         text = f"{self.ours} / {self.peer}: {self.ratio:.3f}"
@@ -167,18 +193,8 @@ class Result:
         for ours in (side for side in self.case.sides if side.ours):
             mine = self.timings[ours.name]
             for peer in (side for side in self.case.sides if not side.ours):
-                theirs = self.timings[peer.name]
-                ratios = _ratios(mine.rounds, theirs.rounds)
-                verdicts.append(
-                    Verdict(
-                        ours.name,
-                        peer.name,
-                        statistics.median(ratios),
-                        statistics.median(_ratios(mine.firsts, theirs.firsts)),
-                        ours.goals.get(peer.name),
-                        _quartiles(ratios),
-                    )
-                )
+                theirs, goal = self.timings[peer.name], ours.goals.get(peer.name)
+                verdicts.append(Verdict.of_times(ours.name, mine, peer.name, theirs, goal))
             if (saved := ours.saved) is not None:
                 what = f"{ours.name}, {saved.what}"
                 verdicts.append(Verdict(what, saved.of, saved.share, at_most=saved.at_most))
@@ -186,7 +202,6 @@ class Result:
 
 
 def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Of each round: a machine that slows down for a while slows down both sides of a round."""
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -228,16 +243,12 @@ def measure(
                 start = clock()
                 side.run()
                 spent[side.name].append(clock() - start)
-    timings = {side.name: _timing(side, spent[side.name], case.calls) for side in case.sides}
+    timings = {
+        side.name: Timing.of(spent[side.name], case.calls, _light(side)) for side in case.sides
+    }
     return Result(case, f"{case.name}, cold caches" if cold else case.name, rounds, timings)
 
 
-def _timing(side: Side, spent: Sequence[float], calls: int) -> Timing:
-    firsts = tuple(spent[::calls])
-    return Timing(
-        statistics.median(spent),
-        statistics.median(firsts),
-        None if side.work is None else side.work.seconds(machine.light(side.work.dtype)),
-        tuple(statistics.median(spent[i : i + calls]) for i in range(0, len(spent), calls)),
-        firsts,
-    )
+def _light(side: Side) -> float | None:
+    work = side.work
+    return None if work is None else work.seconds(machine.light(work.dtype))

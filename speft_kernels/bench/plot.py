@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
+from .harness import meets
 from .records import Record
 
 FORMATS = (".png", ".svg", ".pdf", ".jpg")
@@ -22,7 +23,7 @@ class Bar:
 
     @property
     def met(self) -> bool | None:
-        return None if self.at_most is None else self.ratio <= self.at_most
+        return meets(self.ratio, self.at_most)
 
 
 def bars_of(records: Sequence[Record]) -> list[Bar]:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from rig import DRY
 
+from speft_kernels.bench.gpu.stages import RESTART
+
 HERE = Path(__file__).resolve().parent
-RESTART = 75  # speft_kernels/bench/gpu/check.py
 
 # The operations come first: what is wrong in them is wrong in all that follows. Tests of many GB
 # come last: all processes share the memory, and what they find is rare.

@@ -19,38 +19,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from ...errors import nearest
 from . import install, record
 from .journal import NAME, ROOT, Journal, fingerprint
+from .stages import OUT_OF_TIME, RESTART, STAGES
 
 # Ignored by git, as all builds are: whoever takes ignored outputs along to the next machine takes
 # the journal, too. The record itself is copied to KEPT, to be committed.
 OUT = ROOT / "build" / "gpu_check"
 KEPT = ROOT / "benchmarks" / "results"
 
-# Seconds that a stage may take. In their order: whoever has ten minutes has what the goals measure
-# and what the suite finds, without which no backend counts as verified; then the other figures.
-LIMITS = {
-    **{"build": 270, "small": 120, "goals": 240, "test": 470, "kernels": 470},
-    **{"step": 470, "sanitize": 470, "matrix": 470, "tune": 300},
-}
-STAGES = {
-    "build": "compile the package for this GPU and install it in place",
-    "small": "each operation by each backend once, on small tensors, in a process of its own",
-    "goals": "each operation and one layer against their peers, where there are goals",
-    "test": "the GPU suite: pytest -m gpu tests/gpu",
-    "kernels": "the same operations at other tokens, densities and masks",
-    "step": "training steps of Llama models of 8B and 1B against the frozen model and LoRA",
-    "sanitize": "the GPU kernels on small tensors under compute-sanitizer",
-    "matrix": "the kernels at all tokens, densities and masks that the stage kernels leaves out",
-    "tune": "the Triton kernels' settings that are worth trying, beside the default ones",
-}
-# How `run.py` and the tests' plugin end a process whose device is lost, or whose time is up.
-RESTART, OUT_OF_TIME = 75, 3
+# pytest's own exit statuses.
 TESTS_FAILED, NO_TESTS_LEFT = 1, 5
 MOST_RESTARTS = 40
 _GRACE = 10.0  # seconds to end in, before a stage is killed
@@ -60,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/gpu_check.sh",
         description=__doc__.splitlines()[0].partition(": ")[2],
-        epilog="stages: " + "; ".join(f"{name}: {what}" for name, what in STAGES.items()),
+        epilog="stages: " + "; ".join(f"{name}: {stage.what}" for name, stage in STAGES.items()),
     )
     parser.add_argument("--list", action="store_true", help="list the stages")
     parser.add_argument("--dry-run", action="store_true", help="all of it at tiny sizes on the CPU")
@@ -74,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if options.list:
-        for name, what in STAGES.items():
-            print(f"{name:8} {LIMITS[name]:4} s at most  {what}")
+        for name, stage in STAGES.items():
+            print(f"{name:8} {stage.seconds:4.0f} s at most  {stage.what}")
         return 0
     out, wanted = _split(options.rest, parser)
     machine = install.probe(sys.executable)
@@ -93,13 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + (options.within or float("inf"))
     session = Session(out, machine, options.dry_run, deadline)
-    for stage in wanted:
-        session.run(stage, force=options.force)
+    for name in wanted:
+        session.run(name, force=options.force)
     found = session.write()
     print(f"\n{record.summary(found)}")
     print(f"the record is in {out}; to keep it, copy it beside the figures of the CPU:")
     print(f"cp {out / record.JSON} {out / record.TABLE} {KEPT.relative_to(ROOT)}/")
-    failed = [s for s in wanted if found["stages"].get(s, {}).get("status") != "complete"]
+    failed = [name for name in wanted if found["stages"].get(name, {}).get("status") != "complete"]
     return 1 if failed else 0
 
 
@@ -123,6 +106,7 @@ class Session:
 
     Attributes:
         deadline: of `time.monotonic()`, for all stages together.
+        found_by: what the environment of a stage needs to find the package.
     """
 
     out: Path
@@ -132,6 +116,7 @@ class Session:
     built: bool = False
     python: str | None = None
     with_cuda: bool = True
+    found_by: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -175,14 +160,19 @@ class Session:
             found = install.Built(None if refused else sys.executable, refused)
         else:
             found = install.install(self.machine.archs, self._install_run)
-        lacking = install.lacking(found.python) if found.python and not self.dry else {}
+        lacking = {}
+        if found.python and not self.dry:
+            lacking = install.lacking(found.python, found.more)
         self.python, self.with_cuda = found.python, not found.error and "CUDA" not in lacking
-        detail = found.error
-        if found.python and found.error:
-            detail = f"without the CUDA kernels, everything else goes on: {found.error}"
-        missing = [f"{kind} kernels CANNOT RUN: {why}" for kind, why in lacking.items()]
-        detail = "\n".join([*missing, *filter(None, [detail])])
-        status = "failed" if detail or not found.python else "complete"
+        self.found_by = found.more
+        told = [f"{kind} kernels CANNOT RUN: {why}" for kind, why in lacking.items()]
+        if found.error:
+            goes_on = "without the CUDA kernels, everything else goes on: " if found.python else ""
+            told.append(f"{goes_on}{found.error}")
+        status = "failed" if told or not found.python else "complete"
+        if found.pip:  # which keeps no figure from counting
+            told.append(f"built in place and found by PYTHONPATH, for pip failed: {found.pip}")
+        detail = "\n".join(told)
         seconds = round(time.monotonic() - start, 1)
         journal.add("stage", status=status, seconds=seconds, detail=detail)
         print(f"== build: {status} {detail}", flush=True)
@@ -192,7 +182,7 @@ class Session:
     ) -> tuple[int | None, str]:
         path = self.out / "build.log"
         before = path.stat().st_size if path.exists() else 0
-        deadline = min(time.monotonic() + LIMITS["build"], self.deadline - _GRACE)
+        deadline = min(time.monotonic() + STAGES["build"].seconds, self.deadline - _GRACE)
         ended = self._child(command, "build", more, deadline)
         with open(path, "rb") as log:
             log.seek(before)
@@ -200,7 +190,7 @@ class Session:
 
     def _run(self, stage: str, journal: Journal, python: str) -> None:
         start = time.monotonic()
-        limit = min(start + LIMITS[stage], self.deadline - _GRACE)
+        limit = min(start + STAGES[stage].seconds, self.deadline - _GRACE)
         print(f"== {stage}: {max(0.0, limit - start):.0f} s at most", flush=True)
         status, detail, failed = "out of time", "", False
         for restart in range(MOST_RESTARTS):
@@ -217,7 +207,8 @@ class Session:
                 continue
             if ended in (0, NO_TESTS_LEFT) or failed:
                 status = "failed" if failed else "complete"
-            elif ended not in (None, OUT_OF_TIME):
+            elif ended is not None and (ended != OUT_OF_TIME or stage == "test"):
+                # For pytest the status of OUT_OF_TIME is an error of its own.
                 status, detail = "failed", f"exit status {ended}"
             break
         seconds = round(time.monotonic() - start, 1)
@@ -257,6 +248,7 @@ class Session:
         self, command: Sequence[str], stage: str, more: Mapping[str, str], deadline: float
     ) -> int | None:
         """Run a command, its output shown and kept in a log; None where it was out of time."""
+        more = {**self.found_by, **more}
         with open(self.out / f"{stage}.log", "ab") as log, _group(command, more) as child:
             assert child.stdout is not None
             copying = threading.Thread(target=_copy, args=(child.stdout, log), daemon=True)

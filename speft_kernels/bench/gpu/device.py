@@ -35,8 +35,8 @@ class Spent:
     Attributes:
         device: seconds on the device.
         host: seconds until the host had issued the call, or waited for its numbers.
-        until_wait: seconds on the device until the host waited; None where it did not, or where
-            nobody asked.
+        until_wait: seconds on the device until the host waited for the last time; None where it did
+            not, or where nobody asked.
     """
 
     device: float
@@ -97,7 +97,7 @@ class Device:
             with self._marking(waits, time.perf_counter) as seen:
                 call()
             spent = time.perf_counter() - start
-            until = seen[0] - start if seen else None
+            until = seen[-1] - start if seen else None
             return lambda: Spent(spent, spent, until)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.make_cold()
@@ -116,7 +116,8 @@ class Device:
         end.record()
 
         def read() -> Spent:
-            until = begin.elapsed_time(marks[0][0]) / 1e3 if marks else None
+            # A call that reads what it has found and goes on is done at the last wait.
+            until = begin.elapsed_time(marks[-1][0]) / 1e3 if marks else None
             return Spent(begin.elapsed_time(end) / 1e3, host, until)
 
         return read

@@ -1,7 +1,8 @@
 """Building the package for the GPU that is there, into the Python that runs it.
 
 `pip install -e` into the environment as it is; where that cannot be written to, into an environment
-of its own that sees all of the other. Nothing is downloaded, and nothing here imports torch.
+of its own that sees all of the other. Where pip installs neither, setup.py builds in place, and
+PYTHONPATH names the repository. Nothing is downloaded, and nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .journal import ROOT, fingerprint
 
 FOLDER = ROOT / "build" / "gpu"
+CUDA = Path("/usr/local/cuda")  # where the toolkit is installed by default
 _LINES, _WIDTH = 8, 160  # of an error that is kept
 
 _PROBE = """
@@ -42,6 +44,26 @@ _LACKING = """
 import json
 from speft_kernels import _cuda_native, _triton
 print(json.dumps({"CUDA": _cuda_native.missing("cuda"), "Triton": _triton.missing()}))
+"""
+# An editable install has a finder for the folder that lies beside the package. So has whoever finds
+# the package by PYTHONPATH, by a module that Python imports when it starts; one of that name which
+# is there already goes on to be imported.
+_FINDER = """
+import importlib.util, sys
+from importlib.machinery import PathFinder
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "speft_kernels.triton_kernels":
+            return importlib.util.spec_from_file_location(
+                name, {folder!r} + "/__init__.py", submodule_search_locations=[{folder!r}]
+            )
+
+sys.meta_path.append(Finder)
+others = PathFinder.find_spec(__name__, [path for path in sys.path if path != {here!r}])
+if others is not None:
+    others.loader.exec_module(importlib.util.module_from_spec(others))
 """
 _SITES = "import json, site, sys; print(json.dumps([p for p in sys.path if 'site-packages' in p]))"
 
@@ -91,17 +113,34 @@ def _last_line(command: Sequence[str], **where: Any) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def import_error(python: str, *, with_cuda: bool = False) -> str:
-    """Why this Python does not import the compiled package from anywhere; "" where it does."""
+def cuda_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: of CUDA_HOME, of PATH, or of where setup.py, too, looks last.
+    An image may have the toolkit and not name it on PATH.
+    """
+    home = os.environ.get("CUDA_HOME")
+    candidates = [f"{home}/bin/{name}"] if home else []
+    candidates += [name, f"{CUDA}/bin/{name}"]
+    return next((found for one in candidates if (found := shutil.which(one))), None)
+
+
+def import_error(
+    python: str, *, with_cuda: bool = False, more: Mapping[str, str] | None = None
+) -> str:
+    """Why this Python does not import the compiled package from anywhere; "" where it does.
+
+    Args:
+        more: what its environment has besides.
+    """
     command = [python, "-c", _IMPORTS_CUDA if with_cuda else _IMPORTS]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    env = {**os.environ, **(more or {})}
+    done = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True)
     return "" if done.returncode == 0 else _errors(done.stderr) or f"exit status {done.returncode}"
 
 
-def lacking(python: str) -> dict[str, str]:
+def lacking(python: str, more: Mapping[str, str]) -> dict[str, str]:
     """Kind of kernels -> why the installed package cannot run them, for those that it cannot."""
     try:
-        found = _last_line([python, "-c", _LACKING], cwd="/", env=environment({}))
+        found = _last_line([python, "-c", _LACKING], cwd="/", env=environment(more))
     except (subprocess.SubprocessError, IndexError, json.JSONDecodeError) as error:
         return {"CUDA and Triton": f"cannot be told: {getattr(error, 'stderr', '') or error}"}
     return {kind: why for kind, why in found.items() if why}
@@ -114,52 +153,79 @@ class Built:
     Attributes:
         python: the Python that has the package; None where it could not be built.
         error: of the compiler, where the package was built without the CUDA kernels, or not at all.
+        pip: why pip installed nothing, where the package was built in place.
+        more: what the environment needs for Python to find the package then.
     """
 
     python: str | None
     error: str = ""
+    pip: str = ""
+    more: Mapping[str, str] = field(default_factory=dict)
 
 
 def install(archs: str, run: Run, folder: Path = FOLDER) -> Built:
     """Build the package from the present sources; where that fails, without the CUDA kernels, so
-    that one file that does not compile costs one backend and not the whole run.
+    that one file that does not compile costs one backend and not the whole run. By pip, and where
+    that installs nothing, in place.
 
     Args:
         run: as `Run`. A build that is out of time is given up: its objects are kept, and the next
             run goes on with them.
     """
-    nvcc = os.environ.get("CUDA_HOME") or shutil.which("nvcc") or ""
+    nvcc = os.environ.get("CUDA_HOME") or cuda_tool("nvcc") or ""
     wanted = {"sources": fingerprint("build"), "archs": archs, "with": sys.executable}
     wanted["nvcc"] = nvcc  # what failed without one is tried again when there is one
     stamp = folder / "stamp.json"
     if (built := _stamped(stamp, wanted)) is not None:
         return built
     own = folder / "venv" / "bin" / "python"
-    error = ""
-    # Unless it is told that it must, setup.py leaves the kernels out where it finds no nvcc.
-    for with_cuda in (True, False):
-        more = {"SPEFT_BUILD_CUDA": str(int(with_cuda))}
+    here, error, pip = sys.executable, "", ""
+    for with_cuda, python, in_place in (
+        *((with_cuda, python, False) for with_cuda in (True, False) for python in (here, str(own))),
+        *((with_cuda, here, True) for with_cuda in (True, False)),
+    ):
+        if python == str(own) and not _environment(own):
+            continue
+        if in_place and with_cuda:
+            error, pip = "", error  # the compiler's, if it is that, is told once more
+        # Unless it is told that it must, setup.py leaves the kernels out where it finds no nvcc.
+        building = {"SPEFT_BUILD_CUDA": str(int(with_cuda))}
         if with_cuda:
-            more["SPEFT_CUDA_ARCHS"] = archs
-        for python in (sys.executable, str(own)):
-            if python == str(own) and not _environment(own):
-                continue
-            # pip serves another environment than its own: that one needs none.
-            pip = [sys.executable, "-m", "pip", "--python", python, "install"]
-            flags = ["--no-build-isolation", "--no-deps", "--no-input", "--no-index"]
-            ended, said = run([*pip, *flags, "-e", str(ROOT)], more)
-            refused = import_error(python, with_cuda=with_cuda) if ended == 0 else ""
-            if ended == 0 and not refused:
-                if error:
-                    _remove_older_kernels()
-                folder.mkdir(parents=True, exist_ok=True)
-                text = json.dumps({**wanted, "python": python, "error": error})
-                stamp.write_text(text, "utf-8")
-                return Built(python, error)
-            if ended is None:
-                return Built(None, "out of time; what was compiled is kept for the next run")
-            error = error or refused or _errors(said) or f"pip ended with {ended}"
+            building["SPEFT_CUDA_ARCHS"] = archs
+        ended, said = run(_in_place() if in_place else _by_pip(python), building)
+        more = _found_by_path(folder / "path") if in_place else {}
+        refused = import_error(python, with_cuda=with_cuda, more=more) if ended == 0 else ""
+        if ended == 0 and not refused:
+            if error:
+                _remove_older_kernels()
+            built = Built(python, error, pip, more)
+            folder.mkdir(parents=True, exist_ok=True)
+            stamp.write_text(json.dumps({**wanted, **asdict(built)}), "utf-8")
+            return built
+        if ended is None:
+            return Built(None, "out of time; what was compiled is kept for the next run")
+        error = error or refused or _errors(said) or f"it ended with {ended}"
     return Built(None, error)
+
+
+def _by_pip(python: str) -> list[str]:
+    # pip serves another environment than its own: that one needs none.
+    pip = [sys.executable, "-m", "pip", "--python", python, "install"]
+    return [*pip, "--no-build-isolation", "--no-deps", "--no-input", "--no-index", "-e", str(ROOT)]
+
+
+def _in_place() -> list[str]:
+    return [sys.executable, str(ROOT / "setup.py"), "build_ext", "--inplace"]
+
+
+def _found_by_path(folder: Path) -> dict[str, str]:
+    """What the environment needs for Python to find the package in its repository."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = _FINDER.format(folder=str(ROOT / "triton_kernels"), here=str(folder))
+    (folder / "sitecustomize.py").write_text(text, "utf-8")
+    before = os.environ.get("PYTHONPATH")
+    paths = [str(folder), str(ROOT), *([before] if before else [])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _remove_older_kernels(package: Path = ROOT / "speft_kernels") -> None:
@@ -182,10 +248,12 @@ def _stamped(stamp: Path, wanted: Mapping[str, str]) -> Built | None:
         kept = json.loads(stamp.read_text("utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
-    built = Built(str(kept.pop("python", "")), str(kept.pop("error", "")))
+    known = {one.name: kept.pop(one.name) for one in fields(Built) if one.name in kept}
+    built = Built(**{"python": None, **known})
     if kept != wanted or not built.python:
         return None
-    return None if import_error(built.python, with_cuda=not built.error) else built
+    refused = import_error(built.python, with_cuda=not built.error, more=built.more)
+    return None if refused else built
 
 
 def _environment(python: Path) -> bool:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,10 +15,8 @@ from ...costs import CROSSOVER_TOKENS
 from ...errors import BackendError
 from ...ops import registry
 from ...pattern import SparsePattern
-from ...testing import realistic_pattern, uniform_pattern
 from .device import Device
-
-Shape = tuple[int, int]
+from .drawn import Mask, Shape, mask
 
 MOST_TOKENS = 8192  # for which most goals are set
 
@@ -109,17 +108,20 @@ class Spec:
 class Workbench:
     """A device, a scale, and the masks, which are drawn once.
 
+    Args:
+        masks: where they are kept for the next process; None keeps none.
+
     Attributes:
         barred: backend -> why it takes no part in the present case.
         trying: to be told the name of a side before its kernels run, in a case's setup as well:
             who is to blame when the process ends.
     """
 
-    def __init__(self, device: Device, scale: Scale) -> None:
-        self.device, self.scale = device, scale
+    def __init__(self, device: Device, scale: Scale, masks: Path | None = None) -> None:
+        self.device, self.scale, self.masks = device, scale, masks
         self.barred: Mapping[str, str] = {}
         self.trying: Callable[[str], None] = lambda side: None
-        self._patterns: dict[tuple[Shape, str, float, int], SparsePattern] = {}
+        self._patterns: dict[Mask, SparsePattern] = {}
 
     def shape(self, spec: Spec) -> Shape:
         return self.scale.projections[spec.projection]
@@ -127,23 +129,21 @@ class Workbench:
     def tokens(self, spec: Spec) -> int:
         return self.scale.tokens[spec.tokens]
 
-    def draw(self, wanted: Iterable[tuple[Shape, str, float, int]]) -> None:
-        """Draw masks, each a (shape, kind, density, seed), on all cores before anything is timed:
-        the largest takes seconds on one.
-        """
+    def draw(self, wanted: Iterable[Mask]) -> None:
+        """Draw masks on all cores before anything is timed: the largest takes seconds on one."""
         missing = [key for key in dict.fromkeys(wanted) if key not in self._patterns]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # of each that draws
         try:
             with ThreadPoolExecutor() as pool:
-                drawn = pool.map(lambda key: _drawn(*key), missing)
+                drawn = pool.map(lambda key: mask(key, self.masks), missing)
                 for key, pattern in zip(missing, drawn, strict=True):
                     self._patterns[key] = pattern.to(self.device.torch)
         finally:
             torch.set_num_threads(threads)
 
-    def pattern(self, shape: Shape, mask: str, density: float, seed: int = 0) -> SparsePattern:
-        key = (shape, mask, density, seed)
+    def pattern(self, shape: Shape, kind: str, density: float, seed: int = 0) -> SparsePattern:
+        key = Mask(shape, kind, density, seed)
         self.draw([key])
         return self._patterns[key]
 
@@ -179,18 +179,6 @@ def _serves(operation: str, device: torch.device, dtype: torch.dtype, backend: s
     except BackendError:
         return False
     return True
-
-
-def _drawn(shape: Shape, mask: str, density: float, seed: int) -> SparsePattern:
-    if mask == "uniform":
-        return uniform_pattern(shape, density, seed=seed)
-    if mask == "realistic":
-        return realistic_pattern(shape, density, seed=seed)
-    height, width = (int(side) for side in mask.split("x"))
-    grid = (shape[0] // height) * (shape[1] // width)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(grid, generator=generator)[: max(1, round(density * grid))]
-    return SparsePattern.from_blocks(shape, (height, width), chosen)
 
 
 def rotated(pattern: SparsePattern, number: int) -> SparsePattern:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from ...files import replaced
 from .journal import NAME, fingerprint, read
 from .sanitize import NO_TOOL
+from .stages import STAGES
 
 JSON, TABLE = "gpu.json", "gpu.md"
-STAGES = ("build", "small", "goals", "test", "kernels", "step", "sanitize", "matrix", "tune")
 NOT_YET = "not yet run on a GPU"
 DRY = "a dry run on a CPU: no figure means anything"
 
@@ -26,6 +26,8 @@ COLUMNS = (
     *("ours", "ms", "light_ms", "bytes", "operations", "host_us", "peak_mb", "trained"),
     *("saved_bytes", "input_bytes", "ms_until_wait"),
 )
+# Said of a side whose call waits for the device, and which is judged by its time until then.
+UNTIL_WAIT = ", until the host waits"
 _FAILURES_KEPT = 40  # with their messages; of the others only the number
 
 
@@ -157,7 +159,7 @@ class Goal(NamedTuple):
     """A ratio, and the largest wanted.
 
     Attributes:
-        what: "ours / peer".
+        what: "ours / peer", and whether our time is the one until the host waits.
         quartiles: of the rounds' ratios, where it is one of times.
         ms: our side's time; None where the ratio is one of memory.
     """
@@ -178,12 +180,23 @@ class Goal(NamedTuple):
 def goals(record: Mapping[str, Any]) -> list[Goal]:
     """Each goal in the record."""
     return [
-        Goal(case["operation"], case["case"], f"{ours} / {peer}", ratio, at_most, quartiles, ms)
+        Goal(case["operation"], case["case"], f"{ours}{waits} / {peer}", ratio, at_most, rest, ms)
         for case in record["cases"]
-        for ours, peer, ratio, at_most, *quartiles in case.get("ratios", ())
-        for ms in [_named(case["sides"][ours])["ms"] if ours in case["sides"] else None]
+        for ours, peer, ratio, at_most, *rest in case.get("ratios", ())
+        for ms, waits in [_judged(case["sides"].get(ours))]
         if at_most is not None
     ]
+
+
+def _judged(values: Sequence[Any] | None) -> tuple[float | None, str]:
+    """The time of a side that its ratios are of, and what is to be said of it; None of no side's,
+    as of memory.
+    """
+    if values is None:
+        return None, ""
+    side = _named(values)
+    until = side.get("ms_until_wait")
+    return (side["ms"], "") if until is None else (until, UNTIL_WAIT)
 
 
 def write(out: Path, record: Mapping[str, Any]) -> None:
@@ -406,7 +419,7 @@ def _named(values: Sequence[Any]) -> dict[str, Any]:
 def _time(side: Mapping[str, Any]) -> str:
     share = _share(side)
     until = side.get("ms_until_wait")
-    waited = f", {until:.4g} until the host waits" if until is not None else ""
+    waited = f", {until:.4g}{UNTIL_WAIT.removeprefix(',')}" if until is not None else ""
     return f"{side['ms']:.4g}" + (f" ({share})" if share else "") + waited
 
 

@@ -22,11 +22,12 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from . import cases
+from . import cases, drawn
 from .device import Device
 from .journal import NAME, Journal, fingerprint, stage_parser
 from .problems import LLAMA, TINY, Spec, Workbench
-from .record import backend_of
+from .record import UNTIL_WAIT, backend_of
+from .stages import OUT_OF_TIME, RESTART
 from .timing import DeviceLostError, GpuCase, Measured, measure, reason
 
 STAGES = {
@@ -35,7 +36,6 @@ STAGES = {
     "step": cases.step_specs,
     "matrix": cases.matrix_specs,
 }
-OUT_OF_TIME, RESTART = 3, 75
 # A case is not begun with less time than this left, in seconds.
 LEAST_TIME = {"goals": 10.0, "kernels": 10.0, "step": 150.0, "matrix": 10.0}
 # One that takes longer hangs.
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.seconds
     device = Device(options.device)
-    bench = Workbench(device, LLAMA if device.is_cuda else TINY)
+    bench = Workbench(device, LLAMA if device.is_cuda else TINY, options.out / drawn.FOLDER)
     journal = Journal(options.out / NAME, options.stage, fingerprint(options.stage), options.key)
     journal.add("machine", **device.facts())
     light = device.light
@@ -181,10 +181,10 @@ def _key(spec: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(spec.values())
 
 
-def _masks(specs: Iterable[Spec], bench: Workbench) -> Iterable[tuple[Any, ...]]:
+def _masks(specs: Iterable[Spec], bench: Workbench) -> Iterable[drawn.Mask]:
     for spec in specs:
         if spec.projection in bench.scale.projections:
-            yield bench.shape(spec), spec.mask, spec.density, 0
+            yield drawn.Mask(bench.shape(spec), spec.mask, spec.density)
 
 
 def _measure(spec: Spec, bench: Workbench, journal: Journal) -> None:
@@ -214,7 +214,8 @@ def entry_of(case: GpuCase, measured: Measured) -> dict[str, Any]:
     """What the journal keeps of a case. By side: ours or not, ms, ms at the speed of light, bytes,
     operations, host's microseconds, peak in MB, entries trained, bytes saved, bytes of inputs, and
     ms until the host waited, where it did. Of each ratio: ours, the peer, the median, the goal, and
-    the quartiles of the rounds' ratios where it is one of times.
+    the quartiles of the rounds' ratios where it is one of times; of a side that waited they are of
+    its time until then.
     """
     sides = {}
     for side in measured.result.case.sides:
@@ -258,7 +259,9 @@ def _print(case: GpuCase, measured: Measured) -> None:
     for side in measured.result.case.sides:
         timing = measured.result.timings[side.name]
         light = "" if timing.light is None else f"{timing.light / timing.median:6.0%} of light"
-        print(f"  {side.name:38} {timing.median * 1e3:10.4f} ms {light}")
+        until = measured.until_wait.get(side.name)
+        waited = "" if until is None else f"; judged by {until * 1e3:.4f} ms{UNTIL_WAIT}"
+        print(f"  {side.name:38} {timing.median * 1e3:10.4f} ms {light}{waited}")
     for verdict in measured.verdicts:
         if verdict.at_most is not None:
             print(f"  {verdict}")

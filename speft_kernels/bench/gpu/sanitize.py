@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from .install import CUDA, cuda_tool
 from .journal import NAME, ROOT, Journal, fingerprint, stage_parser
 from .processes import Job, outcomes
+from .stages import MISSING, OUT_OF_TIME
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 NO_TOOL = "alone"
@@ -50,8 +51,7 @@ STAGES: dict[str, tuple[Case, ...]] = {
 LONGEST = {"small": 100.0, "sanitize": 120.0}
 LEAST = 10.0
 AT_A_TIME = min(6, os.cpu_count() or 1)
-OUT_OF_TIME = 3
-MISSING = 4  # small.py's exit status where the backend cannot run here
+NO_SANITIZER = f"compute-sanitizer is not in CUDA_HOME, on PATH or in {CUDA}"
 _FOUND = 86  # what the tool is told to end with where it finds something
 _REFUSED = ("Device not supported", "Failed to initialize")
 _KEPT = 800  # characters of a report
@@ -82,7 +82,7 @@ class Watch:
                 continue
             found = command(*case, self.device)
             if found is None:
-                self.note(case, "unavailable", "compute-sanitizer is not on PATH")
+                self.note(case, "unavailable", NO_SANITIZER)
             else:
                 yield Job(case, found, min(left, LONGEST[self.journal.stage]))
 
@@ -151,7 +151,7 @@ def command(tool: str, backend: str, operation: str, device: str) -> list[str] |
         return [*small, "--device", "cpu", "--backend", here]
     if tool == NO_TOOL:
         return [*small, "--backend", backend]
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = cuda_tool("compute-sanitizer")
     if sanitizer is None:
         return None
     # Of the kernels in the process only ours, and no refused call: torch's are not ours to judge.

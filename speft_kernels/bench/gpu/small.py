@@ -18,7 +18,7 @@ from torch import Tensor
 from ... import _cuda_native, _native, _triton, ops
 from ...pattern import SparsePattern
 from ...quantized import QuantizedWeight
-from .sanitize import MISSING
+from .stages import MISSING
 
 
 @dataclass(frozen=True)

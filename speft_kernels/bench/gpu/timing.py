@@ -50,12 +50,15 @@ class GpuSide(Side):
 
     Args:
         check: takes what `run` returned; raises WrongResultError when it is wrong.
-        waits: a call waits for the device. Its time until then is measured besides.
+        waits: a call waits for the device. Its time until then is measured besides, and is what
+            goals judge: after it comes the host, which wakes up and works while the device idles.
+        beside: another side of ours -> the largest wanted ratio of the times, this one / that one.
     """
 
     check: Callable[[Any], None] | None = None
     floors: Sequence[Floor] = ()
     waits: bool = False
+    beside: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ class GpuCase:
 class Measured:
     """What is known of a case. By side: seconds of the host for a call, and the most bytes
     allocated during one: its own, and those by which the call rises above what is there before it;
-    and, where the call waits for the device, seconds of the device until then.
+    and, where the call waits for the device, seconds of the device until then: the verdicts on
+    times are of these there.
     """
 
     result: Result
@@ -132,13 +136,28 @@ def measure(
     wanted = int(seconds / (calls * once))
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, wanted))
     spent = _rounds(kept, expected, rounds, calls, device)
-    timings = {side.name: _timing(side, spent[side.name], calls, device) for side in kept}
+    timings = {
+        side.name: Timing.of([s.device for s in spent[side.name]], calls, _light(side, device))
+        for side in kept
+    }
+    waited = {
+        name: Timing.of([_until_wait(s) for s in some], calls, timings[name].light)
+        for name, some in spent.items()
+        if any(s.until_wait is not None for s in some)
+    }
+    judged = {**timings, **waited}
     plain = Case(case.operation, case.name, kept, lambda: None, rounds, calls)
     result = Result(plain, case.name, rounds, timings)
     verdicts = [
-        *result.verdicts(),
+        *replace(result, timings=judged).verdicts(),
         *(
-            _against(side, floor, timings[side.name].median, device.light)
+            Verdict.of_times(side.name, judged[side.name], other, judged[other], goal)
+            for side in kept
+            for other, goal in side.beside.items()
+            if other in judged
+        ),
+        *(
+            _against(side, floor, judged[side.name].median, device.light)
             for side in kept
             for floor in side.floors
         ),
@@ -150,12 +169,8 @@ def measure(
         ),
     ]
     host = {name: statistics.median(s.host for s in some) for name, some in spent.items()}
-    waited = {
-        name: statistics.median(s.until_wait for s in some if s.until_wait is not None)
-        for name, some in spent.items()
-        if any(s.until_wait is not None for s in some)
-    }
-    return Measured(result, left_out, host, peaks, waited, verdicts)
+    until_wait = {name: timing.median for name, timing in waited.items()}
+    return Measured(result, left_out, host, peaks, until_wait, verdicts)
 
 
 def reason(error: BaseException) -> str:
@@ -215,16 +230,13 @@ def _rounds(
     return spent
 
 
-def _timing(side: GpuSide, spent: Sequence[Spent], calls: int, device: Device) -> Timing:
-    seconds = [one.device for one in spent]
-    firsts = tuple(seconds[::calls])
-    return Timing(
-        statistics.median(seconds),
-        statistics.median(firsts),
-        None if side.work is None else side.work.seconds(device.light),
-        tuple(statistics.median(seconds[i : i + calls]) for i in range(0, len(seconds), calls)),
-        firsts,
-    )
+def _light(side: GpuSide, device: Device) -> float | None:
+    return None if side.work is None else side.work.seconds(device.light)
+
+
+def _until_wait(spent: Spent) -> float:
+    """A call that did not wait ended with its kernels."""
+    return spent.device if spent.until_wait is None else spent.until_wait
 
 
 def _against(side: GpuSide, floor: Floor, seconds: float, light: Light) -> Verdict:

@@ -19,11 +19,12 @@ from unittest import mock
 
 from ... import _triton
 from ...strips import GROUP_STRIPS, STRIP_ROWS
-from . import cases
+from . import cases, drawn
 from .device import Device
 from .journal import NAME, Journal, fingerprint, stage_parser
 from .problems import LLAMA, MOST_TOKENS, TINY, Spec, Workbench
-from .run import OUT_OF_TIME, RESTART, cut_off_noted, short, watchdog
+from .run import cut_off_noted, short, watchdog
+from .stages import OUT_OF_TIME, RESTART
 from .timing import DeviceLostError, GpuCase, GpuSide, measure
 
 # Candidates of a problem, on a GPU and in a dry run.
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = stage_parser("tuning").parse_args(arguments)
     deadline = time.monotonic() + options.seconds
     device = Device(options.device)
-    bench = Workbench(device, LLAMA if device.is_cuda else TINY)
+    bench = Workbench(device, LLAMA if device.is_cuda else TINY, options.out / drawn.FOLDER)
     bench.barred = dict.fromkeys(("cuda", "torch"), "not tuned")  # a fault of theirs would end it
     journal = Journal(options.out / NAME, "tune", fingerprint("tune"), options.key)
     if (why := _triton.missing()) is not None:
@@ -168,13 +169,14 @@ def _timed(side: GpuSide, kind: Any, settings: Any, device: Device) -> dict[str,
         with settings_of(kind, settings):
             return side.run()
 
-    plain = replace(side, goals={}, floors=(), waits=False, ours=False)
+    plain = replace(side, goals={}, beside={}, floors=(), ours=False)
     tried = replace(plain, name="tried", run=run)
     case = GpuCase("tune", kind.__name__, [replace(plain, name="default"), tried], seconds=SECONDS)
     measured = measure(case, device)
     if (error := measured.left_out.get("tried")) is not None:
         return {"error": error}
-    times = {name: short(t.median * 1e3) for name, t in measured.result.timings.items()}
+    seconds = {name: timing.median for name, timing in measured.result.timings.items()}
+    times = {name: short(s * 1e3) for name, s in {**seconds, **measured.until_wait}.items()}
     print(f"  {times['tried']:10.4f} ms, default {times['default']:10.4f}  {settings}", flush=True)
     return {"ms": times["tried"], "default_ms": times["default"]}
 

@@ -7,16 +7,14 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from .... import ops
 from ....quantized import QuantizedWeight
-from ...checks import close, flat
 from ...harness import Work
-from ..bounds import summation_bound
 from ..problems import Spec, Workbench
 from ..timing import Floor, GpuCase, GpuSide
+from .sparse_delta_matmul import checks_of_products
 
 DENSE = "x @ W in bf16"
 # Bits, and columns that share a scale: what is usual of either.
@@ -39,13 +37,7 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
     wide.view(-1)[pattern.entry_indices.long()] += values.double()
     exact = x.double() @ wide.t()
     del wide
-    # As `sparse_delta_matmul`, whose W is rounded in some entries only: here in all of them, each
-    # by half an eps at most, which adds up as roundings do.
-    largest = max(float(plain.abs().max()), float(exact.abs().max()))
-    bound = summation_bound(k, largest, x.dtype) + 2 * torch.finfo(x.dtype).eps * largest
-
-    def check(output: Tensor, wanted: Tensor) -> None:
-        close("y", flat(output), flat(wanted), bound)
+    check, check_plain = checks_of_products(k, x.dtype, exact, plain)
 
     beside = {"x": 2 * x.numel(), "y": 2 * tokens * n}
     products = 2 * tokens * n * k
@@ -60,7 +52,7 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
             partial(ops.sparse_delta_matmul, x, base, values, pattern, backend=backend),
             True,
             work,
-            check=partial(check, wanted=exact),
+            check=check,
             floors=[Floor("reading W once", base.nbytes)],
         )
         for backend in bench.backends("sparse_delta_matmul")
@@ -69,7 +61,7 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
         DENSE,
         lambda: F.linear(x, dense),
         work=Work({**beside, "W": dense.nbytes}, products, x.dtype),
-        check=partial(check, wanted=plain),
+        check=check_plain,
     )
     mask = f"{spec.mask} {100 * spec.density:g}%"
     name = f"{PROJECTION} {n} x {k} in {spec.projection}, {tokens} tokens, {mask}"

@@ -36,6 +36,7 @@ from ...checks import close
 from ...harness import Work, WrongResultError
 from ...trainers import Prepare, Trainer, speft
 from ..bounds import summation_bound
+from ..drawn import Mask
 from ..problems import Spec, Workbench, rotated
 from ..timing import GpuCase, GpuSide, why_left_out
 from .layer import LORA, LORA_RANK, served_by
@@ -177,7 +178,7 @@ def masks(model: nn.Module, spec: Spec, bench: Workbench) -> dict[str, SparsePat
         if kind in PROJECTIONS and isinstance(module, nn.Linear):
             layers[name] = kind, (module.out_features, module.in_features)
     seeds = {kind: seed for seed, kind in enumerate(PROJECTIONS)}
-    bench.draw((shape, spec.mask, spec.density, seeds[kind]) for kind, shape in layers.values())
+    bench.draw(Mask(shape, spec.mask, spec.density, seeds[kind]) for kind, shape in layers.values())
     return {
         name: rotated(bench.pattern(shape, spec.mask, spec.density, seeds[kind]), number)
         for number, (name, (kind, shape)) in enumerate(layers.items())

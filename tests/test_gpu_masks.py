@@ -1,0 +1,103 @@
+"""Masks that are drawn once for all processes of a GPU check, and files that are not trusted."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from speft_kernels.bench.gpu import drawn, run
+from speft_kernels.bench.gpu.device import Device
+from speft_kernels.bench.gpu.drawn import Mask
+from speft_kernels.bench.gpu.problems import TINY, Spec, Workbench
+
+UNIFORM = Mask((64, 48), "uniform", 0.05)
+MASKS = [UNIFORM, Mask((64, 48), "realistic", 0.05, 3), Mask((64, 48), "16x16", 0.5)]
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """The masks that were drawn and not read."""
+    asked, draw = [], drawn._drawn
+
+    def noted(of):
+        asked.append(of)
+        return draw(of)
+
+    monkeypatch.setattr(drawn, "_drawn", noted)
+    return asked
+
+
+@pytest.mark.parametrize("of", MASKS, ids=lambda of: of.kind)
+def test_the_next_process_reads_what_was_drawn(of, tmp_path, draws):
+    folder = tmp_path / "out" / drawn.FOLDER
+    first = drawn.mask(of, folder)
+    assert len(list(folder.iterdir())) == 1
+    second = drawn.mask(of, folder)
+    assert draws == [of]
+    assert second == first == drawn.mask(of)
+    assert second.block_shape == first.block_shape
+
+
+def test_each_key_has_a_file_of_its_own(tmp_path, draws):
+    others = [UNIFORM._replace(**one) for one in ({"seed": 1}, {"density": 0.1}, {"kind": "8x8"})]
+    wanted = [*MASKS, *others, UNIFORM._replace(shape=(48, 64))]
+    found = [drawn.mask(of, tmp_path) for of in wanted]
+    assert [drawn.mask(of, tmp_path) for of in wanted] == found
+    assert len(draws) == len(list(tmp_path.iterdir())) == len(wanted)
+
+
+def spoil_an_index(path):
+    kept = torch.load(path, weights_only=True)
+    kept["indices"][0] += 1
+    torch.save(kept, path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: torch.save({"of": None}, path),
+        spoil_an_index,
+    ],
+    ids=["cut off", "empty", "another's", "an index"],
+)
+def test_a_damaged_file_is_drawn_again_and_replaced(spoil, tmp_path, draws):
+    first = drawn.mask(UNIFORM, tmp_path)
+    (path,) = tmp_path.iterdir()
+    spoil(path)
+    assert [drawn.mask(UNIFORM, tmp_path) for _ in range(2)] == [first, first]
+    assert draws == [UNIFORM, UNIFORM]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_of_another_mask_or_of_other_sources_is_not_taken(tmp_path, draws, monkeypatch):
+    other = UNIFORM._replace(seed=1)
+    drawn.mask(UNIFORM, tmp_path)
+    (path,) = tmp_path.iterdir()
+    shutil.copy(path, tmp_path / path.name.replace("-0.pt", "-1.pt"))
+    assert drawn.mask(other, tmp_path) == drawn.mask(other)
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    drawn.mask(UNIFORM, tmp_path)
+    assert draws == [UNIFORM, other, other, UNIFORM]
+
+
+def test_what_cannot_be_kept_is_drawn_all_the_same(tmp_path, draws):
+    folder = tmp_path / "masks"
+    folder.write_text("a file where the folder is to be")
+    assert drawn.mask(UNIFORM, folder) == drawn.mask(UNIFORM)
+
+
+def test_a_stage_keeps_its_masks_beside_its_journal(tmp_path, draws, monkeypatch):
+    spec = Spec("block_grad", "q", 512, "16x16")
+    monkeypatch.setitem(run.STAGES, "kernels", lambda: [spec])
+    monkeypatch.setattr(run, "_measure", lambda spec, bench, journal: None)
+    command = [str(tmp_path), "kernels", "--device", "cpu"]
+    assert [run.main(command), run.main(command)] == [0, 0]
+    assert len(draws) == 1
+    assert len(list((tmp_path / drawn.FOLDER).iterdir())) == 1
+    bench = Workbench(Device("cpu"), TINY, tmp_path / drawn.FOLDER)
+    bench.pattern_of(spec)
+    assert len(draws) == 1
