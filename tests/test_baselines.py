@@ -1,4 +1,4 @@
-"""PEFT's sparse methods are ours with another mask: what the study leaves out, and why it may."""
+"""PEFT's sparse methods are ours with another mask: on one and the same mask they train alike."""
 
 import copy
 
