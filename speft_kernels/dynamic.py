@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,12 @@ from .model import apply_patterns, desparsify, score_and_select, sparse_layers
 from .nn import SparseDeltaLinear
 from .pattern import SparsePattern
 from .salience import LossFn, SalienceReport, processes
-from .salience.accumulate import GradientSums, stream_gradients
+from .salience.accumulate import (
+    GradientSums,
+    PassStatistics,
+    evaluate_loss,
+    stream_gradients,
+)
 from .salience.borrow import borrowed
 from .targets import find_targets
 
@@ -101,12 +106,15 @@ class Move:
         old_units: for each layer, how many indices its old pattern had.
         moved: scalars that train now and did not before.
         report: of the selection; None for "rigl", which selects only what grows.
+        squares: for each layer with values, of their shape, the square of the gradient of each,
+            the mean over the batches; None for "merge", and where nothing starts anew.
     """
 
     origins: dict[str, Tensor]
     old_units: dict[str, int]
     moved: int
     report: SalienceReport | None
+    squares: dict[str, Tensor] | None = None
 
 
 class MovingMask:
@@ -161,6 +169,7 @@ class MovingMask:
         batches of its own: gradients are summed, so models that were equal stay so.
 
         Args:
+            batches: "rigl" goes over them twice, and keeps an iterator as a list.
             progress: share of the training, in [0, 1], by which the share that "rigl" moves falls
                 from `share` to 0 along a cosine.
 
@@ -178,10 +187,11 @@ class MovingMask:
             if self.strategy == "merge":
                 # What is drawn by chance is drawn anew: the progress tells the updates apart.
                 seed = self.config.seed + round(progress * 2**32)
-                config = dataclasses.replace(self.config, seed=seed)
+                # The head is warm: it trains along, and warming it up would move the model.
+                config = dataclasses.replace(self.config, seed=seed, head_warmup_steps=0)
                 patterns, report = score_and_select(model, config, batches, loss_fn)
             else:
-                kept, patterns = self._regrown(model, trained, batches, loss_fn, progress)
+                kept, patterns, batches = self._regrown(model, trained, batches, loss_fn, progress)
         finally:  # also on an error, with the patterns and the deltas there were
             _erase(model, touched)
             self._install(model, patterns, kept)
@@ -192,7 +202,16 @@ class MovingMask:
             stayed = places(pattern.indices, kept[name].pattern.indices) >= 0
             origins[name] = origin.where(stayed, -1)
         old_units = {name: _units(delta.pattern) for name, delta in trained.items()}
-        return Move(origins, old_units, moved, report)
+        squares = None
+        if self.strategy == "rigl" and any(bool((origin < 0).any()) for origin in origins.values()):
+            try:
+                squares = self._squares(model, batches, loss_fn)
+            except BaseException:
+                desparsify(model)
+                _erase(model, touched)
+                self._install(model, {n: x.pattern for n, x in trained.items()}, touched)
+                raise
+        return Move(origins, old_units, moved, report, squares)
 
     def save(self, model: nn.Module, folder: Path, **arguments: Any) -> None:
         """Write the adapter of everything that holds a delta: it loads on the original base.
@@ -250,8 +269,10 @@ class MovingMask:
         batches: Iterable[Any],
         loss_fn: LossFn | None,
         progress: float,
-    ) -> tuple[dict[str, Delta], dict[str, SparsePattern]]:
-        """What stays, and the patterns with what grows in the place of what goes."""
+    ) -> tuple[dict[str, Delta], dict[str, SparsePattern], Iterable[Any]]:
+        """What stays, the patterns with what grows in the place of what goes, and the batches to be
+        gone over once more.
+        """
         share = self.share / 2 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
         kept = {
             name: trained[name].where(stays)
@@ -263,10 +284,16 @@ class MovingMask:
         sums = GradientSums(
             layers, self.config.accumulator_dtype, self.config.accumulator_device, "sum"
         )
+        again = batches
+
+        def run() -> PassStatistics:
+            nonlocal again
+            # Inside the pass, so that an error of the iterator ends it in every process.
+            again = list(batches) if isinstance(batches, Iterator) else batches
+            return stream_gradients(model, layers, again, loss_fn, sums.add)
+
         with borrowed(model, self.config.seed):
-            statistics = processes.together(
-                lambda: stream_gradients(model, layers, batches, loss_fn, sums.add), layers, sums
-            )
+            statistics = processes.together(run, layers, sums)
         statistics.check(layers, True)
         scores = {name: self._growth(sums.sums.pop(name), kept[name].pattern) for name in trained}
         groups = [[name] for name in trained]
@@ -291,7 +318,34 @@ class MovingMask:
                 stays = kept[name].pattern
                 new = torch.cat([stays.indices.long(), indices.to(stays.device).long()])
                 patterns[name] = _like(stays, new.sort().values)
-        return kept, patterns
+        return kept, patterns, again
+
+    def _squares(
+        self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None
+    ) -> dict[str, Tensor]:
+        """The mean over the batches of the square of each value's gradient."""
+        layers = {n: x for n, x in sparse_layers(model).items() if x.values.numel()}
+        sums = {
+            name: torch.zeros_like(layer.values, dtype=accumulator_dtype(layer.values.dtype))
+            for name, layer in layers.items()
+        }
+
+        def run() -> int:
+            for layer in layers.values():
+                layer.values.requires_grad_(True)
+            count = 0
+            for batch in batches:
+                count += 1
+                evaluate_loss(model, batch, loss_fn, f"batch {count}").backward()
+                for name, layer in layers.items():
+                    if layer.values.grad is not None:
+                        sums[name] += layer.values.grad.to(sums[name].dtype).square()
+                        layer.values.grad = None
+            return count
+
+        with borrowed(model, self.config.seed):
+            count = processes.summed(run, sums.values())
+        return {name: total.detach() / count for name, total in sums.items()}
 
     def _growth(self, gradient: Tensor, stays: SparsePattern) -> Tensor:
         """`[N / bh, K / bw]`: the sum of |g| of each block; -1 where one trains already."""
@@ -315,20 +369,46 @@ def carry(
 
     Args:
         moments: False forgets them, as the paper does under "merge". Otherwise those of the entries
-            that have an origin go along and the others' start from zero; the count of the steps is
-            one number for all, so it goes along too.
+            that have an origin go along and the others' start from zero, but for the second moment
+            of Adam and its kin. The count of the steps is one number for all and goes along, so
+            nothing corrects a second moment that starts late: from zero, the first steps would be
+            up to 6.6 times the learning rate. It starts where the mean squared gradient of
+            `move.squares` says, times what the moments of the others are to theirs: batches of
+            another size, clipping and dropout are in that ratio.
     """
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
     state = optimizer.state.pop(old, None)
     if state is None or not moments:
         return
-    optimizer.state[new] = {
+    optimizer.state[new] = found = {
         key: _moved(value, new, model, move)
         if isinstance(value, Tensor) and value.shape == old.shape
         else value
         for key, value in state.items()
     }
+    if move.squares is not None and isinstance(found.get("exp_avg_sq"), Tensor):
+        known = torch.cat([_values(move.origins[n] >= 0, x) for n, x in _with_values(model)])
+        squares = torch.cat([move.squares[n].reshape(-1) for n, _ in _with_values(model)])
+        expected = squares * _ratio(found["exp_avg_sq"][known], squares[known])
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            if isinstance(found.get(key), Tensor):
+                found[key][~known] = expected[~known].to(found[key].dtype)
+
+
+def _with_values(model: nn.Module) -> list[tuple[str, SparseDeltaLinear]]:
+    return [(n, x) for n, x in sparse_layers(model).items() if x.values.numel()]
+
+
+def _values(units: Tensor, layer: SparseDeltaLinear) -> Tensor:
+    """What is said of each entry or block, of each of its values."""
+    return units.repeat_interleave(math.prod(layer.pattern.block_shape))
+
+
+def _ratio(moments: Tensor, squares: Tensor) -> Tensor:
+    """Sum over sum; 1 where either is zero, as of a mask of which nothing stayed."""
+    above, below = moments.to(squares.dtype).sum(), squares.sum()
+    return torch.where((above > 0) & (below > 0), above / below, 1.0)
 
 
 def _moved(moments: Tensor, new: nn.Parameter, model: nn.Module, move: Move) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from tiny_models import MLP_LAYERS, Mlp, mlp, mlp_config, pair_batches, pair_loss
+from torch import nn
 
 from speft_kernels.adapter import load_adapter, read_adapter
 from speft_kernels.dynamic import Delta, MovingMask, carry, places
@@ -248,9 +249,111 @@ def test_rigl_keeps_the_moments_of_those_that_stay():
         for key in ("exp_avg", "exp_avg_sq"):
             own = now[key][after : after + size]
             assert torch.equal(own[origin >= 0], state[key][before:][origin[origin >= 0]])
-            assert not own[origin < 0].any()
+            anew = own[origin < 0]
+            if key == "exp_avg":
+                assert not anew.any()
+            else:  # from zero, the first steps would be several times the learning rate
+                assert (anew > 0).all()
         before, after = before + move.old_units[name], after + size
     training.steps(1)  # and the optimizer goes on with them
+
+
+class Branches(nn.Module):
+    """Two linear layers side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 16, bias=False), nn.Linear(12, 8, bias=False)
+
+    def forward(self, x):
+        return torch.cat([self.first(x), self.second(x)], dim=1)
+
+
+@pytest.mark.parametrize("block_shape", BLOCKS)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+@pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True, "amsgrad": True}, {}])
+def test_what_grows_takes_steps_of_the_learning_rate(settings, scale, scope, block_shape):
+    """Under constant gradients; `scale` is that of those the optimizer sees, as if clipped."""
+    torch.manual_seed(0)
+    model, lr = Branches(), 1e-3
+    batch = (torch.randn(32, 12), 100 * torch.randn(32, 24))
+
+    def loss(model, batch):
+        return (model(batch[0]) * batch[1]).mean()
+
+    def step():
+        before = flat.detach().clone()
+        (scale * loss(model, batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return (flat.detach() - before).abs() / lr
+
+    config = mlp_config(
+        density=0.1, modules_to_train=(), salience="gradient", scope=scope, block_shape=block_shape
+    )
+    sparsify(model, config, [batch], loss)
+    mask, flat = MovingMask(model, config, "rigl"), FlatValues(model).parameter
+    optimizer = torch.optim.AdamW([flat], lr=lr, weight_decay=0, **settings)
+    for _ in range(300):
+        step()
+    # An iterator: the gradients are gone over twice.
+    move = mask.update(model, iter([batch]), loss, progress=0.0)
+    old, flat = flat, FlatValues(model).parameter
+    carry(optimizer, old, flat, model, move, True)
+    grown = torch.cat([move.origins[name] for name in sparse_layers(model)]) < 0
+    grown = grown.repeat_interleave(math.prod(block_shape))
+    assert grown.any()
+    for number in range(1, 41):
+        sizes = step()
+        # The first moment starts from zero: 1 - 0.9^n of the learning rate, and never more. The
+        # gradients of those that stayed are averaged, which their moments forget in 1000 steps.
+        torch.testing.assert_close(
+            sizes[grown], torch.full_like(sizes[grown], 1 - 0.9**number), rtol=0.02, atol=0
+        )
+        assert (sizes[~grown] < 1.01).all()
+
+
+def test_moments_of_an_optimizer_that_has_no_second_ones_start_from_zero():
+    training = Training("rigl")
+    training.optimizer = torch.optim.SGD([training.flat], lr=0.05, momentum=0.9)
+    training.steps()
+    move = training.move()
+    (moments,) = training.optimizer.state[training.flat].values()
+    grown = torch.cat([move.origins[name] for name in sparse_layers(training.model)]) < 0
+    assert not moments[grown].any()
+    assert moments[~grown].all()
+
+
+def test_second_moments_start_from_the_gradients_where_nothing_stayed_to_compare():
+    """Every second moment of those that stay is zero, as before a first gradient."""
+    training = Training("rigl")
+    training.steps()
+    training.optimizer.state[training.flat]["exp_avg_sq"].zero_()
+    move = training.move()
+    found = training.optimizer.state[training.flat]["exp_avg_sq"]
+    squares = torch.cat([part.reshape(-1) for part in move.squares.values()])
+    grown = torch.cat([move.origins[name] for name in sparse_layers(training.model)]) < 0
+    assert torch.equal(found[grown], squares[grown])
+    expected = torch.zeros_like(squares)
+    for batch in pair_batches(3, seed=1):
+        training.model.zero_grad()
+        training.model.eval()
+        pair_loss(training.model, batch).backward()
+        values = [layer.values.grad.reshape(-1) for layer in sparse_layers(training.model).values()]
+        expected += torch.cat(values).square() / 3
+    torch.testing.assert_close(squares, expected)
+
+
+def test_merge_does_not_warm_the_head_up_again():
+    config = mlp_config(density=0.2, head_warmup_steps=5)
+    model, batches = mlp().eval(), pair_batches(3)
+    sparsify(model, config, batches, pair_loss)
+    mask, x = MovingMask(model, config, "merge"), batches[0][0]
+    head, before = model.head.weight.detach().clone(), model(x).detach()
+    mask.update(model, pair_batches(3, seed=1), pair_loss, progress=0.5)
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize("choice", [{"salience": "random"}, {"selection": "sample"}])
@@ -286,8 +389,9 @@ def test_rigl_forgets_the_moments_of_what_it_drops_and_grows_again():
         assert layer.values[~anew].all()
 
 
-@pytest.mark.parametrize("strategy", ["merge", "rigl"])
-def test_an_error_while_choosing_leaves_the_model_computing_what_it_did(strategy):
+@pytest.mark.parametrize(("strategy", "good"), [("merge", 0), ("rigl", 0), ("rigl", 4)])
+def test_an_error_while_choosing_leaves_the_model_computing_what_it_did(strategy, good):
+    """`good` batches come before it: of "rigl", three for the choice, then the grown ones'."""
     training = Training(strategy)
     training.steps()
     training.move()
@@ -295,8 +399,13 @@ def test_an_error_while_choosing_leaves_the_model_computing_what_it_did(strategy
     before, patterns = training.weights(), training.patterns()
     left = training.mask.entries
 
+    seen = []
+
     def failing(model, batch):
-        raise KeyboardInterrupt
+        seen.append(batch)
+        if len(seen) > good:
+            raise KeyboardInterrupt
+        return pair_loss(model, batch)
 
     with pytest.raises(KeyboardInterrupt):
         training.mask.update(training.model, training.batches, failing, progress=0.5)

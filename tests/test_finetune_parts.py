@@ -6,14 +6,18 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_text import save_bert
+from torch import nn
 
 from speft_kernels.errors import ConfigError
 from speft_kernels.files import replaced, write_json
 from speft_kernels.finetune import load_classifier
-from speft_kernels.finetune.batches import epoch_order, length_order
+from speft_kernels.finetune.batches import Batch, epoch_order, length_order
 from speft_kernels.finetune.config import RunConfig, load_yaml
+from speft_kernels.finetune.inputs import ScoringBatches
+from speft_kernels.finetune.methods import mean_loss
 from speft_kernels.finetune.models import pooling_of
 from speft_kernels.finetune.progress import Display, duration
+from speft_kernels.finetune.signals import StopSignals
 from speft_kernels.finetune.tasks import classification_scores
 
 
@@ -100,6 +104,52 @@ def test_scores_against_scikit_learn():
             expected = metrics.matthews_corrcoef(true, predicted)
             assert scores["matthews"] == pytest.approx(expected)
     assert classification_scores([0, 0], [0, 1], 2) == {"accuracy": 0.5, "f1": 0, "matthews": 0}
+
+
+@pytest.mark.parametrize(
+    ("examples", "sizes"),
+    [(8, [2] * 4), (9, [3, 2, 2, 2]), (4, [1] * 4), (5, [3, 2]), (7, [3, 2, 2]), (3, [1] * 3)],
+)
+def test_scoring_batches_differ_by_less_than_a_factor_of_two(examples, sizes):
+    class Rows:
+        def collate(self, rows):
+            return Batch({"rows": rows}, len(rows), 0)
+
+    rows = list(range(examples))
+    config = RunConfig(train="-", output="-", scoring_examples=100, scoring_batches=4)
+    batches = [b["rows"] for b in ScoringBatches(Rows(), rows, config, StopSignals(), 0)]
+    assert [len(batch) for batch in batches] == sizes
+    assert sorted(row for batch in batches for row in batch) == rows
+
+
+def test_a_run_in_float16_scores_where_small_gradients_are_not_zero():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    inputs = {"x": torch.randn(16, 32)}
+
+    class Task:
+        def loss(self, model, inputs):
+            return 1e-6 * model(inputs["x"]).float().square().sum(), None
+
+        def count(self, inputs):
+            return len(inputs["x"])
+
+    class Half:  # of an accelerator, what a run in float16 on a GPU has
+        mixed_precision, device = "fp16", torch.device("cpu")
+
+        def autocast(self):
+            return torch.autocast("cpu", torch.float16)
+
+    def zeros(loss):
+        model.zero_grad()
+        loss.backward()
+        gradients = [layer.weight.grad for layer in model]
+        return sum(int((g == 0).sum()) for g in gradients)
+
+    with Half().autocast():
+        total, _ = Task().loss(model, inputs)
+    assert zeros(total / 16) > 1000  # or this test would show nothing
+    assert zeros(mean_loss(Task(), Half())(model, inputs)) == 0
 
 
 def test_elsewhere_a_long_run_gets_some_lines():

@@ -18,6 +18,7 @@ from tiny_models import (
     llama,
     mlp,
     mlp_config,
+    opt,
     pair_batches,
     pair_loss,
     token_batches,
@@ -316,6 +317,112 @@ def test_gradient_checkpointing_stays_on_and_selects_the_same(
     assert len(calls) == 4  # 2 layers, 2 batches
     assert checkpointed == plain
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_a_checkpointed_layer_is_scored_without_its_dropout() -> None:
+    """OPT drops units and whole layers by the training flag of the layers that checkpoint."""
+    batches = token_batches(2, causal=True)
+    plain, _ = score_and_select(opt(), SpeftConfig(salience="gradient"), batches)
+    model = opt(dropout=0.5, layerdrop=0.5)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    layer = model.model.decoder.layers[0]
+    calls: list[tuple[bool, float]] = []
+    layer.register_forward_hook(lambda *_: calls.append((layer.training, layer.dropout)))
+    kept = [(name, dict(vars(module))) for name, module in model.named_modules()]
+    for seed in (0, 1):
+        config = SpeftConfig(salience="gradient", seed=seed)
+        assert score_and_select(model, config, batches)[0] == plain
+    assert calls == [(True, 0.0)] * 4  # it checkpointed, as it does in training mode alone
+    assert [(name, dict(vars(module))) for name, module in model.named_modules()] == kept
+    assert (layer.dropout, model.model.decoder.layerdrop) == (0.5, 0.5)
+
+
+def test_chances_of_dropout_come_back_after_an_error() -> None:
+    class Config:
+        layerdrop = 0.0
+
+        def __init__(self) -> None:
+            self.layerdrop, self.hidden_dropout, self.width = 0.25, 0.5, 2.0
+
+    class Layer(nn.Linear):
+        gradient_checkpointing = True
+
+    shared = Config()
+    model = nn.Sequential(Layer(4, 4), Layer(4, 4), nn.LSTM(4, 4, 2, dropout=0.5))
+    for module in (model[0], model[1]):
+        module.config, module.dropout = shared, 0.75
+
+    def fail() -> None:
+        with borrowed(model, 0):
+            assert (shared.layerdrop, shared.hidden_dropout, shared.width) == (0, 0, 2)
+            assert [model[0].dropout, model[1].dropout, model[2].dropout] == [0, 0, 0]
+            assert all(module.training for module in model)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert (shared.layerdrop, shared.hidden_dropout, shared.width) == (0.25, 0.5, 2)
+    assert [model[0].dropout, model[1].dropout, model[2].dropout] == [0.75, 0.75, 0.5]
+
+
+# What the report says
+
+
+@pytest.mark.parametrize(("sizes", "said"), [((6, 6, 1), True), ((4, 3, 3), False)])
+@pytest.mark.parametrize("salience", ["gradient", "grasp", "fisher"])
+def test_batches_of_different_sizes_are_noted(
+    sizes: tuple[int, ...], said: bool, salience: str
+) -> None:
+    x, labels = (torch.cat(parts)[: sum(sizes)] for parts in zip(*pair_batches(3), strict=True))
+    batches = list(zip(x.split(sizes), labels.split(sizes), strict=True))
+    _, report = score_and_select(mlp(), mlp_config(salience=salience), batches, pair_loss)
+    noted = [note for note in report.notes if "the batches hold 1 to 6 examples" in note]
+    # Fisher weighs each example by itself.
+    assert len(noted) == (said and salience != "fisher")
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("selection", ["top", "sample"])
+@pytest.mark.parametrize("block_shape", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_places_that_scored_zero_are_noted(
+    scope: str, selection: str, block_shape: tuple[int, int], count: int
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    with torch.no_grad():
+        model[0].bias[4:] = -100  # four of 64 units are alive
+    batches = [torch.randn(16, 8) for _ in range(count)]
+    config = SpeftConfig(
+        density=0.25,
+        salience="snip",
+        scope=scope,
+        selection=selection,
+        sample_columns=1.0,
+        block_shape=block_shape,
+        target_modules=("0",),
+        modules_to_train=(),
+    )
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    patterns, report = score_and_select(model, config, batches, loss)
+    size = block_shape[0] * block_shape[1]
+    total, alive = 512 // 4 // size, 32 // size
+    what = "entries" if size == 1 else "blocks"
+    (note,) = report.notes
+    assert note.startswith(f"fewer {what} score above zero than are to train")
+    assert f"'0' ({total - alive} of {total})" in note
+    assert len(patterns["0"].indices) == total
+
+
+@pytest.mark.parametrize("salience", ["magnitude", "force", "random"])
+def test_zeros_that_others_score_below_are_not_noted(salience: str) -> None:
+    config = mlp_config(salience=salience, density=0.5)
+    _, report = score_and_select(mlp(), config, pair_batches(1), pair_loss)
+    assert report.notes == ()
 
 
 def test_tied_head_is_scored_by_its_own_gradient() -> None:

@@ -155,7 +155,7 @@ def test_head_warmup_changes_what_is_selected_as_training_by_hand_does() -> None
     by_hand, warmed = mlp(), mlp()
     batches = pair_batches(2)
     by_hand.eval()
-    optimizer = torch.optim.AdamW(by_hand.head.parameters(), lr=0.05)
+    optimizer = torch.optim.AdamW(by_hand.head.parameters(), lr=0.05, weight_decay=0.0)
     for step in range(5):
         by_hand.zero_grad()
         pair_loss(by_hand, batches[step % 2]).backward()
@@ -165,6 +165,25 @@ def test_head_warmup_changes_what_is_selected_as_training_by_hand_does() -> None
     assert torch.equal(warmed.head.weight, by_hand.head.weight)
     assert patterns == score_and_select(by_hand, mlp_config(), batches, pair_loss)[0]
     assert patterns != score_and_select(mlp(), mlp_config(), batches, pair_loss)[0]
+
+
+def test_head_warmup_does_not_decay_the_head() -> None:
+    model = mlp()
+    before = model.head.weight.detach().clone()
+    config = mlp_config(head_warmup_steps=5, head_warmup_lr=0.05)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return pair_loss(model, batch) if warmed() else 0 * pair_loss(model, batch)
+
+    steps: list[int] = []
+
+    def warmed() -> bool:
+        steps.append(1)
+        return len(steps) > 5
+
+    score_and_select(model, config, pair_batches(2), loss)
+    assert len(steps) == 7
+    assert torch.equal(model.head.weight, before)
 
 
 def test_head_warmup_needs_a_head_and_batches() -> None:

@@ -16,6 +16,7 @@ from speft_kernels.thin_strips import (
     STRIP_ROWS,
     TILE_GROUPS,
     TILE_LINES,
+    TILE_STRIPS,
     ThinStrips,
 )
 
@@ -91,7 +92,27 @@ def test_a_tile_ends_where_its_lines_or_its_strips_do():
     mask[::STRIP_ROWS] = True  # all strips of each
     strips = SparsityPlan.build(SparsePattern.from_mask(mask)).compiled(ThinStrips, False)
     assert strips.tile_lines.diff().max() * BLOCK_STRIPS <= TILE_GROUPS * GROUP
-    assert strips.tile_lines.diff().min() > 100  # of the 120 that surely fit
+    assert strips.tile_lines.diff().min() > 100  # of the 121 that surely fit
+
+
+@pytest.mark.parametrize("density", [0.001, 0.005, 0.02])
+@pytest.mark.parametrize("make", [realistic_pattern, uniform_pattern])
+def test_tiles_are_as_few_as_they_can_be_and_of_like_size(make, density):
+    pattern = make((512, 4096), density)
+    strips = SparsityPlan.build(pattern).compiled(ThinStrips, False)
+    block, strip = pattern.rows // BLOCK_ROWS, pattern.rows // STRIP_ROWS % BLOCK_STRIPS
+    fewest = 0
+    for own in (block == 0, block == 1):
+        of_block = torch.unique(pattern.cols[own] * BLOCK_STRIPS + strip[own])
+        held = [TILE_LINES, 0]
+        for more in torch.unique(of_block // BLOCK_STRIPS, return_counts=True)[1].tolist():
+            if held[0] == TILE_LINES or held[1] + more > TILE_STRIPS:
+                held, fewest = [0, 0], fewest + 1
+            held = [held[0] + 1, held[1] + more]
+    assert strips.tile_block.numel() == fewest
+    if make is uniform_pattern:
+        lines = strips.tile_lines.diff()
+        assert lines.min() > 0.8 * lines.max()
 
 
 @pytest.mark.parametrize("make", [realistic_pattern, uniform_pattern])

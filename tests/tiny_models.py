@@ -36,12 +36,17 @@ def llama(seed: int = 0, **settings: Any) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def opt(seed: int = 0) -> nn.Module:
+def opt(seed: int = 0, **settings: Any) -> nn.Module:
     """A two-layer OPT that predicts tokens; unlike Llama's, its norms keep to the model's dtype."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
     config = transformers.OPTConfig(
-        **_SIZES, ffn_dim=24, word_embed_proj_dim=16, pad_token_id=0, tie_word_embeddings=False
+        **_SIZES,
+        ffn_dim=24,
+        word_embed_proj_dim=16,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        **settings,
     )
     return transformers.OPTForCausalLM(config)
 

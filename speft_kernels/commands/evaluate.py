@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..files import path_of, replaced
 from ..finetune.config import RunConfig
 from .outputs import output_file
@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{examples.source}: {len(encoded):,} examples")
     for name, value in metrics.items():
         print(f"  {name + ':':12}{value:.4f}")
+    if "f1" in metrics:
+        print(f"  f1 is of the label {shown(trained.positive_label)}")
     return 0
 
 

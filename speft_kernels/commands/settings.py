@@ -25,8 +25,8 @@ GROUPS = {
     ),
     "training": (
         *("epochs", "max_steps", "lr", "head_lr", "batch_size", "grad_accumulation", "clip"),
-        *("scheduler", "warmup_ratio", "weight_decay", "metric", "dtype", "eval_every"),
-        *("save_every", "seed"),
+        *("scheduler", "warmup_ratio", "weight_decay", "metric", "positive_label", "dtype"),
+        *("eval_every", "save_every", "seed"),
     ),
 }
 _SEVERAL = ("target_modules", "exclude_modules")

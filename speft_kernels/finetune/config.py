@@ -194,6 +194,10 @@ class RunConfig:
         "metric reported and used to choose the best model (default: accuracy; loss for causal-lm)",
         choices=("accuracy", "f1", "matthews", "loss"),
     )
+    # A whole number is what YAML makes of 0 and 1.
+    positive_label: str | int | None = option(
+        None, "label that f1 is of (default: the second in the dataset's order, else as sorted)"
+    )
     dtype: str = option(
         "float32",
         "precision of the computation; the weights stay float32",
@@ -238,6 +242,8 @@ class RunConfig:
                 f"metric {self.metric!r} does not exist for task {self.task!r}; "
                 f"choose one of {', '.join(allowed)}"
             )
+        if self.task == "causal-lm" and self.positive_label is not None:
+            raise ConfigError("positive_label is one of a classifier's labels; causal-lm has none")
         if self.task == "causal-lm" and self.method == "head":
             raise ConfigError(
                 "method 'head' trains a classification head, and causal-lm has none; "
@@ -273,6 +279,10 @@ class RunConfig:
     @property
     def metric_name(self) -> str:
         return self.metric or ("loss" if self.task == "causal-lm" else "accuracy")
+
+    @property
+    def positive_name(self) -> str | None:
+        return None if self.positive_label is None else str(self.positive_label)
 
     @property
     def higher_is_better(self) -> bool:

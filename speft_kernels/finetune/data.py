@@ -55,11 +55,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """The rows of one source; `source` is the file or the dataset's name."""
+    """The rows of one source; `source` is the file or the dataset's name.
+
+    `label_names` are the labels by their numbers, of a dataset that numbers them.
+    """
 
     source: str
     columns: tuple[str, ...]
     rows: tuple[Example, ...]
+    label_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,6 +71,8 @@ class Examples:
     def fingerprint(self) -> str:
         """SHA-256 over the rows: a resumed run must see the same data."""
         digest = hashlib.sha256()
+        if self.label_names:
+            digest.update(json.dumps(self.label_names).encode())
         for row in self.rows:
             digest.update(json.dumps([row.texts, row.label]).encode())
         return digest.hexdigest()
@@ -92,7 +98,8 @@ def read_examples(source: str, task: str, *, default_split: str = "train") -> Ex
             raise DataError(f"{path}: no such file.{_neighbour(path)}")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    return _to_examples(source, _from_hub(source, default_split), task)
+    names, located = _from_hub(source, default_split)
+    return _to_examples(source, located, task, names)
 
 
 def split_off(train: Examples, share: float) -> tuple[Examples, Examples]:
@@ -116,7 +123,8 @@ def split_off(train: Examples, share: float) -> tuple[Examples, Examples]:
 
 
 def label_ids(train: Examples) -> dict[str, int]:
-    """Class number of each label of the training data: sorted, as numbers where all of them are.
+    """Class number of each label of the training data: in the order that the dataset gives them;
+    where it gives none sorted, as numbers where all of them are.
 
     Raises DataError when there is nothing to tell apart.
     """
@@ -127,8 +135,13 @@ def label_ids(train: Examples) -> dict[str, int]:
             "a classifier needs two labels at least"
         )
     numeric = all(_WHOLE_NUMBER.fullmatch(label) for label in labels)
-    # By their text too: "1" and "01" are one number and two classes.
-    ordered = sorted(labels, key=lambda label: (int(label) if numeric else 0, label))
+    # A dataset's order says which label is the positive one: MRPC's "equivalent" has the number 1
+    # and sorts first. By their text too: "1" and "01" are one number and two classes.
+    known = {name: number for number, name in enumerate(train.label_names)}
+    ordered = sorted(
+        labels,
+        key=lambda label: (known.get(label, len(known)), int(label) if numeric else 0, label),
+    )
     return {label: number for number, label in enumerate(ordered)}
 
 
@@ -257,7 +270,8 @@ def _json_lines(path: Path, text: str) -> Iterator[Located]:
         yield number, record
 
 
-def _from_hub(source: str, default_split: str) -> Iterator[Located]:
+def _from_hub(source: str, default_split: str) -> tuple[tuple[str, ...], Iterator[Located]]:
+    """The names of the labels by their numbers, if the dataset numbers them, and the rows."""
     name, _, split = source.partition(":")
     name, _, config = name.partition("@")
     try:
@@ -276,15 +290,21 @@ def _from_hub(source: str, default_split: str) -> Iterator[Located]:
             f"({type(error).__name__}: {reason[0]}); give the path of a TSV, CSV or JSONL file, or "
             "NAME[@CONFIG][:SPLIT] of a dataset that this machine can reach"
         ) from error
-    label_names = getattr(loaded.features.get("label"), "names", None)
+    names = tuple(getattr(loaded.features.get("label"), "names", None) or ())
+    return tuple(name.strip() for name in names), _records(loaded, names)
+
+
+def _records(loaded: Any, names: Sequence[str]) -> Iterator[Located]:
     yield 0, dict.fromkeys(loaded.column_names)
     for number, record in enumerate(loaded, start=1):
-        if label_names and isinstance(record["label"], int) and record["label"] >= 0:
-            record = {**record, "label": label_names[record["label"]]}
+        if names and isinstance(record["label"], int) and record["label"] >= 0:
+            record = {**record, "label": names[record["label"]]}
         yield number, record
 
 
-def _to_examples(source: str, located: Iterator[Located], task: str) -> Examples:
+def _to_examples(
+    source: str, located: Iterator[Located], task: str, label_names: tuple[str, ...] = ()
+) -> Examples:
     """`located` yields the columns first (as the keys of a dict), then the rows."""
     _, header = next(located, (0, {}))
     columns = _choose_columns(source, tuple(header), task)
@@ -299,7 +319,7 @@ def _to_examples(source: str, located: Iterator[Located], task: str) -> Examples
     for position, column in enumerate(columns):
         if not any(row.texts[position].strip() for row in rows):
             raise DataError(f"{source}: the column {column!r} is empty in every row")
-    return Examples(source, columns, tuple(rows))
+    return Examples(source, columns, tuple(rows), label_names if labelled else ())
 
 
 def _choose_columns(source: str, found: tuple[str, ...], task: str) -> tuple[str, ...]:

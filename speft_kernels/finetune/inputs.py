@@ -28,10 +28,17 @@ from .data import (
     read_examples,
     split_off,
 )
-from .models import load_causal_lm, load_classifier, load_tokenizer, pooling_of, resolve
+from .models import (
+    labels_of_head,
+    load_causal_lm,
+    load_classifier,
+    load_tokenizer,
+    pooling_of,
+    resolve,
+)
 from .progress import Display
 from .signals import StopSignals
-from .tasks import CausalLM, Classification, Encoded, Task, check_metric
+from .tasks import CausalLM, Classification, Encoded, Task, check_metric, positive_label
 
 # The sources of a run's data, and which split of a dataset each is by default.
 SPLITS = {"train": "train", "eval": "validation", "test": "test"}
@@ -45,7 +52,8 @@ class Inputs:
     """The data as token ids, the model, and what the settings mean for it.
 
     `config` says what its `lora_budget` means for this model (see `methods.budgeted`). `labels` are
-    the class names in the order of the model's outputs; `pooling` is "mean" or
+    the class names in the order of the model's outputs, `positive_label` is the one of two that F1
+    is of; `pooling` is "mean" or
     "model", and None for a language model; `fingerprint` covers all the data, as token ids too, the
     base weights and a score of the user's own: what a run that goes on must find as it was.
     `identity` has a
@@ -62,6 +70,7 @@ class Inputs:
     eval: list[Encoded]
     test: list[Encoded] | None
     labels: tuple[str, ...]
+    positive_label: str | None
     pooling: str | None
     fingerprint: str
     identity: str
@@ -73,6 +82,7 @@ class Inputs:
             "task": self.config.task,
             "model": self.config.model,
             "labels": list(self.labels),
+            "positive_label": self.positive_label,
             "pooling": self.pooling,
             "max_length": self.config.max_length,
         }
@@ -97,9 +107,14 @@ class ScoringBatches:
         stop: StopSignals,
         count: int,
     ) -> None:
+        # The seed of the training's first order, too: with the 0 the first pool of batches has the
+        # examples of the first choice. Another one would draw other examples than recorded runs.
         generator = torch.Generator().manual_seed((config.seed + 1_000_003 * count) % 2**63)
         chosen = torch.randperm(len(train), generator=generator)[: config.scoring_examples]
         parts = min(config.scoring_batches, len(chosen))
+        if parts < len(chosen) < 2 * parts:
+            # A batch counts by its mean: of one example and of two, the one would count twice.
+            parts = len(chosen) // 2
         self._parts = [part.tolist() for part in chosen.tensor_split(parts)]
         self._task, self._train, self._stop = task, train, stop
 
@@ -112,12 +127,14 @@ class ScoringBatches:
 @dataclass(frozen=True)
 class Sources:
     """The data by their names in `SPLITS`: `given` as they were read, `used` with the eval data
-    split off where the settings say so; `labels` has the number of each class.
+    split off where the settings say so; `labels` has the number of each class by the data alone,
+    `positive_label` is the one of two that F1 is of.
     """
 
     given: dict[str, Examples]
     used: dict[str, Examples]
     labels: dict[str, int]
+    positive_label: str | None
 
 
 def read_sources(config: RunConfig) -> Sources:
@@ -137,30 +154,44 @@ def read_sources(config: RunConfig) -> Sources:
     if config.validation:
         used["train"], used["eval"] = split_off(train, config.validation)
     labels: dict[str, int] = {}
+    positive = None
     if config.task == "classification":
         labels = label_ids(train)
         for source in used.values():
             check_labels(source, labels)
         check_metric(config.metric_name, len(labels))
-    return Sources(given, used, labels)
+        positive = positive_label(config.positive_name, tuple(labels))
+    return Sources(given, used, labels, positive)
 
 
 def load_model(
-    config: RunConfig, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, Targets, RunConfig]:
-    """The model, what of it is adapted, and `config` with its budget in numbers.
+    config: RunConfig, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, display: Display
+) -> tuple[PreTrainedModel, Targets, RunConfig, tuple[str, ...]]:
+    """The model, what of it is adapted, `config` with its budget in numbers, and `labels` in the
+    order of the model's outputs (see `labels_of_head`).
 
-    The model's new head, if any, is drawn from torch's global generator. Raises ConfigError.
+    The model's new head, if any, is drawn from torch's global generator; `display` is told where
+    one takes the place of another. Raises ConfigError.
     """
     if config.task == "causal-lm":
         model = load_causal_lm(config.model)
+        ordered: tuple[str, ...] = ()
     else:
-        model = load_classifier(config.model, labels, pooling=config.pooling, tokenizer=tokenizer)
+        ordered, note = labels_of_head(config.model, labels, config.pooling)
+        if note:
+            display.note(note)
+        model = load_classifier(
+            config.model,
+            ordered,
+            pooling=config.pooling,
+            tokenizer=tokenizer,
+            new_head=bool(note),
+        )
     check_weights(model, config.model)
     targets = methods.find(model, config)
     config = methods.budgeted(config, targets)
     check_rank(config, targets)
-    return model, targets, config
+    return model, targets, config, ordered
 
 
 def read_inputs(config: RunConfig, display: Display) -> Inputs:
@@ -171,17 +202,20 @@ def read_inputs(config: RunConfig, display: Display) -> Inputs:
 def with_model(config: RunConfig, sources: Sources, display: Display) -> Inputs:
     """`sources` as the model's tokens, and the model; raises as `read_inputs` does."""
     tokenizer = load_tokenizer(config.model)
-    model, targets, config = load_model(config, tuple(sources.labels), tokenizer)
+    model, targets, config, labels = load_model(config, tuple(sources.labels), tokenizer, display)
     pooling = None
     task: Task = CausalLM(tokenizer, config.max_length)
     if config.task == "classification":
         pooling = pooling_of(config.model) if config.pooling == "auto" else config.pooling
-        task = Classification(tokenizer, sources.labels, config.max_length)
+        numbers = {label: number for number, label in enumerate(labels)}
+        task = Classification(tokenizer, numbers, config.max_length, sources.positive_label)
     encoded = {name: encode(task, source, display) for name, source in sources.used.items()}
     check_fit(model, tokenizer, sources.used, encoded)
     identity = {name: source.fingerprint()[:_DIGITS] for name, source in sources.given.items()}
     identity.update({name: digest_of(config, name) for name in ("model", "salience")})
     fingerprint = hashlib.sha256("".join(identity.values()).encode())
+    if labels != tuple(sources.labels):
+        fingerprint.update("\0".join(labels).encode())
     for name, source in sources.used.items():
         fingerprint.update(source.fingerprint().encode())
         for item in encoded[name]:  # as the tokenizer makes them
@@ -195,7 +229,8 @@ def with_model(config: RunConfig, sources: Sources, display: Display) -> Inputs:
         train=encoded["train"],
         eval=encoded.get("eval", []),
         test=encoded.get("test"),
-        labels=tuple(sources.labels),
+        labels=labels,
+        positive_label=sources.positive_label,
         pooling=pooling,
         fingerprint=fingerprint.hexdigest(),
         identity=" ".join(f"{name}={digits}" for name, digits in identity.items() if digits),

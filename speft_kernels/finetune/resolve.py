@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..errors import shown
 from ..salience.draw import budget
 from ..targets import Targets
 from .config import ADAPTERS, FIELDS, RunConfig
@@ -63,6 +64,8 @@ def resolved(config: RunConfig, *, overwrite: bool = False, display: Display | N
         if name in here:
             about = f"{len(read[name]):,} rows of {', '.join(read[name].columns)}"
         lines.append(f"  {name}: {source} ({about})")
+    if sources is not None and config.metric_name == "f1":
+        lines.append(f"  f1 is of the label {shown(sources.positive_label)}")
     if rows is not None:
         check_moves(config, rows)
         lines.append(f"  {steps_of(config, rows):,} steps")
@@ -94,7 +97,8 @@ def _model(
         inputs = with_model(config, sources, display)
         return len(inputs.train), _budget(inputs.model, inputs.targets, inputs.config, where)
     labels = ["0", "1"] if train is None or config.task != "classification" else label_ids(train)
-    model, targets, config = load_model(config, list(labels), load_tokenizer(config.model))
+    tokenizer = load_tokenizer(config.model)
+    model, targets, config, _ = load_model(config, list(labels), tokenizer, display)
     return None, _budget(model, targets, config, where)
 
 

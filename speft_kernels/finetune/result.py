@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..errors import shown
 from ..machine import commit, processor
 from ..overview import sparse_layers
 from ..peak_memory import PeakMemory
@@ -33,8 +34,8 @@ def result_of(
     """The contents of `result.json`.
 
     `before` and `after` are the metric on the eval data, of the model before anything was trained
-    and of the best one. Times are in seconds or ms and exclude evaluations; `peak_memory_bytes` is
-    that of training.
+    and of the best one; `positive_label` is the label of two that F1 is of. Times are in seconds or
+    ms and exclude evaluations; `peak_memory_bytes` is that of training.
     """
     config, name = inputs.config, inputs.config.metric_name
     result = {
@@ -80,6 +81,8 @@ def result_of(
         }
     if config.task == "classification":
         classes = [_class(item.labels) for item in inputs.eval]
+        if inputs.positive_label is not None:
+            result["positive_label"] = inputs.positive_label
         result["majority"] = majority_accuracy((_class(i.labels) for i in inputs.train), classes)
     return result
 
@@ -97,8 +100,11 @@ def versions() -> dict[str, str]:
 
 def describe(result: Mapping[str, Any], output: str) -> str:
     """The result in a few lines for people."""
+    name = result["metric"]
+    if name == "f1":
+        name += f" of {shown(result.get('positive_label'))}"
     lines = [
-        f"{result['metric']}: {result['before']:.4f} before, {result['after']:.4f} after "
+        f"{name}: {result['before']:.4f} before, {result['after']:.4f} after "
         f"(step {result['best_step']} of {result['steps']})"
     ]
     if "majority" in result:

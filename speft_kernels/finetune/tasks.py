@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, nearest, shown
 from .batches import Batch
 from .data import Example, Examples
 
@@ -51,14 +51,19 @@ class Task(Protocol):
 
 
 class Classification:
-    """One label for a sentence or a pair of sentences."""
+    """One label for a sentence or a pair of sentences; of two, F1 is that of `positive`."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, label_ids: Mapping[str, int], max_length: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        label_ids: Mapping[str, int],
+        max_length: int,
+        positive: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.label_ids = label_ids
         self.max_length = max_length
+        self.positive = positive
 
     def encode(self, examples: Examples) -> list[Encoded]:
         columns = zip(*(row.texts for row in examples.rows), strict=True)
@@ -86,7 +91,8 @@ class Classification:
     def metrics(
         self, total: float, count: int, predicted: list[int], true: list[int]
     ) -> dict[str, float]:
-        scores = classification_scores(predicted, true, len(self.label_ids))
+        positive = 1 if self.positive is None else self.label_ids[self.positive]
+        scores = classification_scores(predicted, true, len(self.label_ids), positive)
         return {**scores, "loss": total / count}
 
 
@@ -171,16 +177,17 @@ def pad(encoded: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> dict[
 
 
 def classification_scores(
-    predicted: Sequence[int], true: Sequence[int], num_labels: int
+    predicted: Sequence[int], true: Sequence[int], num_labels: int, positive: int = 1
 ) -> dict[str, float]:
-    """Accuracy; for two labels also F1 of the second one and Matthews' correlation coefficient.
+    """Accuracy; for two labels also F1 of `positive` and Matthews' correlation coefficient.
 
     Both are 0 where their denominator is (no positive at all, or only one label predicted).
     """
     pairs = Counter(zip(predicted, true, strict=True))
     scores = {"accuracy": sum(pairs[n, n] for n in range(num_labels)) / len(true)}
     if num_labels == 2:
-        tp, tn, fp, fn = pairs[1, 1], pairs[0, 0], pairs[1, 0], pairs[0, 1]
+        yes, no = positive, 1 - positive
+        tp, tn, fp, fn = pairs[yes, yes], pairs[no, no], pairs[yes, no], pairs[no, yes]
         scores["f1"] = 2 * tp / (2 * tp + fp + fn) if tp else 0.0
         spread = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
         scores["matthews"] = (tp * tn - fp * fn) / spread if spread else 0.0
@@ -191,6 +198,26 @@ def majority_accuracy(train: Iterable[Hashable], held_out: Sequence[Hashable]) -
     """Accuracy on `held_out` of always answering the most frequent class of `train`."""
     answer = Counter(train).most_common(1)[0][0]
     return sum(label == answer for label in held_out) / len(held_out)
+
+
+def positive_label(wanted: str | None, labels: Sequence[str]) -> str | None:
+    """The label that F1 is of: the one that is wanted, else the second of two.
+
+    Raises ConfigError where there are not two labels or none of that name.
+    """
+    if wanted is None:
+        return labels[1] if len(labels) == 2 else None
+    if len(labels) != 2:
+        raise ConfigError(
+            f"positive_label = {shown(wanted)} is for two labels and the training data has "
+            f"{len(labels)}; leave it out"
+        )
+    if wanted not in labels:
+        raise ConfigError(
+            f"positive_label = {shown(wanted)} does not occur in the training data (its labels: "
+            f"{', '.join(map(shown, labels))}).{nearest(wanted, labels)}"
+        )
+    return wanted
 
 
 def check_metric(metric: str, num_labels: int) -> None:

@@ -19,7 +19,7 @@ from .config import TASKS
 from .folder import Folder, is_run
 from .methods import ABOUT
 from .models import load_causal_lm, load_classifier, load_tokenizer
-from .tasks import CausalLM, Classification, Task
+from .tasks import CausalLM, Classification, Task, positive_label
 
 # The weights of an adapter of PEFT, and that of a whole model.
 PEFT_FILE, WHOLE_FILE = "adapter_model.safetensors", "config.json"
@@ -32,13 +32,14 @@ class Trained:
     """A plain model with what was trained in it, in evaluation mode on the CPU.
 
     `task` makes examples into batches as in training. `labels` are the class names in the order of
-    the model's outputs, none of a language model.
+    the model's outputs, none of a language model; `positive_label` is the one of two that F1 is of.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     task: Task
     labels: tuple[str, ...]
+    positive_label: str | None
 
 
 def load_trained(
@@ -61,13 +62,15 @@ def load_trained(
     tokenizer = load_tokenizer(where)
     length = max_length or about["max_length"]
     labels = tuple(about["labels"])
+    positive = positive_label(about.get("positive_label"), labels)
     network: Any
     task: Task
     if about["task"] == "causal-lm":
         task = CausalLM(tokenizer, length)
         network = load_causal_lm(where, whole=whole)
     else:
-        task = Classification(tokenizer, {label: i for i, label in enumerate(labels)}, length)
+        numbers = {label: i for i, label in enumerate(labels)}
+        task = Classification(tokenizer, numbers, length, positive)
         network = load_classifier(
             where, labels, pooling=about["pooling"], tokenizer=tokenizer, whole=whole
         )
@@ -77,7 +80,7 @@ def load_trained(
         load_adapter(network, folder)
         if sparse_layers(network):
             desparsify(network)
-    return Trained(network.eval(), tokenizer, task, labels)
+    return Trained(network.eval(), tokenizer, task, labels, positive)
 
 
 def trained_folder(folder: Path) -> Path:
@@ -86,7 +89,8 @@ def trained_folder(folder: Path) -> Path:
 
 
 def about_of(folder: Path) -> dict[str, Any]:
-    """What was saved beside the tensors: task, model, labels, pooling, max_length; checked.
+    """What was saved beside the tensors: task, model, labels, pooling, max_length, and where there
+    are two labels the positive one (null in what an earlier version wrote: the second); checked.
 
     Raises AdapterError for a folder that this package did not write, and for a damaged one.
     """
@@ -111,11 +115,12 @@ def about_of(folder: Path) -> dict[str, Any]:
         ("task", about["task"] in TASKS, f"one of {', '.join(TASKS)}"),
         ("model", isinstance(about["model"], str), "a folder or hub id"),
         ("labels", _are_labels(about["labels"], headed), "a list of distinct names"),
+        ("positive_label", _is_one_of(about), "null or one of two labels"),
         ("pooling", not headed or about["pooling"] in ("mean", "model"), "mean or model"),
         ("max_length", type(length) is int and 0 < length < 2**31, "a number of tokens"),
     ):
         if not fits:
-            raise AdapterError(f"{path}: {key} must be {wanted}, got {shown(about[key])}")
+            raise AdapterError(f"{path}: {key} must be {wanted}, got {shown(about.get(key))}")
     return about
 
 
@@ -129,6 +134,13 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: damaged: {error}") from error
     return about
+
+
+def _is_one_of(about: dict[str, Any]) -> bool:
+    positive, labels = about.get("positive_label"), about["labels"]
+    return positive is None or (
+        isinstance(labels, list) and len(labels) == 2 and positive in labels
+    )
 
 
 def _are_labels(value: object, headed: bool) -> bool:

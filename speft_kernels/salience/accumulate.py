@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ Consume = Callable[[str, Tensor], None]
 
 # For a loss that is not finite on weights as they were given.
 REMEDY = "look at that batch and the weights of that layer, or score in a wider dtype"
+# Sizes of batches that differ by more are said in the report.
+_UNEVEN = 1.5
 
 
 @dataclass
@@ -30,6 +33,32 @@ class PassStatistics:
     arrived: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     missing: str = "received no gradient: the loss does not depend on it"
+    sizes: set[int] = field(default_factory=set)
+
+    def note(self, name: str, statistic: Tensor) -> None:
+        """Count a layer as arrived, and what came."""
+        self.arrived.add(name)
+        self.measure(statistic)
+
+    def measure(self, statistic: Tensor) -> None:
+        self.largest_gradient_bytes = max(self.largest_gradient_bytes, statistic.nbytes)
+
+    def count(self, batch: Any) -> None:
+        """Count the examples of a batch."""
+        examples = count_examples(batch)
+        self.examples += examples
+        if examples:
+            self.sizes.add(examples)
+
+    def compare_sizes(self) -> None:
+        """Note that batches of different sizes were added, of this process."""
+        smallest, largest = min(self.sizes, default=1), max(self.sizes, default=1)
+        if largest > _UNEVEN * smallest:
+            self.notes.append(
+                f"the batches hold {smallest} to {largest} examples, and their gradients are "
+                "added: where the loss is a mean over its batch, an example counts the more the "
+                "smaller its batch is"
+            )
 
     def check(self, layers: Iterable[str], needs_data: bool = True) -> None:
         """Raise a SalienceError if there was no batch, or one of `layers` received no gradient."""
@@ -108,6 +137,10 @@ def stream_gradients(
 ) -> PassStatistics:
     """Run a backward pass a batch; each gradient goes to `consume(name, gradient)` on arrival.
 
+    A batch counts by its loss. Where that is a mean, examples of batches of different sizes count
+    differently, which the statistics note from a factor of 1.5 on: an example of a last batch of
+    one counts as a whole batch of the others.
+
     The gradient `[N, K]` is released from the graph before the call and belongs to `consume`, so at
     no time does more than one layer's gradient exist besides what `consume` keeps. To be called
     with the model `borrowed`.
@@ -122,27 +155,41 @@ def stream_gradients(
     statistics = PassStatistics()
     of_this_batch: set[str] = set()
 
-    def release(name: str, leaf: Tensor) -> None:
+    def arrived(name: str, gradient: Tensor) -> None:
         if whole and name in of_this_batch:
             raise arrives_in_parts(name)
         of_this_batch.add(name)
-        gradient = leaf.grad
-        leaf.grad = None
+        statistics.note(name, gradient)
+        consume(name, gradient)
+
+    with streaming_leaves(layers, arrived):
+        for batch in batches:
+            statistics.batches += 1
+            of_this_batch.clear()
+            evaluate_loss(model, batch, loss_fn, f"batch {statistics.batches}").backward()
+            statistics.count(batch)
+    statistics.compare_sizes()
+    return statistics
+
+
+@contextmanager
+def streaming_leaves(
+    layers: Mapping[str, nn.Linear], consume: Consume
+) -> Iterator[dict[str, nn.Parameter]]:
+    """`scoring_leaves` whose gradients go to `consume(name, gradient)` on arrival, without autograd
+    and released from the leaf before.
+    """
+
+    def release(name: str, leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
-        statistics.largest_gradient_bytes = max(statistics.largest_gradient_bytes, gradient.nbytes)
-        statistics.arrived.add(name)
         with torch.no_grad():
             consume(name, gradient)
 
     with scoring_leaves(layers) as leaves:
         for name, leaf in leaves.items():
             leaf.register_post_accumulate_grad_hook(lambda leaf, name=name: release(name, leaf))
-        for batch in batches:
-            statistics.batches += 1
-            of_this_batch.clear()
-            evaluate_loss(model, batch, loss_fn, f"batch {statistics.batches}").backward()
-            statistics.examples += count_examples(batch)
-    return statistics
+        yield leaves
 
 
 def evaluate_loss(

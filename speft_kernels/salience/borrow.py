@@ -15,18 +15,28 @@ from ..errors import SalienceError
 def borrowed(model: nn.Module, seed: int) -> Iterator[None]:
     """Hold `model` in evaluation mode with every parameter frozen; put everything back at the end.
 
-    Everything is the training flags, `requires_grad`, existing `.grad` tensors and the random
-    generators, which are seeded with `seed` inside. Gradients are on inside, whatever the caller's
-    grad mode.
+    Everything is the training flags, chances of dropout, `requires_grad`, existing `.grad` tensors
+    and the random generators, which are seeded with `seed` inside. Gradients are on inside,
+    whatever the caller's grad mode.
 
     Evaluation mode, although the model will be trained with dropout: a score should depend on the
-    data and not on which units a dropout mask happened to hit.
+    data and not on which units a dropout mask happened to hit. A module that checkpoints
+    activations stays in training mode, with its own chances of dropout at 0.
     """
     training = {module: module.training for module in model.modules()}
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    chances = [
+        (owner, name, value)
+        for module in training
+        if _works_in_training_only(module)
+        for owner in (module, getattr(module, "config", None))
+        for name, value in _chances_of_dropout(owner)
+    ]
     try:
         for module in training:
             module.training = _works_in_training_only(module)
+        for owner, name, _ in chances:
+            vars(owner)[name] = 0.0
         for parameter, _, _ in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -35,6 +45,8 @@ def borrowed(model: nn.Module, seed: int) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
+        for owner, name, value in reversed(chances):  # modules share a config, listed with each
+            vars(owner)[name] = value
         for parameter, flag, gradient in parameters:
             parameter.requires_grad_(flag)
             parameter.grad = gradient
@@ -44,6 +56,17 @@ def _works_in_training_only(module: nn.Module) -> bool:
     # Transformers checkpoints activations in training mode only: scoring must not need more memory
     # than training will. cuDNN's recurrent layers have a backward pass in training mode only.
     return bool(getattr(module, "gradient_checkpointing", False)) or isinstance(module, nn.RNNBase)
+
+
+def _chances_of_dropout(owner: object) -> list[tuple[str, float]]:
+    """What a module hands to `F.dropout` with its own training flag, or skips a layer by (OPT,
+    BART), and where it keeps that in its config (wav2vec 2.0).
+    """
+    return [
+        (name, value)
+        for name, value in getattr(owner, "__dict__", {}).items()
+        if isinstance(value, float) and ("dropout" in name or "layerdrop" in name)
+    ]
 
 
 @contextmanager

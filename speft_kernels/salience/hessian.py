@@ -25,11 +25,10 @@ from .accumulate import (
     GradientSums,
     LossFn,
     PassStatistics,
-    count_examples,
     evaluate_loss,
     stream_gradients,
+    streaming_leaves,
 )
-from .borrow import scoring_leaves
 
 if TYPE_CHECKING:
     from ..config import SpeftConfig
@@ -115,22 +114,17 @@ def _stream_products(
         "checkpointing hides it"
     )
 
-    def release(name: str, leaf: Tensor) -> None:
-        product, leaf.grad = leaf.grad, None
-        assert product is not None
-        statistics.largest_gradient_bytes = max(statistics.largest_gradient_bytes, product.nbytes)
-        with torch.no_grad():
-            consume(name, product.detach())
+    def arrived(name: str, product: Tensor) -> None:
+        statistics.measure(product)
+        consume(name, product.detach())
 
-    with sdpa_kernel(SDPBackend.MATH), scoring_leaves(layers) as leaves:
-        for name, leaf in leaves.items():
-            leaf.register_post_accumulate_grad_hook(lambda leaf, name=name: release(name, leaf))
+    with sdpa_kernel(SDPBackend.MATH), streaming_leaves(layers, arrived) as leaves:
         for batch in batches:
             statistics.batches += 1
             loss = evaluate_loss(model, batch, loss_fn, f"batch {statistics.batches}")
             with _explained():
                 statistics.arrived |= _differentiate_twice(loss, leaves, along)
-            statistics.examples += count_examples(batch)
+            statistics.count(batch)
     return statistics
 
 

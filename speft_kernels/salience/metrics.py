@@ -27,9 +27,6 @@ class Metric:
 
     Attributes:
         key: its name here, in configs and on the command line.
-        paper_name: its name in "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language
-            Models" (arXiv 2412.13488).
-        description: its formula, for people.
         statistic: what the scoring pass collects: "none", "gradient", "squared_gradient",
             "hessian_gradient" or "synaptic_flow".
         ranked_as: key of `ops.topk_salience` that ranks (w, t) in the same order; None where the
@@ -39,8 +36,6 @@ class Metric:
     """
 
     key: str
-    paper_name: str
-    description: str
     statistic: str
     ranked_as: str | None
     needs_weight: bool
@@ -62,50 +57,27 @@ class Metric:
         return self.statistic in _WITH_DATA
 
 
-def _gradient_metric(
-    key: str, paper_name: str, description: str, needs_weight: bool, score: Score
-) -> Metric:
-    return Metric(key, paper_name, description, "gradient", key, needs_weight, score)
+def _gradient_metric(key: str, needs_weight: bool, score: Score) -> Metric:
+    return Metric(key, "gradient", key, needs_weight, score)
 
 
+# With the names in "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models"
+# (arXiv 2412.13488).
 METRICS: dict[str, Metric] = {
     metric.key: metric
     for metric in (
-        Metric("magnitude", "Magnitude", "|w|", "none", "magnitude", True, lambda w, t: w.abs()),
-        _gradient_metric("gradient", "Gradient", "|g|", False, lambda w, g: g.abs()),
-        _gradient_metric("snip", "SNIP", "|w g|", True, lambda w, g: (w * g).abs()),
-        _gradient_metric("force", "FORCE", "-w g, signed", True, lambda w, g: -(w * g)),
-        _gradient_metric("taylor_fo", "Taylor-FO", "(w g)^2", True, lambda w, g: (w * g).square()),
-        # A sum of squares ranks as its mean does, and as its absolute value.
-        Metric(
-            "fisher",
-            "Fisher-Info",
-            "mean over examples of g^2",
-            "squared_gradient",
-            "gradient",
-            False,
-            lambda w, f: f.abs(),
-        ),
-        Metric(
-            "synflow",
-            "SynFlow",
-            "|w dR/dw|, data-free",
-            "synaptic_flow",
-            "snip",
-            True,
-            lambda w, r: (w * r).abs(),
-        ),
-        # The statistic carries the sign of `SpeftConfig.grasp_sign`.
-        Metric(
-            "grasp",
-            "GraSP",
-            "-w (H g), signed",
-            "hessian_gradient",
-            "force",
-            True,
-            lambda w, h: -(w * h),
-        ),
-        Metric("random", "Random", "uniform", "none", None, False, None),
+        Metric("magnitude", "none", "magnitude", True, lambda w, t: w.abs()),  # Magnitude
+        _gradient_metric("gradient", False, lambda w, g: g.abs()),  # Gradient
+        _gradient_metric("snip", True, lambda w, g: (w * g).abs()),  # SNIP
+        _gradient_metric("force", True, lambda w, g: -(w * g)),  # FORCE
+        _gradient_metric("taylor_fo", True, lambda w, g: (w * g).square()),  # Taylor-FO
+        # Fisher-Info. A sum of squares ranks as its mean does, and as its absolute value.
+        Metric("fisher", "squared_gradient", "gradient", False, lambda w, f: f.abs()),
+        # SynFlow, without data.
+        Metric("synflow", "synaptic_flow", "snip", True, lambda w, r: (w * r).abs()),
+        # GraSP. The statistic carries the sign of `SpeftConfig.grasp_sign`.
+        Metric("grasp", "hessian_gradient", "force", True, lambda w, h: -(w * h)),
+        Metric("random", "none", None, False, None),  # Random
     )
 }
 
@@ -149,4 +121,4 @@ def check_salience(salience: object) -> str:
 
 
 def _custom(key: str, score: Score) -> Metric:
-    return Metric(key, "", "a callable's", "gradient", None, True, score)
+    return Metric(key, "gradient", None, True, score)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import SalienceError
 from .accumulate import GradientSums, PassStatistics
@@ -50,6 +50,29 @@ def together(
     agree(error, next(iter(layers.values())).weight.device)
     reduce_sums(layers, sums, statistics)
     return statistics
+
+
+def summed(run: Callable[[], int], sums: Iterable[Tensor]) -> int:
+    """Run a pass that adds to `sums` and returns a count; those of all processes come out in each.
+
+    Raises:
+        SalienceError: the pass failed in another process. An error of this one comes out as it is.
+    """
+    if count() == 1:
+        return run()
+    sums = list(sums)
+    number, error = 0, None
+    try:
+        number = run()
+    except Exception as raised:  # agree() raises it again once the other processes know
+        error = raised
+    device = sums[0].device
+    agree(error, device)
+    for total in sums:
+        dist.all_reduce(total)
+    counted = torch.tensor([float(number)], device=device)
+    dist.all_reduce(counted)
+    return int(counted.item())
 
 
 def reduce_sums(

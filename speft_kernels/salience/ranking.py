@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..dtypes import accumulator_dtype
 from ..errors import SalienceError
 from .custom import check_score
 from .draw import budget, sampling_keys, uniform
@@ -23,12 +24,15 @@ def choose(
     config: SpeftConfig,
     layers: Mapping[str, nn.Linear],
     gradients: dict[str, Tensor],
+    zeros: dict[str, tuple[int, int]] | None = None,
 ) -> dict[str, Tensor]:
     """Return each layer's sorted flat indices of the entries (or blocks) that score highest.
 
     Args:
         gradients: what the scoring pass collected, `[N, K]` a layer; empty for a metric without. It
             is emptied on the way: each one goes as soon as it is not needed any more.
+        zeros: filled with how many of how many chosen places scored zero, of each layer where any
+            did because nothing better was left.
 
     Raises:
         SalienceError: a score is not finite, or a callable's has the wrong shape or dtype; the
@@ -77,9 +81,35 @@ def choose(
             message = str(error).replace(f"the {ranked_by} score", f"the {metric.key} score")
             raise SalienceError(message) from None
         chosen.update(zip(group, selected, strict=True))
+        if zeros is not None:
+            zeros.update(_filled_up(metric, pairs, chosen, ranked_by))
         for name in group:
             gradients.pop(name, None)
     return chosen
+
+
+def _filled_up(
+    metric: Metric, pairs: Mapping[str, Pair], chosen: Mapping[str, Tensor], ranked_by: str
+) -> dict[str, tuple[int, int]]:
+    """Return, of a group ranked together, the layers with chosen places that scored zero, and how
+    many of how many; none where what scores below zero was chosen, too.
+    """
+    found = {}
+    for name, pair in pairs.items():
+        indices = chosen[name].long()
+        operands = [
+            torch.empty(0) if t is None else t.reshape(-1)[indices.to(t.device)] for t in pair
+        ]
+        score = operands[1]
+        if ranked_by != "raw":
+            assert metric.score is not None
+            # As the top-k does: a half's products leave its range.
+            score = metric.score(*(t.to(accumulator_dtype(t.dtype)) for t in operands))
+        if bool((score < 0).any()):
+            return {}
+        if count := int((score == 0).sum()):
+            found[name] = (count, len(indices))
+    return found
 
 
 # (weight, gradient); None where the metric does not read it

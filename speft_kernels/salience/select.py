@@ -24,6 +24,8 @@ from .synflow import stream_synaptic_flow
 if TYPE_CHECKING:
     from ..config import SpeftConfig
 
+_MOST_NAMES = 5  # of layers in a note
+
 
 def select_patterns(
     model: nn.Module,
@@ -87,8 +89,11 @@ def _select(
     loss_fn: LossFn | None,
 ) -> tuple[dict[str, Tensor], PassStatistics, int]:
     """Return each layer's indices, what the pass saw, and the bytes of the accumulators."""
+    zeros: dict[str, tuple[int, int]] = {}
     if metric.statistic == "none":
-        return choose(metric, config, layers, {}), PassStatistics(), 0
+        chosen, statistics = choose(metric, config, layers, {}, zeros), PassStatistics()
+        statistics.notes += _note_of(zeros, config)
+        return chosen, statistics, 0
     if not metric.needs_data:
         single, batches = True, ()
     else:
@@ -97,10 +102,12 @@ def _select(
             statistics, products, nbytes = hessian_gradients(
                 model, layers, config, batches, loss_fn
             )
-            return choose(metric, config, layers, products), statistics, nbytes
+            chosen = choose(metric, config, layers, products, zeros)
+            statistics.notes += _note_of(zeros, config)
+            return chosen, statistics, nbytes
         single, batches = _is_single(batches)
 
-    chosen: dict[str, Tensor] = {}
+    chosen = {}
     sums = GradientSums(
         layers, config.accumulator_dtype, config.accumulator_device, config.accumulate
     )
@@ -111,7 +118,7 @@ def _select(
 
     def choose_now(name: str, statistic: Tensor) -> None:
         statistic = folded(statistic, config.accumulate)
-        chosen.update(choose(metric, config, {name: layers[name]}, {name: statistic}))
+        chosen.update(choose(metric, config, {name: layers[name]}, {name: statistic}, zeros))
 
     consume = choose_now if at_once else sums.add
     statistics = processes.together(
@@ -119,7 +126,23 @@ def _select(
     )
     statistics.check(layers, metric.needs_data)
     nbytes = sums.nbytes
-    return chosen or choose(metric, config, layers, sums.sums), statistics, nbytes
+    chosen = chosen or choose(metric, config, layers, sums.sums, zeros)
+    statistics.notes += _note_of(zeros, config)
+    return chosen, statistics, nbytes
+
+
+def _note_of(zeros: Mapping[str, tuple[int, int]], config: SpeftConfig) -> list[str]:
+    """Return what is to be said of the layers that `choose` found, from the most zeros on."""
+    if not zeros:
+        return []
+    what = "entries" if config.block_shape == (1, 1) else "blocks"
+    worst = sorted(zeros.items(), key=lambda item: -item[1][0])
+    listed = [f"{n!r} ({count:,} of {total:,})" for n, (count, total) in worst[:_MOST_NAMES]]
+    more = f" and {len(zeros) - _MOST_NAMES} more" if len(zeros) > _MOST_NAMES else ""
+    return [
+        f"fewer {what} score above zero than are to train; the first of those that score zero make "
+        f"up the number, in the layers {', '.join(listed)}{more}"
+    ]
 
 
 _STREAMS: dict[str, Callable[..., PassStatistics]] = {

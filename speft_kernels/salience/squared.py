@@ -121,8 +121,7 @@ def _tapped(
     def finish(name: str) -> None:
         done.add(name)
         squares = square_sums(calls.pop(name), scales, f"layer {name!r}")
-        statistics.largest_gradient_bytes = max(statistics.largest_gradient_bytes, squares.nbytes)
-        statistics.arrived.add(name)
+        statistics.note(name, squares)
         consume(name, squares)
 
     def arrived(name: str, x: Tensor, dy: Tensor) -> None:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ..dtypes import accumulator_dtype
 from ..errors import ConfigError, SalienceError
-from .accumulate import Consume, LossFn, PassStatistics, first_non_finite
-from .borrow import scoring_leaves
+from .accumulate import Consume, LossFn, PassStatistics, first_non_finite, streaming_leaves
 from .linearise import linear_activations
 
 _PIECE = 2**20  # parameters whose sign bits are packed at a time: some 10 MB of temporaries
@@ -50,22 +49,16 @@ def stream_synaptic_flow(
     """
     statistics = PassStatistics(missing="received no synaptic flow: the logits do not depend on it")
 
-    def release(name: str, leaf: Tensor) -> None:
-        flow, leaf.grad = leaf.grad, None
-        assert flow is not None
-        statistics.largest_gradient_bytes = max(statistics.largest_gradient_bytes, flow.nbytes)
-        statistics.arrived.add(name)
-        with torch.no_grad():
-            consume(name, flow)
+    def arrived(name: str, flow: Tensor) -> None:
+        statistics.note(name, flow)
+        consume(name, flow)
 
     for module in model.modules():
         # Nothing to save with one token; and a checkpoint's second forward pass may run in another
         # thread, where activations would not be linear.
         if getattr(module, "gradient_checkpointing", False):
             module.training = False
-    with absolute_parameters(model), linear_activations(model), scoring_leaves(layers) as leaves:
-        for name, leaf in leaves.items():
-            leaf.register_post_accumulate_grad_hook(lambda leaf, name=name: release(name, leaf))
+    with absolute_parameters(model), linear_activations(model), streaming_leaves(layers, arrived):
         flow = _flow(model, loss_fn)
         if not bool(torch.isfinite(flow.detach())):
             origin = first_non_finite(model, lambda: _flow(model, loss_fn))

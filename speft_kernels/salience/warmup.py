@@ -22,7 +22,7 @@ def warm_up(
     steps: int,
     lr: float,
 ) -> None:
-    """Take `steps` AdamW steps on the parameters `head`, cycling over `batches`.
+    """Take `steps` AdamW steps without decay on the parameters `head`, cycling over `batches`.
 
     To be called with the model `borrowed`.
 
@@ -31,7 +31,7 @@ def warm_up(
     """
     for parameter in head:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(head, lr=lr)
+    optimizer = torch.optim.AdamW(head, lr=lr, weight_decay=0.0)
     step = 0
     while step < steps:
         before = step
