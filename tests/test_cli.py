@@ -309,6 +309,10 @@ def test_salience_writes_the_mask_that_finetune_would_train(place, tmp_path, cap
     assert {n: layer.pattern for n, layer in trained.layers.items()} == {
         n: layer.pattern for n, layer in mask.layers.items()
     }
+    model = load_classifier(str(place / "model"), ("bad", "good"), pooling="mean")
+    load_adapter(model, tmp_path / "mask" / "adapter")
+    own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert own == {*(f"{n}.values" for n in mask.layers), "classifier.weight", "classifier.bias"}
     assert main(argv) == 2
     assert "exists already" in capsys.readouterr().err
 
