@@ -8,7 +8,7 @@ against a header that gives threads, barriers and matrix instructions a meaning 
 from __future__ import annotations
 
 import importlib
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -65,17 +65,39 @@ def launch(backend: str, name: str, tensor: Tensor, *arguments: object) -> Any:
         return getattr(kernels(backend), name)(*arguments, stream)
 
 
-def splits(blocks: int, tokens: int, stretch: int, device: torch.device) -> int:
-    """Return in how many parts the tokens are summed so that the device is busy.
+# Sums of all parts of the tokens together, at most: 8 MB.
+SCRATCH = 1 << 21
+# What a thread block costs beside its tokens, to start and to write its sums, in tokens.
+_START = 128
+
+
+def splits(
+    blocks: int, tokens: int, stretch: int, entries: int, device: torch.device, resident: int = 1
+) -> int:
+    """Return in how many parts the tokens are summed, so that the device is busy and the sums of
+    the parts take no more than SCRATCH.
 
     Args:
         blocks: thread blocks of one part.
         stretch: tokens that a block takes at a time; a part has eight of them at least, so that
             what a part costs by itself stays small.
+        entries: sums of one part.
+        resident: thread blocks that a multiprocessor holds at once.
     """
-    # Not more than four waves of blocks: a few blocks in a fifth would cost a whole one.
-    wanted = 4 * multiprocessors(device) // max(1, blocks)
-    return max(1, min(wanted, tokens // (8 * stretch)))
+    most = min(tokens // (8 * stretch), SCRATCH // max(1, entries))
+    at_once = multiprocessors(device) * resident
+    return _parts(max(1, blocks), -(-tokens // stretch), stretch, most, at_once)
+
+
+@lru_cache(1 << 12)
+def _parts(blocks: int, stretches: int, stretch: int, most: int, at_once: int) -> int:
+    """The parts, `most` at most, after which the last wave of blocks ends first."""
+
+    def cost(parts: int) -> int:
+        waves = -(-blocks * parts // at_once)
+        return waves * (-(-stretches // parts) * stretch + _START)
+
+    return min(range(1, max(1, most) + 1), key=cost)
 
 
 @cache

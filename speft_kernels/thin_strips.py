@@ -22,9 +22,8 @@ BLOCK_ROWS = STRIP_ROWS * BLOCK_STRIPS
 TILE_LINES = 512
 TILE_GROUPS = 128
 GROUP = 8  # strips of one product, all of the same rows
-# A tile is cut where a line starts that goes beyond this; the last line may bring BLOCK_STRIPS, and
-# the last group of each of the BLOCK_STRIPS rows of strips is filled up.
-TILE_STRIPS = GROUP * TILE_GROUPS - BLOCK_STRIPS - (GROUP - 1) * BLOCK_STRIPS
+# Strips that surely fit: the last group of each of the BLOCK_STRIPS rows of strips is filled up.
+TILE_STRIPS = GROUP * TILE_GROUPS - (GROUP - 1) * BLOCK_STRIPS
 
 
 @dataclass(frozen=True)
@@ -130,23 +129,49 @@ def build_thin_strips(
     )
 
 
+_SHARES = 64  # of what a tile holds, in which tiles of like size are sought: 2^6
+_HALVINGS = 6
+
+
 def _tiles(block: Tensor, strips: Tensor) -> Tensor:
     """The tile of each line, for the block that each is in (sorted) and its number of strips.
 
-    A line weighs as much of a tile as it takes of its lines or of its strips, whichever is more;
-    the tiles of a block are of like weight.
+    A tile takes lines until either its lines or its strips are full, which makes the fewest tiles.
+    That leaves little for the last one of a block; so all of a block hold the smallest share of
+    what fits with which they are no more. The loops are over the tiles of a block, of all blocks
+    at once.
     """
-    weight = torch.maximum(torch.full_like(strips, TILE_STRIPS), strips * TILE_LINES)
-    most = TILE_STRIPS * TILE_LINES
-    used, of_block, counts = torch.unique_consecutive(
-        block, return_inverse=True, return_counts=True
-    )
-    before = weight.cumsum(0) - weight
-    start = before[counts.cumsum(0) - counts]
-    total = torch.zeros_like(used).index_add_(0, of_block, weight)
-    tiles = (total + most - 1) // most
-    size = (total + tiles - 1) // tiles
-    return (tiles.cumsum(0) - tiles)[of_block] + (before - start[of_block]) // size[of_block]
+    counts = torch.unique_consecutive(block, return_counts=True)[1]
+    end = counts.cumsum(0)
+    start = end - counts
+    before = torch.cat([strips.new_zeros(1), strips.cumsum(0)])
+
+    def next_tile(first: Tensor, share: Tensor) -> Tensor:
+        by_lines = first + TILE_LINES * share // _SHARES
+        most = before[first] + TILE_STRIPS * share // _SHARES
+        by_strips = torch.searchsorted(before, most, right=True) - 1
+        return torch.minimum(torch.minimum(by_lines, by_strips), end)
+
+    share, first = torch.full_like(end, _SHARES), start
+    fewest, turns = torch.zeros_like(end), 0
+    while bool((first < end).any()):
+        fewest, turns = fewest + (first < end), turns + 1
+        first = next_tile(first, share)
+    too_small = torch.zeros_like(end)
+    for _ in range(_HALVINGS):
+        middle, first, found = (share + too_small) // 2, start, torch.zeros_like(end)
+        for _ in range(turns):
+            found, first = found + (first < end), next_tile(first, middle)
+        enough = (first == end) & (found <= fewest)
+        share = torch.where(enough, middle, share)
+        too_small = torch.where(enough, too_small, middle)
+
+    # Where a block has no more tiles, its end is where the next one starts, or the end of all.
+    starts, first = torch.zeros(block.numel() + 1, dtype=torch.int64, device=block.device), start
+    for _ in range(turns):
+        starts[first] = 1
+        first = next_tile(first, share)
+    return starts[:-1].cumsum(0) - 1
 
 
 def _rank(key: Tensor, by: Tensor | None = None) -> Tensor:

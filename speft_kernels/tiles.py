@@ -26,7 +26,7 @@ class Tiles:
     Attributes:
         starts: int32 `[tiles + 1]`: where each tile starts.
         places: int16 `[nnz]`: row in the tile * SIDE + column in the tile.
-        order: int64 `[nnz]`: sorts values by tile that are sorted by (row, column).
+        order: int32 `[nnz]`: sorts values by tile that are sorted by (row, column).
     """
 
     starts: Tensor
@@ -54,4 +54,4 @@ class Tiles:
         )
         starts = torch.searchsorted(tile[order], every, out_int32=True)
         places = (rows % SIDE * SIDE + within % SIDE)[order]
-        return cls(starts, places.to(torch.int16), order)
+        return cls(starts, places.to(torch.int16), order.int())

@@ -40,7 +40,7 @@ def normal(*shape):
 @pytest.mark.parametrize("bits", [16, 8, 4, 0], ids=lambda bits: f"{bits} bits")
 @pytest.mark.parametrize("twin", [False, True], ids=("product", "twin"))
 def test_many_tokens_bring_each_tile_once(bits, twin):
-    tokens, rows, columns = 256, 256, 512
+    tokens, rows, columns = 512, 256, 512
     pattern = uniform_pattern((rows, columns), 0.01, seed=0)
     values, weight = torch.randn(pattern.nnz), normal(rows, columns)
     base = QuantizedWeight.quantize(weight, bits, 32) if bits in (8, 4) else weight
@@ -54,13 +54,23 @@ def test_many_tokens_bring_each_tile_once(bits, twin):
         found = counted(lambda: product(operand, values, pattern, backend="cuda-host"))
     products = tokens * outputs * summed // PRODUCT
     assert found["products"] == products
-    # Of x for each 128 outputs, of W for each 128 tokens; words of four columns once for each.
+    # Of x for each 128 outputs, of W for each 256 tokens; words of four columns once for each.
     stored = 16 if twin and bits == 4 else bits  # bits read of W an element
     brought = 2 * tokens * summed * (outputs // 128)
-    brought += rows * columns * stored // 8 * (tokens // 128)
+    brought += rows * columns * stored // 8 * (tokens // 256)
     assert found["copied_bytes"] == brought
     # A warp has 64 x 64 of a tile: for four products down and eight across, 8 reads.
     assert found["matrix_reads"] == products * 8 // 32
+
+
+@pytest.mark.parametrize("tokens", [40, 64, 130])
+def test_tokens_that_are_not_there_are_not_multiplied_by_whole_warps(tokens):
+    pattern = uniform_pattern((256, 128), 0.02, seed=0)
+    values, x, weight = torch.randn(pattern.nnz), normal(tokens, 128), normal(256, 128)
+    found = counted(
+        lambda: ops.sparse_delta_matmul(x, weight, values, pattern, backend="cuda-host")
+    )
+    assert found["products"] == -(-tokens // 64) * 64 * 256 * 128 // PRODUCT
 
 
 def test_few_tokens_copy_nothing():

@@ -55,6 +55,54 @@ def test_a_launcher_that_cannot_serve_says_which_operation_and_sizes():
         module.block_grad(0, 4, 0, 4, 8, 0, 0, 1, 4, 4, 0, False, 0, 1, 0, 0)
 
 
+def test_the_parts_of_the_tokens_fill_waves_and_stay_within_the_scratch(monkeypatch):
+    monkeypatch.setattr(_cuda_native, "multiprocessors", lambda device: 132)
+
+    def parts(blocks, tokens=8192, stretch=32, entries=1, resident=1):
+        return _cuda_native.splits(blocks, tokens, stretch, entries, torch.device("cpu"), resident)
+
+    assert parts(66) == 2  # one wave, filled
+    assert parts(67) > 2  # a second wave for two blocks alone would be waste
+    assert parts(132) == parts(10_000) == 1  # cutting gains nothing
+    assert parts(1) == parts(0) == 8192 // (8 * 32)  # eight stretches at least
+    assert parts(1, tokens=255) == parts(1, tokens=0) == 1
+    assert parts(66, resident=4) == 8
+    for entries in (1 << 20, (1 << 20) + 1, 1 << 24):
+        found = parts(1, entries=entries)
+        assert found == (2 if entries == 1 << 20 else 1)
+    for blocks in range(5, 300):
+        found = parts(blocks)
+        waves = -(-blocks * found // 132)
+        assert blocks * found / (132 * waves) > 0.8
+
+
+def test_the_sums_of_the_parts_of_large_blocks_stay_within_the_scratch(monkeypatch):
+    """A block of many tiles keeps the device busy by itself, and its sums are large."""
+    calls = []
+    monkeypatch.setattr(_cuda_native, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(_cuda_native, "launch", lambda *call: calls.append(call))
+    for side, wanted in ((16, 16), (512, 4), (1024, 1), (4096, 1)):
+        pattern = SparsePattern.from_blocks((side, side), (side, side), torch.tensor([0]))
+        dy = x = torch.empty(1, 1, dtype=torch.bfloat16).expand(8192, side)
+        ops.block_grad(dy, x, pattern, backend="cuda-host")
+        *_, scratch, parts, _ = calls[-1]
+        assert parts == wanted
+        assert (scratch != 0) == (parts > 1)
+
+
+def test_of_few_tokens_no_other_launch_sorts_the_values(monkeypatch):
+    calls = []
+    monkeypatch.setattr(_cuda_native, "launch", lambda *call: calls.append(call))
+    pattern = SparsePattern.from_mask(torch.rand(64, 96) < 0.05)
+    values, weight = torch.randn(pattern.nnz), torch.randn(64, 96).bfloat16()
+    for tokens in (32, 33):
+        x = torch.randn(tokens, 96).bfloat16()
+        ops.sparse_delta_matmul(x, weight, values, pattern, backend="cuda-host")
+    for call, few in zip(calls, (True, False), strict=True):
+        *_, order, found, _, _, _ = call
+        assert (order != 0) == (found == values.data_ptr()) == few
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """The folder of a module without a fault."""
@@ -92,18 +140,21 @@ FAULTS = (
     ("room", "topk_work.h", "state.found <= uint64_t(segment.capacity)", "true"),
     # A token beyond the end of a part is added, and counts twice.
     ("off by one", "tokens.h", "? begin + size :", "? begin + size + 1 :"),
-    # The last of 32 entries is added twice.
-    ("twice", "multiply_many.h", "next.begin + kWarp; at", "next.begin + kWarp - 1; at"),
+    # The last of 64 entries is added twice.
+    ("twice", "multiply_many.h", "next.begin + kAdding; at", "next.begin + kAdding - 1; at"),
+    # Values in the order of the entries, where the tiles have another.
+    ("order", "multiply_few.h", "product.places[at], product.order[at]", "product.places[at], at"),
+    # A warp whose tokens are real, if few, multiplies nothing.
+    ("idle", "multiply_many.h", "warp_token < tokens ?", "warp_token + 2 < tokens ?"),
     # The tokens of dy in another order than those of x.
-    (
-        "order",
-        "sampled_grad.cu",
-        "place_of_token(warp_id() + i * kWarps)",
-        "(warp_id() + i * kWarps)",
-    ),
-    # The last group of each warp is left out, and the first one reads its strips' neighbours.
-    ("group", "sampled_grad.cu", "if (j >= own) break;", "if (j + 1 >= own) break;"),
-    ("off by one", "sampled_grad.cu", "+ lane / 4];", "+ (lane + 4) / 4];"),
+    ("order", "sampled_grad.cu", "place_of_token(token) * kPitch", "token * kPitch"),
+    # The next stretch goes where one is that is still to be read.
+    ("stage", "sampled_grad.cu", "        free = stage;", "        free = kStageBytes;"),
+    # The last group of a warp is left out, the first one reads its strips' neighbours, and groups
+    # of other rows are multiplied by those before.
+    ("group", "sampled_grad.cu", "if (j + 1 >= own) break;", "if (j + 2 >= own) break;"),
+    ("off by one", "sampled_grad.cu", "+ lane_id() / 4]", "+ (lane_id() + 4) / 4]"),
+    ("rows", "sampled_grad.cu", "if (!there || of != before)", "if (!there)"),
 )
 
 

@@ -29,7 +29,7 @@ def test_each_entry_is_once_in_the_tile_it_lies_in(data):
             found.append((down * SIDE + place // SIDE, part * quarter + within))
     entries = torch.stack([pattern.rows, pattern.cols], 1)[tiles.order]
     assert [tuple(entry) for entry in entries.tolist()] == found
-    assert torch.equal(tiles.order.sort().values, torch.arange(pattern.nnz))
+    assert torch.equal(tiles.order.sort().values, torch.arange(pattern.nnz, dtype=torch.int32))
 
 
 def test_of_block_patterns_the_order_is_that_of_values_sorted_by_row():

@@ -40,11 +40,13 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
     constexpr int kRowTiles = kRows / 16, kColTiles = kCols / 8;
     using OfDy = Swizzled<kRows>;
     using OfX = Swizzled<kCols>;
-    const int64_t tiles_down = (problem.height + kRows - 1) / kRows;
-    const int64_t tiles_across = (problem.width + kCols - 1) / kCols;
+    // In 32 bits, as large as the grid: 64 are divided by a hundred instructions.
+    const unsigned tiles_down = unsigned((problem.height + kRows - 1) / kRows);
+    const unsigned tiles_across = unsigned((problem.width + kCols - 1) / kCols);
     const int64_t block = blockIdx.x / (tiles_down * tiles_across);
-    const int64_t tile = blockIdx.x % (tiles_down * tiles_across);
-    const int64_t row = tile / tiles_across * kRows, col = tile % tiles_across * kCols;
+    const unsigned tile = blockIdx.x % (tiles_down * tiles_across);
+    const int64_t row = int64_t(tile / tiles_across) * kRows;
+    const int64_t col = int64_t(tile % tiles_across) * kCols;
     const int rows = int(problem.height - row < kRows ? problem.height - row : kRows);
     const int cols = int(problem.width - col < kCols ? problem.width - col : kCols);
 
@@ -61,7 +63,7 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
 
     auto* const stages = shared_memory<uint16_t>();
     const auto stage = [&](int turn) {
-        return stages + turn % kStages * int(kStageElements<kRows, kCols>);
+        return stages + unsigned(turn) % kStages * unsigned(kStageElements<kRows, kCols>);
     };
     const auto fetch = [&](int turn) {
         if (turn < turns) {

@@ -44,7 +44,7 @@ class Chunks {
     static constexpr int kStep = kThreads / kAcross, kEach = kRows / kStep;
     static_assert(kStep % Layout::kPeriod == 0, "a thread's chunks are in one column as laid out");
     static_assert(kThreads % kAcross == 0 && kRows % kStep == 0, "each thread brings as many");
-    static_assert(kRows <= 128, "offsets fit 32 bits");
+    static_assert(kRows <= 256, "offsets fit 32 bits");
 
   public:
     // Of tiles of which so many rows and columns are wanted. The others bring what is there, of
@@ -56,8 +56,8 @@ class Chunks {
         SPEFT_UNROLL
         for (int i = 0; i < kEach; ++i) {
             const int row = row_ + i * kStep;
-            offsets_[i] =
-                (row < rows ? row : rows - 1) * int(stride) + (column_ < columns ? column_ : 0);
+            offsets_[i] = unsigned(row < rows ? row : rows - 1) * unsigned(stride) +
+                          unsigned(column_ < columns ? column_ : 0);
         }
     }
 
@@ -81,7 +81,7 @@ class Chunks {
     }
 
     int row_, column_, place_;
-    int offsets_[kEach];
+    unsigned offsets_[kEach];
 };
 
 // Brings a tile that is not in vectors, with zeros from this row and this column on, at once and

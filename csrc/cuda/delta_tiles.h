@@ -59,13 +59,13 @@ SPEFT_DEVICE Run run_of(const DeltaProduct& product, int64_t row_tile, int64_t c
 
 // An entry of a tile: its row * kSide + its column, and its value.
 struct Entry {
-    int place;
+    unsigned place;
     float value;
 };
 
 SPEFT_DEVICE Entry entry_of(const DeltaProduct& product, int at, int end) {
-    if (at >= end) return {0, 0.0f};
-    return {product.places[at], product.values[at]};
+    if (at >= end) return {0u, 0.0f};
+    return {product.places[at], product.values[product.order ? product.order[at] : at]};
 }
 
 }  // namespace cuda

@@ -13,8 +13,12 @@
 //   launch(...)                 on a stream: returns 0, or a code for error_text()
 //   device_error_text(code)
 //   shared_memory<T>()          the block's dynamic shared memory, aligned to 16 bytes
+//   SharedAt, shared_at(pointer)  a place in shared memory that takes one register, and bytes added
+//                               to it; the operations below take it in a pointer's place
 //   sync_block()                barrier of all threads of a block
-//   exchange_xor, exchange_from    warp shuffles of all 32 lanes, which order nothing
+//   exchange_from(value, lane)  warp shuffle of all 32 lanes, which orders nothing
+//   afresh(word)                the same word; what is made of it is made where it stands, and not
+//                               kept in registers from turn to turn
 //   count_bits(bits), lowest_bit(bits), bit_cast<To>(from)
 //   atomic_add, atomic_min(pointer, value)      on shared and global memory; the former value
 //   read_only(pointer)          what no one writes while the kernel runs: 2, 4 or 16 bytes
@@ -55,14 +59,6 @@ constexpr int kSumPad = 8;
 struct alignas(16) Bytes16 {
     uint32_t words[4];
 };
-
-template <class T>
-SPEFT_DEVICE T warp_sum(T value) {
-    SPEFT_UNROLL
-    for (int step = kWarp / 2; step > 0; step /= 2)
-        value += exchange_xor(value, step);
-    return value;
-}
 
 SPEFT_DEVICE int lane_id() {
     return int(threadIdx.x) % kWarp;

@@ -59,13 +59,13 @@ SPEFT_DEVICE void sync_block() {
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class T>
-SPEFT_DEVICE T exchange_xor(T value, int mask) {
-    return __shfl_xor_sync(kAllLanes, value, mask);
-}
-
-template <class T>
 SPEFT_DEVICE T exchange_from(T value, int lane) {
     return __shfl_sync(kAllLanes, value, lane);
+}
+
+SPEFT_DEVICE uint32_t afresh(uint32_t word) {
+    asm volatile("" : "+r"(word));
+    return word;
 }
 
 SPEFT_DEVICE int count_bits(uint32_t bits) {
@@ -108,10 +108,6 @@ SPEFT_DEVICE uint64_t atomic_add(uint64_t* at, uint64_t value) {
                      static_cast<unsigned long long>(value));
 }
 
-SPEFT_DEVICE uint32_t atomic_min(uint32_t* at, uint32_t value) {
-    return atomicMin(at, value);
-}
-
 SPEFT_DEVICE uint64_t atomic_min(uint64_t* at, uint64_t value) {
     return atomicMin(reinterpret_cast<unsigned long long*>(at),
                      static_cast<unsigned long long>(value));
@@ -121,8 +117,23 @@ SPEFT_DEVICE uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+struct SharedAt {
+    uint32_t address;
+    SPEFT_DEVICE SharedAt operator+(int bytes) const { return {address + bytes}; }
+};
+
+SPEFT_DEVICE uint32_t shared_address(SharedAt place) {
+    return place.address;
+}
+
+// Once: where the address's making is seen, the compiler makes it again at each use.
+SPEFT_DEVICE SharedAt shared_at(const void* pointer) {
+    return {afresh(shared_address(pointer))};
+}
+
 // In so many words, because the compiler splits 16 bytes where it sees fit.
-SPEFT_DEVICE void load_shared16(uint32_t (&words)[4], const void* shared) {
+template <class Place>
+SPEFT_DEVICE void load_shared16(uint32_t (&words)[4], Place shared) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                  : "r"(shared_address(shared))
@@ -135,7 +146,8 @@ SPEFT_DEVICE void store16(void* global, const uint32_t (&words)[4]) {
                  : "memory");
 }
 
-SPEFT_DEVICE void cp_async16(void* shared, const void* global, bool valid) {
+template <class Place>
+SPEFT_DEVICE void cp_async16(Place shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
                  "l"(global), "r"(valid ? 16 : 0)
                  : "memory");
@@ -150,14 +162,16 @@ SPEFT_DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-SPEFT_DEVICE void ldmatrix_x4(uint32_t (&fragment)[4], const void* row) {
+template <class Place>
+SPEFT_DEVICE void ldmatrix_x4(uint32_t (&fragment)[4], Place row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                  : "r"(shared_address(row))
                  : "memory");
 }
 
-SPEFT_DEVICE void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* row) {
+template <class Place>
+SPEFT_DEVICE void ldmatrix_x4_trans(uint32_t (&fragment)[4], Place row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                  : "r"(shared_address(row))

@@ -50,6 +50,8 @@ struct BlockGrad {
 };
 int block_grad(const BlockGrad& problem, DType dtype, void* stream);
 
+constexpr int kFewTokens = 32;
+
 // What a sparse delta is added to: a matrix of x's dtype, int8, int16 words of four bits each
 // (speft_kernels/quantized.py says which columns a word holds), or nothing.
 enum class Base : int { kNone = 0, kPlain = 1, kInt8 = 2, kInt4 = 3 };
@@ -69,6 +71,9 @@ struct DeltaProduct {
     // D by tiles (speft_kernels/tiles.py).
     const int32_t* starts;
     const uint16_t* places;
+    // The value of entry e is values[order[e]], or values[e] where order is null: as many tokens
+    // want it, for which a kernel of its own sorts them. Up to kFewTokens need the order.
+    const int32_t* order;
     const float* values;
     void* y;  // contiguous
 };

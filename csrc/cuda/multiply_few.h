@@ -8,7 +8,7 @@ namespace cuda {
 
 constexpr int kWarps = 8;
 constexpr int kRound = 16;  // tokens of a block
-constexpr int kFewTokens = 2 * kRound;
+static_assert(kFewTokens == 2 * kRound, "a block or two down");
 template <bool kTwin>
 constexpr int kFewOutputs = kTwin ? 64 : 32;  // of a block
 
@@ -92,12 +92,28 @@ struct Turn {
     }
 };
 
+// An entry whose value is still to be asked for.
+struct Known {
+    unsigned place;
+    int value;  // where it stands; none: -1
+};
+
+SPEFT_DEVICE Known known_of(const DeltaProduct& product, int at, int end) {
+    if (at >= end) return {0u, -1};
+    return {product.places[at], product.order[at]};
+}
+
+SPEFT_DEVICE Entry entry_of(const DeltaProduct& product, Known known) {
+    return {known.place, known.value < 0 ? 0.0f : product.values[known.value]};
+}
+
 // The entries of the tiles of D that a warp meets in its turns, one run a tile: where a run stands
-// is asked for two turns before its first entries are needed, and those one turn before.
+// is asked for two turns before its first entries are needed, what is known of those one turn
+// before, and their values where that turn begins.
 template <int kRuns>
 struct Ahead {
     Run now[kRuns], next[kRuns];
-    Entry entries[kRuns];  // of `now`, the first of each lane
+    Known known[kRuns];  // of `now`, the first of each lane
 };
 
 // Adds the entries of a tile of D, that begins at column `first` of x and column `beside` of the
@@ -119,14 +135,14 @@ SPEFT_DEVICE void add_entries(float (&sums)[kAcross][4], const DeltaProduct& pro
             SPEFT_UNROLL
             for (int i = 0; i < kTogether; ++i) {
                 const int source = e + i < count ? e + i : e;
-                const int at = exchange_from(mine.place, source);
+                const unsigned at = exchange_from(mine.place, source);
                 values[i] = exchange_from(mine.value, source);
-                const int from = kTwin ? at / kSide : at % kSide;
-                const int to = beside + (kTwin ? at % kSide : at / kSide);
+                const int from = int(kTwin ? at / kSide : at % kSide);
+                const unsigned to = unsigned(beside) + (kTwin ? at % kSide : at / kSide);
                 // Which of the lanes, the products and their two columns holds output `to`.
-                const int holder = kTwin ? to / 16 : to % 8 / 2;
-                const int tile = kTwin ? to % 8 : to / 8;
-                const int side = kTwin ? to / 8 % 2 : to % 2;
+                const int holder = int(kTwin ? to / 16 : to % 8 / 2);
+                const int tile = int(kTwin ? to % 8 : to / 8);
+                const int side = int(kTwin ? to / 8 % 2 : to % 2);
                 const bool held = e + i < count && holder == place;
                 holds[i] = held ? 2 * tile + side : -1;
                 x_one[i] =
@@ -160,7 +176,8 @@ multiply_few(DeltaProduct product) {
     constexpr int kAhead = kBase == Base::kInt4 ? 1 : 2;
     using Part = Turn<T, kBase, kTwin>;
 
-    const int64_t in_part = parts_of(part_width<kBase>(product), kWide);
+    // In 32 bits, for 64 are divided by a hundred instructions; the grid is no larger.
+    const unsigned in_part = unsigned(parts_of(part_width<kBase>(product), kWide));
     const Span outputs =
         span_of<kBase, kWide>(product, blockIdx.x % in_part, int(blockIdx.x / in_part));
     const int64_t row = int64_t(blockIdx.x) * kWide, token = int64_t(blockIdx.y) * kRound;
@@ -182,8 +199,8 @@ multiply_few(DeltaProduct product) {
                      : run_of<kBase>(product, row / kSide,
                                      span_of<kBase, kSide>(product, turn, i).tile);
     };
-    const auto first_entry = [&](Run run) {
-        return entry_of(product, run.begin + lane_id(), run.end);
+    const auto first_known = [&](Run run) {
+        return known_of(product, run.begin + lane_id(), run.end);
     };
     SPEFT_UNROLL
     for (int i = 0; i < kRuns; ++i) {
@@ -201,13 +218,17 @@ multiply_few(DeltaProduct product) {
         bring(ring[i], warp_id() + i * kWarps);
     SPEFT_UNROLL
     for (int i = 0; i < kRuns; ++i)
-        delta.entries[i] = first_entry(delta.now[i]);
+        delta.known[i] = first_known(delta.now[i]);
     for (int begin = warp_id(); begin < turns; begin += kAhead * kWarps) {
         SPEFT_UNROLL
         for (int i = 0; i < kAhead; ++i) {
             const int turn = begin + i * kWarps;
             if (turn >= turns) break;
             const int64_t above = above_at(turn);
+            Entry mine[kRuns];
+            SPEFT_UNROLL
+            for (int r = 0; r < kRuns; ++r)
+                mine[r] = entry_of(product, delta.known[r]);
             if constexpr (kBase != Base::kNone && kTwin) {
                 const int part = int(blockIdx.x / in_part);
                 SPEFT_UNROLL
@@ -248,13 +269,12 @@ multiply_few(DeltaProduct product) {
             SPEFT_UNROLL
             for (int r = 0; r < kRuns; ++r) {
                 const Run run = delta.now[r];
-                const Entry mine = delta.entries[r];
                 delta.now[r] = delta.next[r];
-                delta.entries[r] = first_entry(delta.now[r]);
+                delta.known[r] = first_known(delta.now[r]);
                 delta.next[r] = run_at(turn + 2 * kWarps, r);
                 const int64_t first =
                     kTwin ? above : span_of<kBase, kSide>(product, turn, r).column;
-                add_entries<T, kTwin>(sums, product, run, mine, token, first,
+                add_entries<T, kTwin>(sums, product, run, mine[r], token, first,
                                       kTwin ? r * kSide : 0);
             }
         }

@@ -9,8 +9,8 @@
 namespace speft {
 namespace cuda {
 
-constexpr int kThreads = 4 * kWarp;
-constexpr int kTokens = 128;
+constexpr int kThreads = 8 * kWarp;
+constexpr int kTokens = 256;
 constexpr int kOutputs = 128;
 // Of a warp: 4 KB from shared memory for 65536 products, which 128 bytes a cycle can feed; 64 x 32
 // would take half as much again.
@@ -20,7 +20,10 @@ constexpr int kStages = 4;
 using LeftLayout = Swizzled<kSide>;
 constexpr int kOutPitch = kOutputs + 8;  // of y's tile: puts what is stored at once in all banks
 constexpr int kGroup = 8;  // tiles of tokens that share a tile of W while it is in the L2 cache
-static_assert(kThreads / kWarp == kOutputs / kSide, "a warp for each tile of D in one of W");
+constexpr int kAcrossTiles = kOutputs / kSide;    // of D in one of W
+constexpr int kAdding = kThreads / kAcrossTiles;  // threads that add the entries of one
+constexpr int kWarpsAcross = kOutputs / kWarpOutputs;
+static_assert(kAdding % kWarp == 0, "whole warps add the entries of a tile of D");
 
 template <Base kBase, bool kTwin>
 struct Tiles {
@@ -42,7 +45,7 @@ struct Tiles {
 };
 
 template <class T, Base kBase, bool kTwin>
-SPEFT_KERNEL(kThreads, 2)
+SPEFT_KERNEL(kThreads, 1)
 multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_vectors) {
     using Tile = Tiles<kBase, kTwin>;
     using Element = typename Stored<kBase>::Element;
@@ -65,21 +68,23 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
                                 : kParts * parts_of(part_width<kBase>(product), kSide));
     // The columns of W that a turn sums over. The parts of the same words follow each other.
     const auto summed = [&](int turn) {
-        return span_of<kBase, kSide>(product, turn / kParts, turn % kParts);
+        return span_of<kBase, kSide>(product, unsigned(turn) / kParts,
+                                     int(unsigned(turn) % kParts));
     };
 
     auto* const shared = shared_memory<unsigned char>();
     const auto left_of = [&](int turn) {
-        return reinterpret_cast<uint16_t*>(shared + turn % kStages * Tile::kStageBytes);
+        return reinterpret_cast<uint16_t*>(shared + unsigned(turn) % kStages * Tile::kStageBytes);
     };
     const auto stored_of = [&](int turn) {
-        const int stage = (kTwin ? turn : turn / kParts) % kStages;
+        const unsigned stage = unsigned(turn) / (kTwin ? 1 : kParts) % kStages;
         return reinterpret_cast<Element*>(shared + stage * Tile::kStageBytes + Tile::kLeftBytes);
     };
     const auto tile_of = [&](int turn) {
         unsigned char* const made = shared + kStages * Tile::kStageBytes;
-        return Tile::kDirect ? reinterpret_cast<uint16_t*>(stored_of(turn))
-                             : reinterpret_cast<uint16_t*>(made + turn % 2 * Tile::kTileBytes);
+        return Tile::kDirect
+                   ? reinterpret_cast<uint16_t*>(stored_of(turn))
+                   : reinterpret_cast<uint16_t*>(made + unsigned(turn) % 2 * Tile::kTileBytes);
     };
 
     const int tokens = int(smaller(kTokens, product.tokens - token));
@@ -115,7 +120,7 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
             const Span span = summed(turn);
             const int64_t depth = int64_t(turn) * kSide;
             fetch_x(turn, span, depth);
-            if (kBase != Base::kNone && (kTwin || turn % kParts == 0))
+            if (kBase != Base::kNone && (kTwin || unsigned(turn) % kParts == 0))
                 fetch_weight(turn, span, depth);
         }
         cp_async_commit();  // also an empty group: the waits below count groups
@@ -143,7 +148,7 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
 
     // Makes a turn's tile of what is stored of it.
     const auto widen_tile = [&](int turn) {
-        const int part = int(kTwin ? output / in_part : turn % kParts);
+        const int part = int(kTwin ? output / in_part : unsigned(turn) % kParts);
         SPEFT_UNROLL
         for (int i = 0; i < kMade; ++i) {
             const int r = made_row + i * kTall, c = made_column;
@@ -161,8 +166,9 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         }
     };
 
-    // Each warp adds the entries of one tile of D, of the four beside each other.
-    const int lane = lane_id(), quarter = warp_id();
+    // The warps part the tiles of D beside each other among them, and the entries of each.
+    const int lane = lane_id(), quarter = warp_id() % kAcrossTiles;
+    const int adder = warp_id() / kAcrossTiles * kWarp + lane;
     const auto my_run = [&](int turn) -> Run {
         if (turn >= turns) return {0, 0};
         const int64_t row_tile = kTwin ? turn : row / kSide + quarter;
@@ -170,11 +176,11 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         const bool there = kTwin ? quarter < outputs.tiles : row_tile * kSide < product.rows;
         if (!there) return {0, 0};
         const Run run = run_of<kBase>(product, row_tile, column_tile);
-        return {run.begin + lane, run.end};
+        return {run.begin + adder, run.end};
     };
     const auto add_entry = [&](uint16_t* tile, Entry entry) {
-        const int r = entry.place / kSide + (kTwin ? 0 : quarter * kSide);
-        const int c = entry.place % kSide + (kTwin ? quarter * kSide : 0);
+        const int r = int(entry.place / kSide) + (kTwin ? 0 : quarter * kSide);
+        const int c = int(entry.place % kSide) + (kTwin ? quarter * kSide : 0);
         uint16_t& place = tile[Tile::Layout::at(r, c)];
         T weight_there;
         weight_there.bits = place;
@@ -182,7 +188,10 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
     };
 
     constexpr int kDown = kWarpTokens / 16, kAcross = kWarpOutputs / 8;
-    const int warp_token = warp_id() % 2 * kWarpTokens, warp_output = warp_id() / 2 * kWarpOutputs;
+    const int warp_token = warp_id() / kWarpsAcross * kWarpTokens,
+              warp_output = warp_id() % kWarpsAcross * kWarpOutputs;
+    // Warps without a token multiply nothing: of 128 tokens each scheduler has one that does.
+    const int first_turn = warp_token < tokens ? 0 : turns;
     float sums[kDown][kAcross][4] = {};
 
     load_scales(0);
@@ -195,27 +204,11 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         cp_async_wait<kStages - 3>();
         sync_block();  // the next turn's tiles have arrived, this one's has its entries, and what
                        // the one before has read is free
-        if (turn + 1 < turns) {
-            if (!Tile::kDirect) {
-                widen_tile(turn + 1);
-                load_scales(turn + 2);
-                sync_block();  // the tile is whole
-            }
-            if (next.begin < next.end) add_entry(tile_of(turn + 1), entry);
-            for (int at = next.begin + kWarp; at < next.end; at += kWarp)
-                add_entry(tile_of(turn + 1), entry_of(product, at, next.end));
-            next = after;
-            entry = entry_of(product, next.begin, next.end);
-            after = my_run(turn + 3);
-        }
-        fetch(turn + kStages - 1);
-        if (turn < 0) continue;
         // Lane l brings row l % 8 of the 8 x 8 matrix l / 8. Of x, matrices follow each other down
         // the tokens first; of W, down what is summed over.
-        const uint16_t* const left = left_of(turn);
-        const uint16_t* const right = tile_of(turn);
-        SPEFT_UNROLL
-        for (int depth = 0; depth < kSide; depth += kProduct) {
+        const auto multiply = [&](int depth) {
+            const uint16_t* const left = left_of(turn);
+            const uint16_t* const right = tile_of(turn);
             const int of_x_row = warp_token + lane % 16, of_x_column = depth + lane / 16 * 8;
             uint32_t rows_of_x[kDown][4];
             SPEFT_UNROLL
@@ -243,7 +236,28 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
                     mma_m16n8k16<T>(sums[i][j + 1], rows_of_x[i], two);
                 }
             }
-        }
+        };
+        const auto prepare = [&] {
+            if (turn + 1 < turns) {
+                if (!Tile::kDirect) {
+                    widen_tile(turn + 1);
+                    load_scales(turn + 2);
+                    sync_block();  // the tile is whole
+                }
+                if (next.begin < next.end) add_entry(tile_of(turn + 1), entry);
+                for (int at = next.begin + kAdding; at < next.end; at += kAdding)
+                    add_entry(tile_of(turn + 1), entry_of(product, at, next.end));
+                next = after;
+                entry = entry_of(product, next.begin, next.end);
+                after = my_run(turn + 3);
+            }
+            fetch(turn + kStages - 1);
+        };
+        // One block has a multiprocessor to itself: after the barrier nothing but its own products
+        // keeps the tensor cores busy, so half of them come first.
+        if (turn >= first_turn) multiply(0);
+        prepare();
+        if (turn >= first_turn) multiply(kProduct);
     }
 
     // Through shared memory, so that rows leave 16 bytes at a time.

@@ -13,20 +13,24 @@
 //
 // Count (M tokens, L lines of x over all tiles, S strips in whole groups): from L2 2 M L bytes of x
 // and 512 M of dy a tile; dy once from memory. Shared memory takes what L2 gives, and gives 2 M S
-// bytes of lines, a tenth more where two that are read at once lie in the same banks, 0.5 M S of
-// places, and 64 M of dy for each warp and each rows that its groups have. 64 M S operations.
+// bytes of lines, a tenth more where two that are read at once lie in the same banks, and 64 M of
+// dy for each warp and each rows that its groups have. 64 M S operations. A warp issues 75
+// instructions a stretch, 11.5 for each group and 12 more where its rows change: four of them are
+// products. Where its groups are read it keeps in five registers (Groups), which it unpacks as it
+// goes, for in more there would be no room.
 //
 // Arithmetic, not measured, for an H200 (7 TB/s of L2, 29.6 TB/s of shared memory, 600 TFLOP/s of
-// mma.sync), M = 8192, N = K = 4096; beside it the strips of triton_kernels/sampled_grad.py by that
-// file's count. Reading dy from memory takes 16 us.
+// mma.sync, four instructions a cycle at 1.755 GHz), M = 8192, N = K = 4096; beside it the strips
+// of triton_kernels/sampled_grad.py by that file's count. Reading dy from memory takes 16 us.
 //
-//                     tiles   L        S        L2               shared   products   strips there
-//   realistic 0.1 %   16      3,001    12,624   116 MB, 17 us    19 us    11 us      29 us
-//   realistic 0.5 %   51      12,512   41,296   419 MB, 60 us    64 us    36 us      77 us
-//   uniform 0.1 %     32      14,783   17,376   376 MB, 54 us    37 us    15 us      55 us
-//   uniform 0.5 %     112     47,485   81,096   1248 MB, 178 us  146 us   71 us      218 us
+//                    tiles  L       S       L2               shared  products  issue  strips there
+//   realistic 0.1 %  16     3,001   12,624  116 MB, 17 us    18 us   11 us     11 us  29 us
+//   realistic 0.5 %  48     12,512  41,232  406 MB, 58 us    57 us   36 us     33 us  77 us
+//   uniform 0.1 %    32     14,783  17,432  376 MB, 54 us    35 us   15 us     18 us  55 us
+//   uniform 0.5 %    96     47,485  80,592  1181 MB, 169 us  125 us  70 us     66 us  218 us
 #include <algorithm>
 
+#include "bring.h"
 #include "device.h"
 #include "kernels.h"
 #include "tokens.h"
@@ -45,52 +49,70 @@ constexpr int kStretch = 32;  // tokens of two products: four lanes' 16 bytes of
 constexpr int kStages = 3;
 constexpr int kVector = 8;                    // elements of 16 bytes
 constexpr int kPitch = kBlockRows + kVector;  // puts eight tokens of dy in all banks
-constexpr int kStageElements = kStretch * (kPitch + kTileLines);
+constexpr int kDyBytes = kStretch * kPitch * int(sizeof(uint16_t));
+constexpr int kLineBytes = kStretch * int(sizeof(uint16_t));
+constexpr int kStageBytes = kDyBytes + kTileLines * kLineBytes;
 // What is picked from at the end takes the stages' place, a row of the strips a line.
 constexpr int kStrips = kTileGroups * kGroup;
 constexpr int kSumPitch = kStrips + kSumPad;
 constexpr size_t kSharedBytes =
-    std::max(kStages * kStageElements * sizeof(uint16_t) + kStrips * sizeof(uint32_t),
-             kStripRows * kSumPitch * sizeof(float));
+    std::max(size_t(kStages * kStageBytes), kStripRows * kSumPitch * sizeof(float));
 static_assert(kSharedBytes <= 163 * 1024, "what sm_80 has");
 
-// A stretch of dy's columns [row, row + kBlockRows), a token a warp at a time. Where a thread reads
-// and writes stays the same, as in Chunks of bring.h.
-class OfDy {
-    static constexpr int kEach = kStretch / kWarps;  // tokens of a warp
-    static_assert(kBlockRows == kWarp * kVector, "a warp brings a token");
-
-  public:
-    SPEFT_DEVICE OfDy(const SampledGrad& problem, int64_t row)
-        : stride_(problem.dy_stride), column_(lane_id() * kVector) {
-        const int64_t left = problem.out_features - row;
-        real_ = left < kBlockRows ? int(left) : kBlockRows;
-        from_ = static_cast<const uint16_t*>(problem.dy) + warp_id() * stride_ + row;
+// A stretch of a block's rows of dy, where products want its tokens.
+struct DyLayout {
+    static constexpr int kColumns = kBlockRows;
+    SPEFT_DEVICE static int at(int token, int column) {
+        return place_of_token(token) * kPitch + column;
     }
+};
 
-    // Brings the stretch that starts at token `start`; zeros from token `end` on. Of columns beyond
-    // the last, whose sums no one reads, the first ones of the block.
-    SPEFT_DEVICE void bring(uint16_t* stage, int64_t start, int64_t end, bool vectors) const {
-        const uint16_t* const from = from_ + start * stride_;
-        const int left = int(end - start < kStretch ? end - start : kStretch) - warp_id();
+// The groups of a warp, kGroups or fewer, in few registers: read from shared memory each turn, they
+// would be a tenth of all that is.
+struct Groups {
+    static constexpr int kRowBits = 3, kRowBytes = kStripRows * int(sizeof(uint16_t));
+    static_assert(kBlockStrips <= 1 << kRowBits && kGroups * (kRowBits + 1) <= 32, "one register");
+
+    uint32_t lines[kGroups / 2];  // where in a stage this lane reads of each: 16 bits, in bytes
+    uint32_t rows;  // of each; above, a bit where they are others than those before, or none
+
+    SPEFT_DEVICE Groups(const SampledGrad& problem, int first, int count) : rows(0) {
+        uint32_t before = ~0u;
         SPEFT_UNROLL
-        for (int i = 0; i < kEach; ++i) {
-            uint16_t* const to = stage + place_of_token(warp_id() + i * kWarps) * kPitch + column_;
-            const uint16_t* const token = from + i * kWarps * stride_;
-            if (vectors) {
-                cp_async16(to, token + (column_ < real_ ? column_ : 0), i * kWarps < left);
-                continue;
-            }
-            for (int c = 0; c < kVector; ++c)
-                to[c] = i * kWarps < left && column_ + c < real_ ? token[column_ + c] : uint16_t(0);
+        for (int j = 0; j < kGroups; ++j) {
+            const bool there = j < count;
+            const int64_t group = first + j;
+            const uint32_t line =
+                there ? uint16_t(problem.strip_line[group * kGroup + lane_id() / 4]) : 0u;
+            const uint32_t of = there ? problem.group_rows[group] : 0u;
+            const uint32_t bytes = line * kLineBytes;
+            lines[j / 2] = j % 2 ? lines[j / 2] | bytes << 16 : bytes;
+            rows |= of << (kRowBits * j);
+            if (!there || of != before) rows |= mark(j);
+            before = of;
         }
     }
 
-  private:
-    const uint16_t* from_;
-    int64_t stride_;
-    int column_, real_;
+    SPEFT_DEVICE static uint32_t mark(int j) { return 1u << (kGroups * kRowBits + j); }
+
+    // Once a turn, that nothing unpacked outlives it.
+    SPEFT_DEVICE void unpack_afresh() {
+        rows = afresh(rows);
+        SPEFT_UNROLL
+        for (uint32_t& two : lines)
+            two = afresh(two);
+    }
+
+    // Whether group j is of the same rows as the one before it.
+    SPEFT_DEVICE bool goes_on(int j) const { return (rows & mark(j)) == 0; }
+    SPEFT_DEVICE uint32_t row_at(int j) const {
+        return (rows >> (kRowBits * j)) % (1u << kRowBits) * kRowBytes;
+    }
+    SPEFT_DEVICE uint32_t line_at(int j) const {
+        return j % 2 ? lines[j / 2] >> 16 : lines[j / 2] & 0xffff;
+    }
 };
+static_assert(kTileLines * kLineBytes <= 1 << 16, "where a line is has 16 bits");
 
 template <class T>
 SPEFT_KERNEL(kThreads)
@@ -98,96 +120,116 @@ multiply_strips(SampledGrad problem, bool vectors) {
     const int64_t tile = blockIdx.x;
     const int64_t row = int64_t(problem.tile_block[tile]) * kBlockRows;
     const TokenPart part = part_of_tokens<kStretch>(problem.tokens, problem.splits, blockIdx.y);
-    const int64_t begin = part.begin, end = part.end;
-    const int turns = part.turns;
-    const int lane = lane_id(), chunk = lane % 4 * kVector;
+    const int tokens = int(part.end - part.begin), lane = lane_id(), chunk = lane % 4 * kVector;
 
     // Four threads bring a stretch of a line, the same ones each time. Lines are aligned: where one
     // starts counts its vectors, so that 32 bits do.
     constexpr int kCopies = kTileLines * 4 / kThreads;
-    constexpr uint32_t kNoLine = ~0u;
-    const int lines = problem.tile_lines[tile + 1] - problem.tile_lines[tile];
+    const int lines =
+        problem.tile_lines[tile + 1] - problem.tile_lines[tile] - int(threadIdx.x) / 4;
     const uint32_t line_vectors = uint32_t(problem.x_stride / kVector);
     uint32_t starts[kCopies];
     SPEFT_UNROLL
     for (int i = 0; i < kCopies; ++i) {
-        const int line = (i * kThreads + int(threadIdx.x)) / 4;
-        starts[i] = line < lines
-                        ? uint32_t(problem.line[problem.tile_lines[tile] + line]) * line_vectors
-                        : kNoLine;
+        const int line = problem.tile_lines[tile] + (i * kThreads + int(threadIdx.x)) / 4;
+        starts[i] = i * kThreads / 4 < lines ? uint32_t(problem.line[line]) * line_vectors : 0u;
     }
-    const OfDy of_dy(problem, row);
-    auto* const stages = shared_memory<uint16_t>();
-    const auto stage = [&](int turn) { return stages + turn % kStages * kStageElements; };
-    const auto fetch = [&](int turn) {
-        if (turn < turns) {
-            const int64_t start = begin + int64_t(turn) * kStretch;
-            of_dy.bring(stage(turn), start, end, vectors);
-            uint16_t* const to = stage(turn) + kStretch * kPitch + threadIdx.x * kVector;
-            const auto* const from = static_cast<const uint16_t*>(problem.x) + start + chunk;
+    // Of dy, a warp brings two tokens: of columns beyond the last, whose sums no one reads, the
+    // first ones of the block. `of_dy` and `of_x` are where the next stretch is.
+    const int64_t stride = problem.dy_stride, wide = problem.out_features - row;
+    const auto* const dy = static_cast<const uint16_t*>(problem.dy) + row;
+    const auto* of_dy =
+        dy + (part.begin + warp_id()) * stride + (lane * kVector < wide ? lane * kVector : 0);
+    const auto* of_x = static_cast<const uint16_t*>(problem.x) + part.begin + chunk;
+    const SharedAt stages = shared_at(shared_memory<unsigned char>());
+    const int dy_to = DyLayout::at(warp_id(), lane * kVector) * int(sizeof(uint16_t));
+    const int x_to = kDyBytes + int(threadIdx.x) * 16;
+    // Brings the next stretch, of which so many tokens are left.
+    const auto fetch = [&](int stage, int left) {
+        if (left > 0) {
+            if (!vectors)
+                bring_singly<kStretch, DyLayout, kThreads>(shared_memory<uint16_t>() + stage / 2,
+                                                           dy + (part.end - left) * stride, stride,
+                                                           left, wide);
+            SPEFT_UNROLL
+            for (int i = 0; i < kStretch / kWarps; ++i) {
+                // Places of tokens are their bits in another order.
+                const SharedAt to =
+                    stages + stage + dy_to + DyLayout::at(i * kWarps, 0) * int(sizeof(uint16_t));
+                if (vectors)
+                    cp_async16(to, of_dy + i * kWarps * stride, warp_id() + i * kWarps < left);
+            }
             SPEFT_UNROLL
             for (int i = 0; i < kCopies; ++i)
-                if (starts[i] != kNoLine)
-                    cp_async16(to + i * kThreads * kVector, from + uint64_t(starts[i]) * kVector,
-                               start + chunk < end);
+                if (i * kThreads / 4 < lines)
+                    cp_async16(stages + stage + x_to + i * kThreads * 16,
+                               of_x + uint64_t(afresh(starts[i])) * kVector, chunk < left);
+            of_dy += kStretch * stride;
+            of_x += kStretch;
         }
         cp_async_commit();  // also an empty group: the waits below count groups
     };
-
-    // Of each strip of the tile where it reads: a line in a stage, and rows of dy. In shared
-    // memory, for in registers a warp would need two numbers a group.
-    const int first = problem.tile_groups[tile];
-    const int groups = problem.tile_groups[tile + 1] - first;
-    auto* const places = reinterpret_cast<uint32_t*>(stages + kStages * kStageElements);
-    for (int i = int(threadIdx.x); i < groups * kGroup; i += kThreads) {
-        const uint32_t line = problem.strip_line[int64_t(first) * kGroup + i];
-        const uint32_t rows = problem.group_rows[first + i / kGroup];
-        places[i] = rows * kStripRows << 16 | line * kStretch;
-    }
-    // A warp takes neighbouring groups, so that most of them are of the same rows.
-    const int each = (groups + kWarps - 1) / kWarps, mine = warp_id() * each;
-    const int own = groups - mine < each ? groups - mine : each;
-
-    float sums[kGroups][kRowTiles][4] = {};
     SPEFT_UNROLL
     for (int turn = 0; turn < kStages - 1; ++turn)
-        fetch(turn);
-    for (int turn = 0; turn < turns; ++turn) {
+        fetch(turn * kStageBytes, tokens - turn * kStretch);
+
+    // A warp takes neighbouring groups, so that most of them are of the same rows.
+    const int first = problem.tile_groups[tile], groups = problem.tile_groups[tile + 1] - first;
+    const int each = (groups + kWarps - 1) / kWarps, mine = warp_id() * each;
+    const int own = groups - mine < each ? groups - mine : each;
+    Groups of_warp(problem, first + mine, own);
+
+    float sums[kGroups][kRowTiles][4] = {};
+    const int rows_from =
+        ((lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8) * int(sizeof(uint16_t));
+    int stage = 0, free = (kStages - 1) * kStageBytes;
+    for (int left = tokens; left > 0; left -= kStretch) {
         cp_async_wait<kStages - 2>();
         sync_block();  // everyone's copies have arrived, and the stage that is fetched next is free
-        fetch(turn + kStages - 1);
+        fetch(free, left - (kStages - 1) * kStretch);
         // Lane l brings row l % 8 of the 8 x 8 matrix l / 8; those follow each other across first.
-        const uint16_t* const dy =
-            stage(turn) + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8;
-        const uint16_t* const x = stage(turn) + kStretch * kPitch + chunk;
-        const auto gather = [&](int j, uint32_t (&line)[4]) {
-            const uint32_t place = places[(mine + j) * kGroup + lane / 4];
-            load_shared16(line, x + (place & 0xffff));
-            return int(place >> 16);
+        const SharedAt rows = stages + stage + rows_from;
+        const SharedAt line = stages + stage + kDyBytes + lane % 4 * 16;
+        of_warp.unpack_afresh();
+        uint32_t left_side[2][kRowTiles][4], right[2][4];
+        const auto load_rows = [&](int j) {
+            SPEFT_UNROLL
+            for (int i = 0; i < 2 * kRowTiles; ++i)
+                ldmatrix_x4_trans(
+                    left_side[i / kRowTiles][i % kRowTiles],
+                    rows + of_warp.row_at(j) +
+                        (i / kRowTiles * 16 * kPitch + i % kRowTiles * 16) * int(sizeof(uint16_t)));
         };
-        uint32_t left[2][kRowTiles][4], right[4], next[4];
-        int rows = -1, next_rows = own > 0 ? gather(0, next) : 0;
+        const auto gather = [&](int j) { load_shared16(right[j % 2], line + of_warp.line_at(j)); };
+        const auto multiply = [&](int j) {
+            SPEFT_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t strips[2] = {right[j % 2][2 * half], right[j % 2][2 * half + 1]};
+                SPEFT_UNROLL
+                for (int i = 0; i < kRowTiles; ++i)
+                    mma_m16n8k16<T>(sums[j][i], left_side[half][i], strips);
+            }
+        };
+        if (own > 0) {
+            gather(0);
+            load_rows(0);
+        }
         SPEFT_UNROLL
         for (int j = 0; j < kGroups; ++j) {
+            // Mostly neither is j the last nor the next of other rows: one question for both.
+            if (j + 1 < kGroups && of_warp.goes_on(j + 1)) {
+                gather(j + 1);
+                multiply(j);
+                continue;
+            }
             if (j >= own) break;
-            SPEFT_UNROLL
-            for (int i = 0; i < 4; ++i)
-                right[i] = next[i];
-            if (rows != next_rows) {
-                rows = next_rows;
-                SPEFT_UNROLL
-                for (int i = 0; i < 2 * kRowTiles; ++i)
-                    ldmatrix_x4_trans(left[i / kRowTiles][i % kRowTiles],
-                                      dy + i / kRowTiles * 16 * kPitch + rows + i % kRowTiles * 16);
-            }
-            if (j + 1 < own) next_rows = gather(j + 1, next);
-            const uint32_t early[2] = {right[0], right[1]}, late[2] = {right[2], right[3]};
-            SPEFT_UNROLL
-            for (int i = 0; i < kRowTiles; ++i) {
-                mma_m16n8k16<T>(sums[j][i], left[0][i], early);
-                mma_m16n8k16<T>(sums[j][i], left[1][i], late);
-            }
+            if (j + 1 < own) gather(j + 1);
+            multiply(j);
+            if (j + 1 >= own) break;
+            load_rows(j + 1);
         }
+        free = stage;
+        stage = stage == (kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
     }
 
     sync_block();  // the stages are read
@@ -206,8 +248,8 @@ multiply_strips(SampledGrad problem, bool vectors) {
     sync_block();
     const int last = problem.tile_entries[tile + 1];
     for (int e = problem.tile_entries[tile] + int(threadIdx.x); e < last; e += kThreads) {
-        const float sum =
-            total[problem.at[e] % kStripRows * kSumPitch + problem.at[e] / kStripRows];
+        const float sum = total[uint16_t(problem.at[e]) % kStripRows * kSumPitch +
+                                uint16_t(problem.at[e]) / kStripRows];
         if (problem.splits == 1) {
             float& to = problem.out[problem.slot[e]];
             to = problem.accumulate ? to + sum : sum;

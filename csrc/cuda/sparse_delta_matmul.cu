@@ -1,12 +1,12 @@
 // sparse_delta_matmul: x @ (W + D)^T + b and its twin x @ (W + D), where W + D exists in no device
 // memory; for 16-bit x over a W of 16, 8 or 4 bits, on the tensor cores.
 //
-// Many tokens, `multiply_many`: a product of tiles of 128 tokens, 128 outputs and 32 of what is
+// Many tokens, `multiply_many`: a product of tiles of 256 tokens, 128 outputs and 32 of what is
 // summed over, which come to shared memory through four asynchronous stages. Before the tensor
 // cores read a tile of W, it gets its entries of D there, rounded to W's dtype as a weight that
 // holds D would be; a quantized W is first widened into a second tile. D comes sorted by tiles of
-// 32 x 32, which serve both products. The entries of a tile are added while the tensor cores work
-// on the one before, one barrier a tile, and were loaded a tile earlier.
+// 32 x 32, which serve both products. The entries of a tile are added between the two halves of the
+// products of the one before, one barrier a tile, and were loaded a tile earlier.
 //
 // Few tokens, `multiply_few`, where rows are whole and aligned for 16 bytes (else as many): bound
 // by reading W once. A warp takes 32 of what is summed over and 32 outputs (64 in the twin)
@@ -16,18 +16,28 @@
 // count.
 //
 // Count (M tokens, N x K, E entries, q bytes of W an element). Many: 2 M N K operations on the
-// tensor cores; from the L2 cache 2 M K bytes for each 128 outputs, and q N K + 6 E for each 128
+// tensor cores; from the L2 cache 2 M K bytes for each 128 outputs, and q N K + 6 E for each 256
 // tokens, of which the entries are 1.5 % at 0.5 % and q = 2. The twin over 4 bits reads its words
 // once for each of the four columns that they hold: q = 2 there, too. An entry reads and writes 2
-// bytes of shared memory. A tile's turn takes 128 cycles of shared memory on its way in, 256 on its
-// way out, and 64 of some 280 instructions of each warp are products, which take a Hopper's tensor
-// cores 410 cycles at the rate of mma.sync: 0.62 of wgmma's, a figure of others. Two blocks of four
-// warps on a multiprocessor issue 560 in 820, one a cycle on each of its four schedulers.
+// bytes of shared memory. Of a turn of a tile, q = 2, in cycles of an H200's multiprocessor:
 //
-// Few: q N K + 6 E bytes, and 2 M K from the L2 cache for each 32 outputs. An entry takes a warp
+//   tensor cores   825   512 products at the rate of mma.sync: 0.62 of wgmma's, a figure of others
+//   L2 cache       813   24.6 KB at the 30 bytes that each has of 7 TB/s
+//   shared memory  704   192 on the way in, 512 on the way out
+//   instructions   560   280 of each warp, of which two share a scheduler
+//
+// So tensor cores and L2 are as one; tiles of 128 x 128 would bring 4.3 GB for 8192 tokens of 4096
+// x 4096, not 3.2, and wait 1.3 times as long for L2 as for the tensor cores. These take 0.47 ms
+// there, and 0.48 as whole waves of 132 tiles. Between a tile's barrier and its first ldmatrix
+// stand ten instructions; a tile of 256 x 128 leaves room for no second block that would fill a
+// longer wait.
+//
+// Few: q N K + 10 E bytes, and 2 M K from the L2 cache for each 32 outputs. An entry takes a warp
 // some 30 instructions for 16 tokens: 150 at 0.5 % for each 2 KB of W, beside some 60 of the
 // product, where an H200 has time for 450. What waits matters more: W and its scales, the runs and
-// the entries are asked for a turn or two ahead, x of three entries at once.
+// the entries are asked for a turn or two ahead, x of three entries at once. The values are read
+// where they are, 32 bytes from L2 for each, because a launch that sorts them would take some 3 us
+// of the 8 in which an H200 reads 4096 x 4096 of W.
 //
 // tests/test_cuda_counts.py holds the counts of copies, shared memory and products.
 #include "bring.h"

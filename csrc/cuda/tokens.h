@@ -16,7 +16,8 @@ struct TokenPart {
 template <int kStretch>
 SPEFT_DEVICE TokenPart part_of_tokens(int64_t tokens, int64_t parts, int64_t number) {
     const int64_t stretches = (tokens + kStretch - 1) / kStretch;
-    const int64_t size = (stretches + parts - 1) / parts * kStretch;
+    // In 32 bits, for 64 are divided by a hundred instructions.
+    const int64_t size = int64_t(unsigned(stretches + parts - 1) / unsigned(parts)) * kStretch;
     const int64_t begin = number * size;
     const int64_t end = begin + size < tokens ? begin + size : tokens;
     return {begin, end, begin < end ? int((end - begin + kStretch - 1) / kStretch) : 0};

@@ -127,8 +127,10 @@ def _in_triton(
     _triton.kernels("block_grad").block_grad(dy, x, rows, cols, out, accumulate)
 
 
-# Tokens that the kernel brings to shared memory at a time (csrc/cuda/block_grad.cu).
+# Tokens that the kernel brings to shared memory at a time, and the sides of the tiles that it cuts
+# blocks into (csrc/cuda/block_grad.cu).
 _STRETCH = 64
+_TILE = 64
 
 
 def _in_cuda(
@@ -141,13 +143,17 @@ def _in_cuda(
     accumulate: bool,
 ) -> None:
     dy, x = _native.rows_contiguous(dy), _native.rows_contiguous(x)
-    parts = _cuda_native.splits(rows.numel(), dy.shape[0], _STRETCH, dy.device)
+    bh, bw = out.shape[1:]
+    tiles = rows.numel() * -(-bh // _TILE) * -(-bw // _TILE)
+    # Whole tiles have registers for two. Of smaller ones four ask for all that L2 gives.
+    resident = 4 if min(bh, bw) <= 16 or max(bh, bw) <= 32 else 2
+    parts = _cuda_native.splits(tiles, dy.shape[0], _STRETCH, out.numel(), dy.device, resident)
     scratch = out.new_empty(parts, *out.shape) if parts > 1 else None
     _cuda_native.launch(
         *(backend, "block_grad", dy),
         *(dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0)),
         *(dy.shape[0], rows.data_ptr(), cols.data_ptr(), rows.numel()),
-        *(out.shape[1], out.shape[2], out.data_ptr(), accumulate),
+        *(bh, bw, out.data_ptr(), accumulate),
         *(0 if scratch is None else scratch.data_ptr(), parts),
         _native.dtype_code(dy),
     )

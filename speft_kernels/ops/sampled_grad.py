@@ -242,8 +242,6 @@ def _in_triton(
 _STRETCH = 32
 # Elements of packed x, 64 GB, which it counts eight at a time in 32 bits.
 _MOST = 1 << 35
-# Sums of all splits together, at most: 8 MB.
-_SCRATCH = 1 << 21
 
 
 def _in_cuda(
@@ -264,8 +262,7 @@ def _in_cuda(
     lines = _lines(x)
     if lines.numel() > _MOST:
         raise ValueError(f"packed x of {lines.numel()} elements: the kernel takes {_MOST} at most")
-    parts = _cuda_native.splits(tiles, dy.shape[0], _STRETCH, dy.device)
-    parts = min(parts, max(1, _SCRATCH // max(1, nnz)))
+    parts = _cuda_native.splits(tiles, dy.shape[0], _STRETCH, nnz, dy.device)
     scratch = out.new_empty(parts, nnz) if parts > 1 else None
     _cuda_native.launch(
         *(backend, "sampled_grad", dy),

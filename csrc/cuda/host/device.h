@@ -48,6 +48,11 @@ T* shared_memory() {
     return reinterpret_cast<T*>(host::shared_memory());
 }
 
+using SharedAt = unsigned char*;
+inline SharedAt shared_at(void* pointer) {
+    return static_cast<SharedAt>(pointer);
+}
+
 // A default argument is evaluated where the call stands, so these know the kernel's line.
 inline void sync_block(int line = __builtin_LINE()) {
     host::barrier(line);
@@ -71,13 +76,12 @@ const unsigned char* gather(const T& mine, int line) {
 }  // namespace host
 
 template <class T>
-T exchange_xor(T value, int mask, int line = __builtin_LINE()) {
-    return host::of_lane<T>(host::gather(value, line), host::lane() ^ mask);
-}
-
-template <class T>
 T exchange_from(T value, int lane, int line = __builtin_LINE()) {
     return host::of_lane<T>(host::gather(value, line), lane);
+}
+
+inline uint32_t afresh(uint32_t word) {
+    return word;
 }
 
 inline int count_bits(uint32_t bits) {
