@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from speft_kernels.bench.gpu import drawn, run
 from speft_kernels.bench.gpu.device import Device
@@ -49,9 +51,10 @@ def test_each_key_has_a_file_of_its_own(tmp_path, draws):
 
 
 def spoil_an_index(path):
-    kept = torch.load(path, weights_only=True)
-    kept["indices"][0] += 1
-    torch.save(kept, path)
+    with safe_open(path, "pt") as file:
+        indices, facts = file.get_tensor("indices"), file.metadata()
+    indices[0] += 1
+    save_file({"indices": indices}, path, facts)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +62,11 @@ def spoil_an_index(path):
     [
         lambda path: path.write_bytes(path.read_bytes()[:-100]),
         lambda path: path.write_bytes(b""),
-        lambda path: torch.save({"of": None}, path),
+        lambda path: save_file({"others": torch.ones(1)}, path),
+        lambda path: save_file({"indices": torch.ones(1)}, path),
         spoil_an_index,
     ],
-    ids=["cut off", "empty", "another's", "an index"],
+    ids=["cut off", "empty", "another's", "no facts", "an index"],
 )
 def test_a_damaged_file_is_drawn_again_and_replaced(spoil, tmp_path, draws):
     first = drawn.mask(UNIFORM, tmp_path)
@@ -77,7 +81,7 @@ def test_a_file_of_another_mask_or_of_other_sources_is_not_taken(tmp_path, draws
     other = UNIFORM._replace(seed=1)
     drawn.mask(UNIFORM, tmp_path)
     (path,) = tmp_path.iterdir()
-    shutil.copy(path, tmp_path / path.name.replace("-0.pt", "-1.pt"))
+    shutil.copy(path, tmp_path / path.name.replace("-0.", "-1."))
     assert drawn.mask(other, tmp_path) == drawn.mask(other)
     monkeypatch.setattr(torch, "__version__", "0.1")
     drawn.mask(UNIFORM, tmp_path)

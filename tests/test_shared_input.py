@@ -3,116 +3,32 @@
 import copy
 import gc
 import io
-import threading
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from layers import at_entries, dense_twin
+from layers import at_entries
+from siblings import (
+    TOKENS,
+    K,
+    N,
+    Saved,
+    check_gradients,
+    columns_pattern,
+    copy_bytes,
+    forward,
+    layer_of,
+    merged,
+    siblings,
+    tolerance,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from speft_kernels import SparseDeltaLinear, SparsePattern, ops
+from speft_kernels import SparsePattern
 from speft_kernels.shared_input import SharedInput
 from speft_kernels.testing import realistic_pattern
-
-N, K, TOKENS = 48, 96, 50
-
-
-def layer_of(pattern, dtype=torch.float64, mode="resident"):
-    n, k = pattern.shape
-    layer = SparseDeltaLinear.from_linear(nn.Linear(k, n, dtype=dtype), pattern, mode)
-    with torch.no_grad():
-        layer.values.normal_()
-    return layer
-
-
-def columns_pattern(columns, n=N, k=K):
-    """Every other row of some columns."""
-    mask = torch.zeros(n, k, dtype=torch.bool)
-    mask[::2, columns] = True
-    return SparsePattern.from_mask(mask)
-
-
-def siblings(dtype=torch.float64, mode="resident"):
-    """Three layers whose columns overlap in part."""
-    return [layer_of(realistic_pattern((N, K), 0.03, seed=i), dtype, mode) for i in range(3)]
-
-
-def distinct(layers):
-    """How many columns the layers use together."""
-    return torch.unique(torch.cat([layer.pattern.used_cols for layer in layers])).numel()
-
-
-class Saved:
-    """The storages that autograd saves in the block beside parameters; each counts once."""
-
-    def __init__(self, layers):
-        self._own = {p.untyped_storage().data_ptr() for x in layers for p in x.parameters()}
-        self._found = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._own:
-            self._found[storage.data_ptr()] = storage  # held: its address stays its own
-        return tensor
-
-    def __enter__(self):
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._hooks.__exit__(*error)
-
-    def __len__(self):
-        return len(self._found)
-
-    @property
-    def bytes(self):
-        return sum(storage.nbytes() for storage in self._found.values())
-
-
-def forward(layers, x):
-    """All layers of x; what they save is counted."""
-    with Saved(layers) as saved:
-        outputs = [layer(x) for layer in layers]
-    return outputs, saved
-
-
-def tolerance(dtype, tokens=TOKENS):
-    """Of sums of `tokens` products of unit normals (60 at most in all) in another order."""
-    return tokens * torch.finfo(dtype).eps * 60 * 4
-
-
-def check_gradients(layers, outputs, inputs):
-    """Each layer's gradients equal those of its dense twin, for outputs of its input."""
-    grads = [torch.randn_like(output) for output in outputs]
-    for layer in layers:
-        layer.values.grad = None
-    torch.autograd.backward(outputs, grads)
-    wanted = {id(layer): 0.0 for layer in layers}
-    for layer, x, dy in zip(layers, inputs, grads, strict=True):
-        twin = dense_twin(layer)
-        twin(x.detach().to(twin.weight.dtype)).backward(dy.to(twin.weight.dtype))
-        wanted[id(layer)] = wanted[id(layer)] + at_entries(twin.weight.grad, layer)
-    for layer in layers:
-        atol = tolerance(layer.values.dtype)
-        torch.testing.assert_close(layer.values.grad, wanted[id(layer)], rtol=0, atol=atol)
-
-
-def merged(layers, x=None):
-    """The layers after a pass in which they were seen to read one tensor."""
-    x = torch.randn(TOKENS, K, dtype=layers[0].weight.dtype) if x is None else x
-    forward(layers, x)
-    assert len({id(layer._input.group()) for layer in layers}) == 1
-    return layers
-
-
-def copy_bytes(layers, dtype=torch.float64):
-    # 50 tokens are one block of 64.
-    return distinct(layers) * 64 * torch.finfo(dtype).bits // 8
 
 
 @pytest.mark.parametrize("mode", ["resident", "additive"])
@@ -443,45 +359,6 @@ def test_inputs_made_in_inference_mode():
     check_gradients(layers, outputs, [x.clone()] * 3)
 
 
-def test_two_threads_that_run_two_models():
-    models = [siblings(), siblings()]
-    failures, start = [], threading.Barrier(2)
-
-    def train(layers, seed):
-        generator = torch.Generator().manual_seed(seed)
-        try:
-            start.wait(timeout=60)
-            for step in range(30):
-                x = torch.randn(TOKENS, K, dtype=torch.float64, generator=generator)
-                outputs, saved = forward(layers, x)
-                assert len(saved) == (3 if step == 0 else 1)
-                check_gradients(layers, outputs, [x] * 3)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [
-        threading.Thread(target=train, args=(layers, seed)) for seed, layers in enumerate(models)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=100)
-        assert not thread.is_alive()
-    assert not failures, failures
-    assert len({id(layer._input.group()) for layers in models for layer in layers}) == 2
-
-
-def test_two_threads_that_read_one_tensor():
-    """Models that are given the same batch do not merge: each thread sees its own layers."""
-    models = [siblings(), siblings()]
-    x = torch.randn(TOKENS, K, dtype=torch.float64)
-    for layers in models:
-        thread = threading.Thread(target=merged, args=(layers, x))
-        thread.start()
-        thread.join(timeout=60)
-    assert len({id(layer._input.group()) for layers in models for layer in layers}) == 2
-
-
 def test_nothing_is_kept_alive():
     layers = merged(siblings())
     x = torch.randn(TOKENS, K, dtype=torch.float64)
@@ -492,26 +369,3 @@ def test_nothing_is_kept_alive():
     gc.collect()
     assert storage() is None
     assert source() is None
-
-
-def test_a_group_that_another_thread_merges_while_a_copy_is_made(monkeypatch):
-    """The copy is of the columns of before: no sibling may read it with a plan of those of now."""
-    first, second = layer_of(columns_pattern([1, 2, 3])), layer_of(columns_pattern([50, 60, 70]))
-    x = torch.randn(TOKENS, K, dtype=torch.float64)
-    original, others = ops.keep_columns, []
-
-    def meanwhile(*args):
-        if not others:
-            other = torch.randn(8, K, dtype=torch.float64)
-            others.append(threading.Thread(target=lambda: [first(other), second(other)]))
-            others[0].start()
-            others[0].join()
-        return original(*args)
-
-    monkeypatch.setattr(ops, "keep_columns", meanwhile)
-    y = first(x), second(x)
-    dy = [torch.randn_like(part) for part in y]
-    torch.autograd.backward(y, dy)
-    for layer, gradient in zip((first, second), dy, strict=True):
-        wanted = (gradient.t() @ x).flatten()[layer.pattern.indices.long()]
-        torch.testing.assert_close(layer.values.grad, wanted)

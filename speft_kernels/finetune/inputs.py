@@ -53,10 +53,9 @@ class Inputs:
 
     `config` says what its `lora_budget` means for this model (see `methods.budgeted`). `labels` are
     the class names in the order of the model's outputs, `positive_label` is the one of two that F1
-    is of; `pooling` is "mean" or
-    "model", and None for a language model; `fingerprint` covers all the data, as token ids too, the
-    base weights and a score of the user's own: what a run that goes on must find as it was.
-    `identity` has a
+    is of; `pooling` is "mean" or "model", and None for a language model; `fingerprint` covers all
+    the data, as token ids too, the base weights and a score of the user's own: what a run that goes
+    on must find as it was. `identity` has a
     digest of each source, of the base weights and of the file of a score of the user's own,
     "train=DIGITS test=DIGITS model=DIGITS salience=DIGITS".
     """

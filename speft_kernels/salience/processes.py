@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import SalienceError
 from .accumulate import GradientSums, PassStatistics
+
+Result = TypeVar("Result")
 
 
 def count() -> int:
@@ -32,6 +35,17 @@ def agree(error: Exception | None, device: torch.device) -> None:
         raise SalienceError("scoring failed in another process; its own message says why")
 
 
+def _agreed(run: Callable[[], Result], device: torch.device) -> Result:
+    """What `run` returns, once it has in every process; raises as `agree` does."""
+    result, error = None, None
+    try:
+        result = run()
+    except Exception as raised:  # agree() raises it again once the other processes know
+        error = raised
+    agree(error, device)
+    return cast(Result, result)
+
+
 def together(
     run: Callable[[], PassStatistics], layers: Mapping[str, nn.Linear], sums: GradientSums
 ) -> PassStatistics:
@@ -42,12 +56,7 @@ def together(
     """
     if count() == 1:
         return run()
-    statistics, error = PassStatistics(), None
-    try:
-        statistics = run()
-    except Exception as raised:  # agree() raises it again once the other processes know
-        error = raised
-    agree(error, next(iter(layers.values())).weight.device)
+    statistics = _agreed(run, next(iter(layers.values())).weight.device)
     reduce_sums(layers, sums, statistics)
     return statistics
 
@@ -61,16 +70,10 @@ def summed(run: Callable[[], int], sums: Iterable[Tensor]) -> int:
     if count() == 1:
         return run()
     sums = list(sums)
-    number, error = 0, None
-    try:
-        number = run()
-    except Exception as raised:  # agree() raises it again once the other processes know
-        error = raised
     device = sums[0].device
-    agree(error, device)
+    counted = torch.tensor([float(_agreed(run, device))], device=device)
     for total in sums:
         dist.all_reduce(total)
-    counted = torch.tensor([float(number)], device=device)
     dist.all_reduce(counted)
     return int(counted.item())
 

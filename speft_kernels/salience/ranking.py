@@ -105,9 +105,10 @@ def _filled_up(
             assert metric.score is not None
             # As the top-k does: a half's products leave its range.
             score = metric.score(*(t.to(accumulator_dtype(t.dtype)) for t in operands))
-        if bool((score < 0).any()):
+        below, count = torch.stack([(score < 0).sum(), (score == 0).sum()]).tolist()
+        if below:
             return {}
-        if count := int((score == 0).sum()):
+        if count:
             found[name] = (count, len(indices))
     return found
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ... import pattern as patterns
 from ... import testing
@@ -43,7 +45,7 @@ def mask(of: Mask, folder: Path | None = None) -> SparsePattern:
     """The mask as it is kept in the folder, else drawn and kept there."""
     if folder is None:
         return _drawn(of)
-    path = folder / f"{of.shape[0]}x{of.shape[1]}-{of.kind}-{of.density:g}-{of.seed}.pt"
+    path = folder / f"{of.shape[0]}x{of.shape[1]}-{of.kind}-{of.density:g}-{of.seed}.safetensors"
     found = _kept(path, of)
     if found is None:
         found = _drawn(of)
@@ -57,45 +59,49 @@ def _drawn(of: Mask) -> SparsePattern:
         return uniform_pattern(shape, density, seed=seed)
     if kind == "realistic":
         return realistic_pattern(shape, density, seed=seed)
-    height, width = (int(side) for side in kind.split("x"))
+    height, width = _blocks(kind)
     grid = (shape[0] // height) * (shape[1] // width)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(grid, generator=generator)[: max(1, round(density * grid))]
     return SparsePattern.from_blocks(shape, (height, width), chosen)
 
 
+def _blocks(kind: str) -> Shape:
+    if kind in ("uniform", "realistic"):
+        return 1, 1
+    height, width = (int(side) for side in kind.split("x"))
+    return height, width
+
+
 def _kept(path: Path, of: Mask) -> SparsePattern | None:
-    """The mask in a file; None where there is none, or another one than would be drawn now."""
+    """The mask in a file; None where there is none, or a damaged one, or another one than would be
+    drawn now.
+    """
     try:
-        kept = torch.load(path, weights_only=True)
-        if kept["of"] != _facts(of) or kept["digest"] != _digest(kept["indices"]):
-            return None
-        return SparsePattern(of.shape, kept["indices"], tuple(kept["block_shape"]))
-    except Exception:  # a file may be damaged in more ways than can be listed
+        with safe_open(path, "pt") as file:
+            facts, indices = file.metadata() or {}, file.get_tensor("indices")
+    except (OSError, SafetensorError):
         return None
+    if facts != {**_facts(of), "digest": _digest(indices)}:
+        return None
+    return SparsePattern(of.shape, indices, _blocks(of.kind))
 
 
 def _keep(path: Path, of: Mask, found: SparsePattern) -> None:
-    kept = {
-        "of": _facts(of),
-        "indices": found.indices,
-        "digest": _digest(found.indices),
-        "block_shape": list(found.block_shape),
-    }
+    facts = {**_facts(of), "digest": _digest(found.indices)}
     # Where it cannot be written it is drawn again the next time, and nothing else is lost.
     with contextlib.suppress(OSError, OutputError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as temporary:
-            torch.save(kept, temporary)
+            save_file({"indices": found.indices}, temporary, facts)
 
 
-def _facts(of: Mask) -> dict[str, Any]:
+def _facts(of: Mask) -> dict[str, str]:
     """What decides the entries: the key, torch's generators, and the sources that draw."""
     sources = hashlib.sha256()
     for name in (patterns.__file__, testing.__file__, __file__):
         sources.update(Path(name).read_bytes())
-    key = {**of._asdict(), "shape": list(of.shape)}
-    return {**key, "torch": str(torch.__version__), "sources": sources.hexdigest()}
+    return {"of": str(of), "torch": str(torch.__version__), "sources": sources.hexdigest()}
 
 
 def _digest(indices: torch.Tensor) -> str:
