@@ -140,23 +140,20 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
         .def_readonly("scratch_bytes", &cuda::TopkPlan::scratch_bytes);
     m.def("plan_topk", [](const std::vector<Ptr>& x, const std::vector<Ptr>& y,
                           const std::vector<int64_t>& sizes, const std::vector<int64_t>& ks,
-                          bool together, int64_t multiprocessors, int dtype, Ptr stream) {
+                          bool together, int64_t multiprocessors, int dtype) {
         cuda::TopkProblem problem = {{}, {}, sizes, ks, together, DType(dtype), multiprocessors};
         for (const Ptr address : x)
             problem.x.push_back(at<void>(address));
         for (const Ptr address : y)
             problem.y.push_back(at<void>(address));
-        cuda::TopkPlan plan;
-        check(cuda::plan_topk(problem, &plan, at<void>(stream)), "plan_topk",
-              {{"matrices", plan.sizes.matrices}});
-        return plan;
+        return cuda::plan_topk(problem);
     });
     m.def(
         "topk_salience",
         [](const cuda::TopkPlan& plan, Ptr table, Ptr scratch, int metric, Ptr indices, Ptr told,
-           int dtype, Ptr stream) {
-            const cuda::TopkCall call = {at<void>(table), at<void>(scratch), metric,
-                                         at<int64_t>(indices), at<uint64_t>(told)};
+           bool over_data, int dtype, Ptr stream) {
+            const cuda::TopkCall call = {at<void>(table),      at<void>(scratch),  metric,
+                                         at<int64_t>(indices), at<uint64_t>(told), over_data};
             check(cuda::topk_salience(plan.sizes, call, DType(dtype), at<void>(stream)),
                   "topk_salience",
                   {{"matrices", plan.sizes.matrices}, {"tiles", plan.sizes.tiles}});

@@ -137,7 +137,7 @@ FAULTS = (
     ("misaligned", "sampled_grad.cu", "kPitch = kBlockRows + kVector;", "kPitch = kBlockRows + 4;"),
     # A key equal to the k-th too few; more set aside than there is room for.
     ("tie", "topk_kernels.h", "tie++ >= ties)", "tie++ >= ties - 1)"),
-    ("room", "topk_work.h", "state.found <= uint64_t(segment.capacity)", "true"),
+    ("room", "topk_work.h", "found <= uint64_t(segment.capacity)", "true"),
     # A token beyond the end of a part is added, and counts twice.
     ("off by one", "tokens.h", "? begin + size :", "? begin + size + 1 :"),
     # The last of 64 entries is added twice.

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import backends
 
-from speft_kernels import ops
+from speft_kernels import _cuda_native, ops
 from speft_kernels.errors import SalienceError
 
 BACKENDS = backends("topk_salience")
@@ -260,6 +260,51 @@ def assert_in_cuda(weights, grads, k, metric="raw", scope="layer"):
     assert_as_reference(weights, grads, k, metric, scope, backend="cuda-host")
 
 
+@pytest.fixture
+def over_data(monkeypatch):
+    """Of each call of the CUDA kernels whether it was over the data, as it is made."""
+    calls, launch = [], _cuda_native.launch
+
+    def counted(backend, name, tensor, *arguments):
+        calls.append(arguments[-2])
+        launch(backend, name, tensor, *arguments)
+
+    monkeypatch.setattr(_cuda_native, "launch", counted)
+    return calls
+
+
+@needs_cuda_host
+def test_cuda_finds_the_threshold_of_a_list_of_several_parts(over_data):
+    """Scores that differ much, in the last bits only, and in a few values."""
+    scores = [
+        torch.randn(120, 300),
+        1 + torch.randperm(36_000).reshape(120, 300) * 2.0**-20,
+        torch.randint(0, 40, (120, 300)) / 40,
+    ]
+    for some in (*scores, scores[0].bfloat16(), scores[2].half()):
+        assert_in_cuda([None], [some], 3_500, "gradient")
+    assert over_data == [False] * 5
+
+
+@needs_cuda_host
+def test_cuda_takes_tiles_of_several_groups(over_data):
+    """Of 512 tiles; equal scores too many to keep among all of them, and two matrices."""
+    scores = [torch.randint(0, 300, (530, 8192)).float(), torch.randint(0, 300, (9, 9)).float()]
+    for scope in ("layer", "global"):
+        assert_in_cuda([None] * 2, scores, 0.005, "raw", scope)
+    assert over_data == [False] * 2
+
+
+@needs_cuda_host
+@pytest.mark.parametrize("times", [2.0**15, 2.0**17])
+def test_cuda_counts_the_data_where_the_kth_score_is_far_beyond_the_bound(over_data, times):
+    """The bound is that of some hundred scores, of which a few are much larger."""
+    scores = 1 + torch.rand(60_000)
+    scores[torch.randperm(60_000)[:30]] *= times
+    assert_in_cuda([None], [scores.view(200, -1)], 20)
+    assert over_data == ([False] if times == 2.0**15 else [False, True])
+
+
 @needs_cuda_host
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize(
@@ -277,11 +322,12 @@ def test_cuda_takes_a_ragged_batch(dtype, metric, scope):
 
 @needs_cuda_host
 @pytest.mark.parametrize("kind", CROWDED)
-def test_cuda_counts_the_data_where_equal_scores_leave_no_room(kind):
+def test_cuda_counts_the_data_where_equal_scores_leave_no_room(over_data, kind):
     """In one segment, while the others take what was set aside."""
     few = -10 - torch.rand(30, 100)
     for k in (1, 999, 2_999):
         assert_in_cuda([None] * 2, [few, CROWDED[kind]], k)
+    assert over_data.count(True) == (2 if kind == "one bin" else 3)
     for k in (999, 6_000, 6_003):
         assert_in_cuda([None] * 2, [few, CROWDED[kind]], k, scope="global")
 

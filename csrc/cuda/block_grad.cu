@@ -41,8 +41,8 @@ multiply(BlockGrad problem, bool dy_vectors, bool x_vectors) {
     using OfDy = Swizzled<kRows>;
     using OfX = Swizzled<kCols>;
     // In 32 bits, as large as the grid: 64 are divided by a hundred instructions.
-    const unsigned tiles_down = unsigned((problem.height + kRows - 1) / kRows);
-    const unsigned tiles_across = unsigned((problem.width + kCols - 1) / kCols);
+    const unsigned tiles_down = unsigned(parts_of(problem.height, kRows));
+    const unsigned tiles_across = unsigned(parts_of(problem.width, kCols));
     const int64_t block = blockIdx.x / (tiles_down * tiles_across);
     const unsigned tile = blockIdx.x % (tiles_down * tiles_across);
     const int64_t row = int64_t(tile / tiles_across) * kRows;
@@ -159,8 +159,8 @@ SPEFT_KERNEL(kThreads) add_parts(BlockGrad problem) {
 
 template <class T, int kRows, int kCols>
 int multiply_tiles(const BlockGrad& problem, void* stream) {
-    const int64_t tiles = ((problem.height + kRows - 1) / kRows) *
-                          ((problem.width + kCols - 1) / kCols) * problem.num_blocks;
+    const int64_t tiles =
+        parts_of(problem.height, kRows) * parts_of(problem.width, kCols) * problem.num_blocks;
     if (tiles > INT32_MAX || problem.splits > 65535) return kUnsupported;
     return launch(multiply<T, kRows, kCols>, dim3(unsigned(tiles), unsigned(problem.splits)),
                   kThreads, kSharedBytes<kRows, kCols>, stream, problem,
@@ -188,7 +188,7 @@ int block_grad(const BlockGrad& problem, DType dtype, void* stream) {
     if (dtype == DType::kFloat16) error = multiply_blocks<Float16>(problem, stream);
     if (error != 0 || problem.splits == 1) return error;
     const int64_t count = problem.num_blocks * problem.height * problem.width;
-    return launch(add_parts, dim3(unsigned((count + kThreads - 1) / kThreads)), kThreads, 0, stream,
+    return launch(add_parts, dim3(unsigned(parts_of(count, kThreads))), kThreads, 0, stream,
                   problem);
 }
 

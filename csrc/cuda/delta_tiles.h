@@ -10,14 +10,6 @@ namespace cuda {
 constexpr int kSide = 32;     // of a tile of D, and what is summed over at a time
 constexpr int kProduct = 16;  // what one product of the tensor cores sums over
 
-SPEFT_BOTH int64_t parts_of(int64_t whole, int64_t size) {
-    return (whole + size - 1) / size;
-}
-
-SPEFT_DEVICE int64_t smaller(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
 // Some neighbouring columns of W within one part of them.
 struct Span {
     int64_t column;  // the first

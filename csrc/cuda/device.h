@@ -60,6 +60,14 @@ struct alignas(16) Bytes16 {
     uint32_t words[4];
 };
 
+SPEFT_BOTH int64_t parts_of(int64_t whole, int64_t size) {
+    return (whole + size - 1) / size;
+}
+
+SPEFT_DEVICE int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
 SPEFT_DEVICE int lane_id() {
     return int(threadIdx.x) % kWarp;
 }

@@ -61,8 +61,8 @@ SPEFT_KERNEL(kThreads) turn_columns(KeepColumns problem) {
 }  // namespace
 
 int keep_columns(const KeepColumns& problem, void* stream) {
-    const int64_t down = (problem.block_tokens + kSide - 1) / kSide;
-    const int64_t across = (problem.width + kSide - 1) / kSide;
+    const int64_t down = parts_of(problem.block_tokens, kSide);
+    const int64_t across = parts_of(problem.width, kSide);
     if (problem.block_tokens % kVector != 0 || down > INT32_MAX || across > 65535 ||
         problem.blocks > 65535)
         return kUnsupported;

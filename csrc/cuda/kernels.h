@@ -80,8 +80,9 @@ struct DeltaProduct {
 int sparse_delta_matmul(const DeltaProduct& product, Base base, bool twin, DType dtype,
                         void* stream);
 
-// The k largest scores of each matrix, or of all together, in two steps: a plan on the host, whose
-// table the caller brings to the device beside a scratch of the plan's size; and the launches.
+// The k largest scores of each matrix, or of all together, in steps: a plan on the host, whose
+// table the caller brings to the device beside a scratch of the plan's size; the launches; and
+// where they have told of fewer indices than were asked for, the launches over the data.
 struct TopkProblem {
     std::vector<const void*> x;  // the matrices, contiguous
     std::vector<const void*> y;  // their factors in the score; empty where it has one operand
@@ -92,7 +93,7 @@ struct TopkProblem {
     int64_t multiprocessors;
 };
 struct TopkSizes {
-    int64_t matrices, segments, tiles, parts, samples, room, sums_bytes;
+    int64_t matrices, segments, tiles, groups, parts, list_parts, samples, room;
     bool together;
 };
 struct TopkPlan {
@@ -100,7 +101,7 @@ struct TopkPlan {
     std::vector<char> table;
     int64_t scratch_bytes;
 };
-int plan_topk(const TopkProblem& problem, TopkPlan* plan, void* stream);
+TopkPlan plan_topk(const TopkProblem& problem);
 
 struct TopkCall {
     const void* table;
@@ -109,6 +110,7 @@ struct TopkCall {
     int64_t* indices;  // [sum of ks], within their matrix, sorted; matrix after matrix
     uint64_t* told;    // [1 + matrices]: the first matrix with a NaN or infinite score, all ones
                        // where there is none; how many indices each matrix has
+    bool over_data;    // with the scratch and the numbers told of the call before
 };
 int topk_salience(const TopkSizes& sizes, const TopkCall& call, DType dtype, void* stream);
 

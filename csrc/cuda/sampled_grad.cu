@@ -287,8 +287,8 @@ int sampled_grad(const SampledGrad& problem, DType dtype, void* stream) {
     if (dtype == DType::kBFloat16) error = multiply_tiles<BFloat16>(problem, stream);
     if (dtype == DType::kFloat16) error = multiply_tiles<Float16>(problem, stream);
     if (error != 0 || problem.splits == 1) return error;
-    return launch(place_sums, dim3(unsigned((problem.nnz + kThreads - 1) / kThreads)), kThreads, 0,
-                  stream, problem);
+    return launch(place_sums, dim3(unsigned(parts_of(problem.nnz, kThreads))), kThreads, 0, stream,
+                  problem);
 }
 
 }  // namespace cuda

@@ -1,8 +1,7 @@
-// Sums of all that come before, over a block and over a long array on the device: CUB's, and the
-// standard library's for the tests on a CPU.
+// Sums of all that come before, over a block: CUB's, and the standard library's for the tests on a
+// CPU.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "device.h"
@@ -11,7 +10,6 @@
     #include <numeric>
 #else
     #include <cub/block/block_scan.cuh>
-    #include <cub/device/device_scan.cuh>
 #endif
 
 namespace speft {
@@ -43,21 +41,6 @@ SPEFT_DEVICE N sum_before(N mine, SumsOfBlock<kBlock, N>& shared, N* total) {
     N before;
     BlockScan<kBlock, N>(shared).ExclusiveSum(mine, before, *total);
     return before;
-#endif
-}
-
-// In place: each number becomes the sum of those before it. With scratch a null pointer nothing is
-// launched, and *scratch_bytes becomes what it needs.
-inline int sums_before(void* scratch, size_t* scratch_bytes, int64_t* numbers, int64_t count,
-                       void* stream) {
-#ifdef SPEFT_ON_HOST
-    if (scratch != nullptr) std::exclusive_scan(numbers, numbers + count, numbers, int64_t(0));
-    *scratch_bytes = 1;
-    static_cast<void>(stream);
-    return 0;
-#else
-    return told(cub::DeviceScan::ExclusiveSum(scratch, *scratch_bytes, numbers, numbers, count,
-                                              cudaStream_t(stream)));
 #endif
 }
 

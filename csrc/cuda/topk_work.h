@@ -12,11 +12,23 @@ struct Segment {
     int64_t size;
     int64_t first_tile;
     int64_t tiles;
+    int64_t first_group;
     int64_t sample_rank;  // of the bound, among the samples
     int64_t capacity;     // entries that may be set aside
     int64_t list;         // the first one's place
     int64_t out;          // the first index's place
 };
+
+// Tiles of a segment whose counts have a sum of their own, so that no tile adds up those of all
+// before it.
+constexpr int kGroup = 512;
+
+SPEFT_BOTH int64_t groups_of(const Segment& segment) {
+    return parts_of(segment.tiles, kGroup);
+}
+
+// What a segment's k-th key was found in.
+enum class Source : uint32_t { kNone, kList, kData };
 
 // What the device finds out about a segment.
 struct State {
@@ -24,7 +36,18 @@ struct State {
     uint64_t rank;       // of the k-th key among those that share the digits known; then: ties kept
     uint32_t threshold;  // the digits known of the k-th largest key, then zeros; then: that key
     uint32_t bound;
-    uint32_t arrived;  // blocks that have added their histogram
+    uint32_t arrived;  // blocks that have added their part
+    Source source;
+};
+
+// Of a segment: the high and then the low digits of its list, or the digits of all its data.
+constexpr int kListWords = kHighBins + kLowBins;
+static_assert(kLevels * kBins * sizeof(uint64_t) <= kListWords * sizeof(uint32_t), "one memory");
+
+// Numbers of those kept of a tile, or of all before a group.
+struct Kept {
+    uint64_t above;  // the k-th key
+    uint64_t equal;  // to it
 };
 
 struct Work {
@@ -33,12 +56,13 @@ struct Work {
     const Matrix* matrices;
     const Segment* segments;
     State* states;
-    uint64_t* histograms;  // [segments, kLevels, kBins]
+    uint32_t* histograms;  // [segments, kListWords]
     uint32_t* keys;        // [room]
     uint16_t* places;      // [room], in their tile
     int64_t* run_start;    // [tiles]
     uint32_t* run_length;  // [tiles]
-    int64_t* kept;         // [2 tiles + 1]: above the k-th key, equal to it; then the sums before
+    uint32_t* kept;        // [tiles]: above the k-th key, and equal to it in the upper half
+    Kept* groups;          // [groups]: of each; then of those of the segment before it
     int64_t* indices;
     uint64_t* told;  // [1 + matrices]: the first bad matrix or all ones; indices of each matrix
 };
@@ -51,8 +75,27 @@ SPEFT_DEVICE int segment_of(const Work& work, int matrix) {
     return work.sizes.together ? 0 : matrix;
 }
 
-SPEFT_DEVICE bool is_listed(const Segment& segment, const State& state) {
-    return uint64_t(segment.k) <= state.found && state.found <= uint64_t(segment.capacity);
+SPEFT_DEVICE int64_t group_of_tile(const Segment& segment, int64_t tile) {
+    return segment.first_group + (tile - segment.first_tile) / kGroup;
+}
+
+// Whether what reaches the bound has the k-th key, and was set aside.
+SPEFT_DEVICE bool is_listed(const Segment& segment, uint64_t found) {
+    return uint64_t(segment.k) <= found && found <= uint64_t(segment.capacity);
+}
+
+// Whether this block is the last of `blocks` of its segment to come here; it then sees what all
+// have written.
+SPEFT_DEVICE bool is_last(State& state, uint64_t blocks, uint64_t* told) {
+    sync_block();  // the block's part is written
+    if (threadIdx.x == 0) {
+        // One thread's fences do for its block: barriers hand on what they order.
+        fence();
+        *told = atomic_add(&state.arrived, 1u) + 1;
+        fence();
+    }
+    sync_block();  // all know whether theirs was the last
+    return *told == blocks;
 }
 
 }  // namespace cuda

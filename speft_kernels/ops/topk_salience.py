@@ -367,9 +367,7 @@ def _in_cuda(
     x, y = operands if operands[0] else reversed(operands)
     sizes = [_first(pair).numel() for pair in pairs]
     parts = _cuda_native.multiprocessors(device)
-    plan = _cuda_native.launch(
-        *(backend, "plan_topk", first), x, y, sizes, ks, together, parts, dtype
-    )
+    plan = _cuda_native.kernels(backend).plan_topk(x, y, sizes, ks, together, parts, dtype)
     table = torch.frombuffer(bytearray(plan.table), dtype=torch.uint8)
     if device.type == "cuda":
         # From pinned memory the copy waits for nothing, and nothing waits for it but the stream.
@@ -377,14 +375,18 @@ def _in_cuda(
     scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
     indices = torch.empty(sum(ks), dtype=torch.int64, device=device)
     told = torch.empty(1 + len(pairs), dtype=torch.int64, device=device)
-    _cuda_native.launch(
-        *(backend, "topk_salience", first),
-        *(plan, table.data_ptr(), scratch.data_ptr(), _METRICS[metric][0]),
-        *(indices.data_ptr(), told.data_ptr(), dtype),
-    )
-    bad, *counts = told.tolist()  # the one time that the host waits
-    if bad >= 0:
-        raise NonFiniteScoreError(bad)
+    # Where the lists lack a segment's k-th score it has no index yet.
+    for over_data in (False, True):
+        _cuda_native.launch(
+            *(backend, "topk_salience", first),
+            *(plan, table.data_ptr(), scratch.data_ptr(), _METRICS[metric][0]),
+            *(indices.data_ptr(), told.data_ptr(), over_data, dtype),
+        )
+        bad, *counts = told.tolist()  # here the host waits
+        if bad >= 0:
+            raise NonFiniteScoreError(bad)
+        if sum(counts) == sum(ks):
+            break
     return indices, torch.tensor(counts)
 
 

@@ -1,7 +1,7 @@
 """Where the time of an operation goes, kernel by kernel:
 `python -m speft_kernels.bench.gpu.profiling [OPERATION ...]`.
 
-For those who tune: `sampled_grad` may be late for the copy before it, and `topk_salience` is nine
+For those who tune: `sampled_grad` may be late for the copy before it, and `topk_salience` is five
 launches. Times of torch's profiler, of warm calls one after the other; what is compared with peers
 is measured by run.py.
 """
