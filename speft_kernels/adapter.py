@@ -192,9 +192,15 @@ def load_adapter(
     present = sparse_layers(model)
     if mode not in (None, "resident", "additive"):
         raise ConfigError(f"mode must be 'resident' or 'additive', got {mode!r}")
-    _check_layers(model, file, check_base)
+    check_shapes(model, file)
+    if check_base and (name := another_base(model, file)) is not None:
+        raise AdapterError(
+            f"the adapter was trained on another base: the weight of layer {shown(name)} differs, "
+            "in its values or its dtype. Load the base model it was trained on, or pass "
+            "check_base=False"
+        )
     targets = _check_dense(model, file)
-    patterns = {name: layer.pattern for name, layer in file.layers.items()}
+    patterns = file.patterns
     with ExitStack() as undo:
         fits = (
             is_sparse(model)
@@ -218,7 +224,7 @@ def load_adapter(
     return AdapterInfo(
         folder=file.folder,
         layers=tuple(file.layers),
-        nnz=sum(pattern.nnz for pattern in patterns.values()),
+        nnz=file.nnz,
         dense=tuple(file.dense),
         config=file.config,
         extra=file.extra,
@@ -282,7 +288,8 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dense
 
 
-def _check_layers(model: nn.Module, file: AdapterFile, check_base: bool) -> None:
+def check_shapes(model: nn.Module, file: AdapterFile) -> None:
+    """Raise AdapterError where the model has no such linear layer as the adapter trains."""
     modules = dict(model.named_modules())
     for name, stored in file.layers.items():
         module = modules.get(name)
@@ -302,12 +309,14 @@ def _check_layers(model: nn.Module, file: AdapterFile, check_base: bool) -> None
                 f"layer {shown(name)} has shape {shape} in the model, {stored.pattern.shape} in "
                 "the adapter"
             )
-        if check_base and fingerprint(module) != stored.base_sha256:
-            raise AdapterError(
-                f"the adapter was trained on another base: the weight of layer {shown(name)} "
-                "differs, in its values or its dtype. Load the base model it was trained on, or "
-                "pass check_base=False"
-            )
+
+
+def another_base(model: nn.Module, file: AdapterFile) -> str | None:
+    """Return the first layer of the adapter whose weight is not the model's, if there is one."""
+    for name, stored in file.layers.items():
+        if fingerprint(model.get_submodule(name)) != stored.base_sha256:
+            return name
+    return None
 
 
 def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:

@@ -54,6 +54,15 @@ class AdapterFile:
     config: SpeftConfig | None
     extra: dict[str, Any]
 
+    @property
+    def patterns(self) -> dict[str, SparsePattern]:
+        return {name: layer.pattern for name, layer in self.layers.items()}
+
+    @property
+    def nnz(self) -> int:
+        """Trained scalars of the sparse layers."""
+        return sum(layer.pattern.nnz for layer in self.layers.values())
+
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     """Read and check an adapter folder.

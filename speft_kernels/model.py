@@ -24,7 +24,7 @@ from .targets import (
     Targets,
     find_dense_modules,
     find_targets,
-    is_below,
+    refuse_dense,
     shared_weights,
     tensors_below,
 )
@@ -106,11 +106,7 @@ def apply_patterns(
     """
     _refuse_sparse(model)
     dense = find_dense_modules(model, config.modules_to_train)
-    for name in patterns:
-        if is_below(name, dense):
-            raise ConfigError(
-                f"layer {name!r} belongs to modules_to_train: it trains densely already"
-            )
+    refuse_dense(patterns, dense)
     tensors = tensors_below(model, dense)
     with ExitStack() as undo:
         install(model, patterns, config.mode, tensors, undo)

@@ -79,6 +79,15 @@ def is_below(name: str, roots: Iterable[str]) -> bool:
     return any(name == root or name.startswith(root + ".") for root in roots)
 
 
+def refuse_dense(names: Iterable[str], dense: Sequence[str]) -> None:
+    """Raise ConfigError where one of these layers belongs to the modules that train densely."""
+    for name in names:
+        if is_below(name, dense):
+            raise ConfigError(
+                f"layer {name!r} belongs to modules_to_train: it trains densely already"
+            )
+
+
 def tensors_below(model: nn.Module, roots: Sequence[str]) -> dict[str, torch.Tensor]:
     """Return the parameters and persistent buffers of modules, named as in `state_dict()`."""
     stored = model.state_dict(keep_vars=True)

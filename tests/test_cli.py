@@ -148,6 +148,7 @@ def test_bad_input_is_one_line_and_exit_code_2(place, tmp_path, capsys, replaced
         (["finetune", "--train", "x.tsv", "--output", "y"], "--eval is missing"),
         (["finetune", "--train", "x.tsv"], "--output is missing"),
         (["finetune", "--eval", "x.tsv"], "--eval without --train"),
+        (["finetune", "--mask", "x"], "--mask without --train"),
         (["finetune", "--resume"], "--resume needs --output"),
         (["finetune", "--resume", "--output", "nowhere"], "no run to resume"),
         (["finetune", "--resume", "--overwrite"], "exclude each other"),

@@ -133,6 +133,13 @@ def test_salience_is_for_sparse_masks(tmp_path, capsys, method):
     assert f"method = {method!r}: only method 'speft'" in message
 
 
+def test_salience_takes_no_mask(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"mask: {tmp_path}\ntrain: nowhere.tsv\noutput: {tmp_path}/mask\n")
+    message = error_of(capsys, "salience", "--config", config)
+    assert f"mask = '{tmp_path}': this command writes a mask" in message
+
+
 def test_a_terminal_obeys_nothing_that_an_error_quotes(folder, tmp_path, capsys):
     change_extra(folder, model="/x\x1b[2J\x1b]0;pwned\x07y")
     message = error_of(capsys, "merge", "--adapter", folder, "--output", tmp_path / "merged")

@@ -70,7 +70,7 @@ def test_a_pipe_keeps_the_name_that_the_shell_gave_it():
         os.close(write)
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "test", "model", "output"])
+@pytest.mark.parametrize("name", ["train", "eval", "test", "model", "mask", "output"])
 @pytest.mark.parametrize(
     ("value", "reason"),
     [

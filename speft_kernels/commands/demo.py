@@ -32,7 +32,7 @@ def run_demo(settings: dict[str, Any], *, overwrite: bool = False) -> None:
 
     `settings` override the demo's own; what belongs to a user's data is refused.
     """
-    for name in ("eval", "test", "validation", "task", "method"):
+    for name in ("eval", "test", "validation", "task", "method", "mask"):
         if name in settings:
             raise ConfigError(f"--{name} without --train: name the training data too")
     from ..finetune.models import resolve

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import path_of
-from ..finetune.config import RunConfig, load_json
+from ..finetune.config import RunConfig, check_alone, load_json
 from ..finetune.signals import Interrupted
 from .settings import add_settings, given_settings
 
@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings = given_settings(args)
+    if settings.get("mask") is not None:
+        check_alone(settings)
     if args.resume and args.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
     if args.dry_run:

@@ -93,7 +93,7 @@ def describe_folder(folder: Path) -> str:
 
 
 def _describe_run(folder: Path) -> str:
-    from ..finetune.config import RunConfig
+    from ..finetune.config import DECIDE_THE_MASK, RunConfig
     from ..finetune.result import describe
 
     places = Folder(folder)
@@ -101,7 +101,11 @@ def _describe_run(folder: Path) -> str:
         config = RunConfig.from_dict(_settings(contents))
     lines = [
         f"run of method {config.method}: {config.model} on {config.train}",
-        *(f"  {key}: {value}" for key, value in config.to_dict().items() if value is not None),
+        *(
+            f"  {key}: {value}"
+            for key, value in config.to_dict().items()
+            if value is not None and not (config.mask is not None and key in DECIDE_THE_MASK)
+        ),
     ]
     if places.result.is_file():
         with _contents(places.result) as result:
@@ -150,12 +154,11 @@ def _describe_adapter(folder: Path) -> str:
         )
         for name, layer in adapter.layers.items()
     ]
-    trained = sum(layer.pattern.nnz for layer in adapter.layers.values())
     dense = sum(tensor.numel() for tensor in adapter.dense.values())
     lines = [f"{key}: {value}" for key, value in adapter.extra.items()]
     if rows:
         lines.append(table(("layer", "shape", "blocks", "trained", "density"), rows))
-    lines.append(f"{trained:,} sparse values in {len(rows)} layers; {dense:,} dense ones")
+    lines.append(f"{adapter.nnz:,} sparse values in {len(rows)} layers; {dense:,} dense ones")
     return "\n".join(lines)
 
 

@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"method = {config.method!r}: only method 'speft' trains weights that a score chooses"
         )
+    if config.mask is not None:
+        raise ConfigError(f"mask = {config.mask!r}: this command writes a mask, and takes none")
     try:
         print(_score(config))
     except Interrupted as interruption:

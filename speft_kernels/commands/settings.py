@@ -16,7 +16,7 @@ GROUPS = {
         "pooling",
     ),
     "what trains": (
-        *("method", "density", "salience", "scope", "selection", "sample_columns"),
+        *("method", "mask", "density", "salience", "scope", "selection", "sample_columns"),
         *("target_modules", "exclude_modules"),
         *("block_shape", "mode", "scoring_examples", "scoring_batches", "accumulate"),
         *("accumulator_dtype", "accumulator_device", "grasp_sign", "grasp_temperature"),

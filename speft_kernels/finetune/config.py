@@ -41,7 +41,13 @@ DRAWN_LR = 8e-3
 LR_LIMIT = 1e37
 # numpy's generator takes no seed above.
 SEED_LIMIT = 2**32
-PATHS = ("train", "eval", "test", "model", "output")
+PATHS = ("train", "eval", "test", "model", "mask", "output")
+# What decides which weights train: with a ready mask there is nothing left to decide.
+DECIDE_THE_MASK = (
+    *("salience", "selection", "density", "lora_budget", "scope", "sample_columns"),
+    *("target_modules", "exclude_modules", "block_shape", "accumulate", "accumulator_dtype"),
+    *("accumulator_device", "grasp_sign", "grasp_temperature", "dynamic"),
+)
 
 
 def option(
@@ -87,6 +93,11 @@ class RunConfig:
     task: str = option("classification", "what to train for", choices=TASKS)
     method: str = option("speft", "how to train", choices=METHODS)
 
+    mask: str | None = option(
+        None,
+        "train the weights that are in this mask, from zero, and score nothing: the folder that "
+        "'speft salience' wrote, or an adapter",
+    )
     density: float = option(0.005, "share of the target weights that train", above=0, below=1)
     salience: str = option(
         None, f"score that chooses the weights, or a function MODULE:NAME [{recipe.SALIENCE}]"
@@ -273,8 +284,20 @@ class RunConfig:
                 f"dynamic = {self.dynamic!r} moves the mask of method 'speft' in mode 'resident'; "
                 f"this is method {self.method!r} in mode {self.mode!r}"
             )
+        if self.mask is not None:
+            self._check_mask()
         if self.method == "speft":
             self.speft()
+
+    def _check_mask(self) -> None:
+        if self.method != "speft":
+            raise ConfigError(
+                f"mask = {shown(self.mask)} says which weights method 'speft' trains; this is "
+                f"method {self.method!r}"
+            )
+        usual = {name: FIELDS[name].default for name in DECIDE_THE_MASK}
+        usual["salience"], usual["selection"] = recipe.choice(None, None)
+        check_alone({k: v for k, v in vars(self).items() if k in usual and v != usual[k]})
 
     @property
     def metric_name(self) -> str:
@@ -290,11 +313,14 @@ class RunConfig:
 
     @property
     def learning_rate(self) -> float:
-        if self.lr is not None:
-            return self.lr
-        drawn = self.method == "speft" and recipe.is_drawn(self.salience, self.selection)
+        drawn = recipe.is_drawn(self.salience, self.selection)
+        return self.usual_rate(drawn) if self.lr is None else self.lr
+
+    def usual_rate(self, drawn: bool) -> float:
+        """The learning rate where none is given; `drawn` says how a mask came about."""
         # What the study found, a classifier's; language models have not been tried.
-        return DRAWN_LR if drawn and self.task == "classification" else DEFAULT_LR[self.method]
+        drawn = drawn and self.method == "speft" and self.task == "classification"
+        return DRAWN_LR if drawn else DEFAULT_LR[self.method]
 
     @property
     def head_learning_rate(self) -> float:
@@ -346,6 +372,16 @@ def check_keys(settings: Mapping[str, Any], what: str) -> None:
     for key in settings:
         if key not in FIELDS:
             raise ConfigError(f"{what} {shown(key)} is unknown.{nearest(str(key), FIELDS)}")
+
+
+def check_alone(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a setting beside a mask that would decide what is in it."""
+    for name in DECIDE_THE_MASK:
+        if given.get(name) is not None:
+            raise ConfigError(
+                f"mask and {name} = {shown(given[name])} exclude each other: the mask says "
+                "already which weights train"
+            )
 
 
 def read_yaml(path: Path) -> Any:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from .._version import __version__
+from ..adapter_file import AdapterFile
 from ..errors import ConfigError
 from ..salience.custom import source_of
 from ..targets import Targets
@@ -28,6 +29,7 @@ from .data import (
     read_examples,
     split_off,
 )
+from .mask import described, mask_digest, rated, read_mask
 from .models import (
     labels_of_head,
     load_causal_lm,
@@ -51,13 +53,14 @@ _POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 class Inputs:
     """The data as token ids, the model, and what the settings mean for it.
 
-    `config` says what its `lora_budget` means for this model (see `methods.budgeted`). `labels` are
-    the class names in the order of the model's outputs, `positive_label` is the one of two that F1
-    is of; `pooling` is "mean" or "model", and None for a language model; `fingerprint` covers all
-    the data, as token ids too, the base weights and a score of the user's own: what a run that goes
-    on must find as it was. `identity` has a
-    digest of each source, of the base weights and of the file of a score of the user's own,
-    "train=DIGITS test=DIGITS model=DIGITS salience=DIGITS".
+    `config` says what its `lora_budget` means for this model (see `methods.budgeted`), and which
+    learning rate goes with its `mask`. `labels` are the class names in the order of the model's
+    outputs, `positive_label` is the one of two that F1 is of; `pooling` is "mean" or "model", and
+    None for a language model; `fingerprint` covers all the data, as token ids too, the base
+    weights, a score of the user's own and a ready mask: what a run that goes on must find as it
+    was. `identity` has a digest of each source, of the base weights, of the file of a score of the
+    user's own and of a ready mask,
+    "train=DIGITS test=DIGITS model=DIGITS salience=DIGITS mask=DIGITS".
     """
 
     config: RunConfig
@@ -65,6 +68,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     targets: Targets
+    mask: AdapterFile | None
     train: list[Encoded]
     eval: list[Encoded]
     test: list[Encoded] | None
@@ -76,7 +80,7 @@ class Inputs:
 
     def about(self) -> dict[str, Any]:
         """What is needed beside the trained tensors to build the model again."""
-        return {
+        about: dict[str, Any] = {
             "speft_kernels": __version__,
             "task": self.config.task,
             "model": self.config.model,
@@ -85,6 +89,9 @@ class Inputs:
             "pooling": self.pooling,
             "max_length": self.config.max_length,
         }
+        if self.mask is not None:
+            about["mask"] = described(self.config, self.mask)
+        return about
 
     def scoring_batches(self, stop: StopSignals, count: int = 0) -> ScoringBatches:
         """Those of the `count`-th choice of the mask; other examples for each."""
@@ -164,13 +171,18 @@ def read_sources(config: RunConfig) -> Sources:
 
 
 def load_model(
-    config: RunConfig, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, display: Display
+    config: RunConfig,
+    labels: Sequence[str],
+    mask: AdapterFile | None,
+    tokenizer: PreTrainedTokenizerBase,
+    display: Display,
 ) -> tuple[PreTrainedModel, Targets, RunConfig, tuple[str, ...]]:
-    """The model, what of it is adapted, `config` with its budget in numbers, and `labels` in the
-    order of the model's outputs (see `labels_of_head`).
+    """The model, what of it is adapted, `config` with its budget and the mask's learning rate in
+    numbers, and `labels` in the order of the model's outputs (see `labels_of_head`).
 
     The model's new head, if any, is drawn from torch's global generator; `display` is told where
-    one takes the place of another. Raises ConfigError.
+    one takes the place of another. Raises ConfigError, and AdapterError for a mask of another
+    model.
     """
     if config.task == "causal-lm":
         model = load_causal_lm(config.model)
@@ -187,21 +199,25 @@ def load_model(
             new_head=bool(note),
         )
     check_weights(model, config.model)
-    targets = methods.find(model, config)
-    config = methods.budgeted(config, targets)
+    targets = methods.find(model, config, mask)
+    config = rated(methods.budgeted(config, targets), mask)
     check_rank(config, targets)
     return model, targets, config, ordered
 
 
 def read_inputs(config: RunConfig, display: Display) -> Inputs:
-    """Loads data and model; see `read_sources` and `load_model`, also for what they raise."""
+    """Loads data and model; see `read_mask`, `read_sources` and `load_model`, also for what they
+    raise.
+    """
     return with_model(config, read_sources(config), display)
 
 
 def with_model(config: RunConfig, sources: Sources, display: Display) -> Inputs:
     """`sources` as the model's tokens, and the model; raises as `read_inputs` does."""
-    tokenizer = load_tokenizer(config.model)
-    model, targets, config, labels = load_model(config, tuple(sources.labels), tokenizer, display)
+    mask, tokenizer = read_mask(config), load_tokenizer(config.model)
+    model, targets, config, labels = load_model(
+        config, tuple(sources.labels), mask, tokenizer, display
+    )
     pooling = None
     task: Task = CausalLM(tokenizer, config.max_length)
     if config.task == "classification":
@@ -211,7 +227,7 @@ def with_model(config: RunConfig, sources: Sources, display: Display) -> Inputs:
     encoded = {name: encode(task, source, display) for name, source in sources.used.items()}
     check_fit(model, tokenizer, sources.used, encoded)
     identity = {name: source.fingerprint()[:_DIGITS] for name, source in sources.given.items()}
-    identity.update({name: digest_of(config, name) for name in ("model", "salience")})
+    identity.update({name: digest_of(config, name) for name in ("model", "salience", "mask")})
     fingerprint = hashlib.sha256("".join(identity.values()).encode())
     if labels != tuple(sources.labels):
         fingerprint.update("\0".join(labels).encode())
@@ -225,6 +241,7 @@ def with_model(config: RunConfig, sources: Sources, display: Display) -> Inputs:
         tokenizer=tokenizer,
         model=model,
         targets=targets,
+        mask=mask,
         train=encoded["train"],
         eval=encoded.get("eval", []),
         test=encoded.get("test"),
@@ -242,15 +259,19 @@ def read_source(config: RunConfig, name: str) -> Examples:
 
 
 def digest_of(config: RunConfig, name: str) -> str:
-    """The first digits of the SHA-256 of the rows of a source, of the "model"'s weight files, or of
-    the file that a "salience" of the user's own is in.
+    """The first digits of the SHA-256 of the rows of a source, of the "model"'s weight files, of
+    the file that a "salience" of the user's own is in, or of the entries of a ready "mask".
 
-    Wherever they lie it is the same. "" for a model without weight files, and for a metric of ours.
-    Raises DataError, ConfigError or OSError for what is not here.
+    Wherever they lie it is the same. "" for a model without weight files, for a metric of ours, and
+    without a ready mask. Raises DataError, ConfigError, AdapterError or OSError for what is not
+    here.
     """
     if name == "salience":
         source = source_of(config.salience) if ":" in config.salience else b""
         full = hashlib.sha256(source).hexdigest() if source else ""
+    elif name == "mask":
+        mask = read_mask(config)
+        full = "" if mask is None else mask_digest(mask)
     elif name == "model":
         full = weights_digest(config.model)
     else:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..adapter import save_adapter
-from ..adapter_file import CONFIG_FILE, TENSORS_FILE
+from ..adapter_file import CONFIG_FILE, TENSORS_FILE, AdapterFile
 from ..atomic import new_folder
+from ..config import SpeftConfig
 from ..dynamic import MovingMask
 from ..errors import ConfigError
 from ..files import write_json
@@ -37,6 +38,7 @@ from ..targets import Targets, find_dense_modules, find_targets, is_below
 from . import baselines
 from .checkpoint import trainable
 from .config import ADAPTERS, RunConfig
+from .mask import targets_of
 from .tasks import Task
 
 # What goes along with what other libraries save.
@@ -126,12 +128,14 @@ def _scoring_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def find(model: nn.Module, config: RunConfig) -> Targets:
+def find(model: nn.Module, config: RunConfig, mask: AdapterFile | None) -> Targets:
     """The layers to adapt and the head.
 
     Raises ConfigError for names the model does not have, and for what scoring or adapting will need
-    and cannot get.
+    and cannot get; for a ready mask see `targets_of`.
     """
+    if mask is not None:
+        return targets_of(mask, model, config)
     if config.method in ADAPTERS:
         if config.method == "speft":
             metric_named(config.salience)
@@ -192,7 +196,9 @@ def prepare(
     loss_fn: LossFn,
     patterns: dict[str, SparsePattern] | None = None,
 ) -> Prepared:
-    """Makes `model` train by `config.method`; `patterns` are those of the run that is resumed."""
+    """Makes `model` train by `config.method`; `patterns` are those of a ready mask, or of the run
+    that is resumed.
+    """
     report = moving = None
     elements = sum(layer.weight.numel() for layer in targets.layers.values())
     if config.method == "speft":
@@ -274,6 +280,7 @@ def patterns_from(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, SparsePa
 def save_trained(
     prepared: Prepared,
     config: RunConfig,
+    recipe: SpeftConfig | None,
     folder: Path,
     about: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
@@ -281,16 +288,16 @@ def save_trained(
     """Writes what was trained, replacing what is there.
 
     Methods "speft" and "head" give an adapter of this package, those of PEFT one of theirs, and
-    "full" a whole model with its tokenizer. `about` goes along, in the last two cases as
-    `speft.json`, which names the files beside it.
+    "full" a whole model with its tokenizer. `recipe` goes along with
+    what "speft" trained, `about` with everything, in the last two cases as `speft.json`, which
+    names the files beside it.
     """
     model = prepared.model
     if prepared.moving is not None:
-        prepared.moving.save(model, folder, config=config.speft(), extra=about, overwrite=True)
+        prepared.moving.save(model, folder, config=recipe, extra=about, overwrite=True)
         return
     if config.method in ("speft", "head"):
-        settings = config.speft() if config.method == "speft" else None
-        save_adapter(model, folder, config=settings, extra=about, overwrite=True)
+        save_adapter(model, folder, config=recipe, extra=about, overwrite=True)
         return
     with new_folder(folder) as draft:
         if config.method == "full":

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..adapter_file import AdapterFile
 from ..errors import shown
 from ..salience.draw import budget
 from ..targets import Targets
@@ -16,6 +17,7 @@ from .data import SUFFIXES, Examples, label_ids
 from .folder import Folder
 from .inputs import SPLITS, Sources, load_model, read_source, read_sources, with_model
 from .loop import check_moves, steps_of
+from .mask import rated, read_mask
 from .models import load_tokenizer, quiet_transformers, resolve
 from .progress import Display
 from .run import check_apart, check_free, start_accelerator
@@ -41,6 +43,7 @@ def resolved(config: RunConfig, *, overwrite: bool = False, display: Display | N
     check_free(folder, overwrite)
     check_apart(folder, config)
     start_accelerator(config.dtype)
+    mask = read_mask(config)
     lines = ["settings that are not the default's:"]
     # Some defaults go with others: they are those of a run that gives none of them.
     defaults = RunConfig(train="-", output="-", task=config.task, method=config.method)
@@ -48,6 +51,7 @@ def resolved(config: RunConfig, *, overwrite: bool = False, display: Display | N
         value = getattr(config, name)
         if value != getattr(defaults, name) and name not in (*SPLITS, "model"):
             lines.append(f"  {name}: {value}")
+    config = rated(config, mask)
     lines.append(f"  learning rates: {config.learning_rate:g}, head {config.head_learning_rate:g}")
     if config.head_warmup_steps:
         lines.append(f"  the head trains alone first, for {config.head_warmup_steps} steps")
@@ -57,7 +61,7 @@ def resolved(config: RunConfig, *, overwrite: bool = False, display: Display | N
     sources = read_sources(config) if len(here) == len(given) else None
     read = sources.given if sources else {name: read_source(config, name) for name in here}
     with quiet_transformers(), torch.random.fork_rng():
-        rows, model = _model(config, sources, read.get("train"), display or Display())
+        rows, model = _model(config, mask, sources, read.get("train"), display or Display())
     lines.append("data:")
     for name, source in given.items():
         about = "to be downloaded"
@@ -81,7 +85,11 @@ def _is_local(source: str) -> bool:
 
 
 def _model(
-    config: RunConfig, sources: Sources | None, train: Examples | None, display: Display
+    config: RunConfig,
+    mask: AdapterFile | None,
+    sources: Sources | None,
+    train: Examples | None,
+    display: Display,
 ) -> tuple[int | None, list[str]]:
     """How many examples train, where that is known without a download, and lines on the model."""
     where = resolve(config.model)
@@ -91,18 +99,20 @@ def _model(
         if config.method in ADAPTERS:
             lora = config.lora_budget
             share = f"the budget of LoRA r = {lora}" if lora else f"density {config.density:g}"
-            lines.append(f"trains at {share}")
+            lines.append(f"trains at {share}" if mask is None else f"{mask.nnz:,} weights train")
         return rows, lines
     if sources is not None:
         inputs = with_model(config, sources, display)
-        return len(inputs.train), _budget(inputs.model, inputs.targets, inputs.config, where)
+        return len(inputs.train), _budget(inputs.model, inputs.targets, inputs.config, mask, where)
     labels = ["0", "1"] if train is None or config.task != "classification" else label_ids(train)
     tokenizer = load_tokenizer(config.model)
-    model, targets, config, _ = load_model(config, list(labels), tokenizer, display)
-    return None, _budget(model, targets, config, where)
+    model, targets, config, _ = load_model(config, list(labels), mask, tokenizer, display)
+    return None, _budget(model, targets, config, mask, where)
 
 
-def _budget(model: nn.Module, targets: Targets, config: RunConfig, where: str) -> list[str]:
+def _budget(
+    model: nn.Module, targets: Targets, config: RunConfig, mask: AdapterFile | None, where: str
+) -> list[str]:
     lines = [f"{where} ({sum(p.numel() for p in model.parameters()):,} parameters)"]
     if config.method not in ADAPTERS:
         return lines
@@ -110,6 +120,8 @@ def _budget(model: nn.Module, targets: Targets, config: RunConfig, where: str) -
     lines.append(f"{len(sizes)} layers with {sum(sizes):,} weights are adapted")
     if config.method not in ("speft", "supertuning"):
         return [*lines, f"rank {config.lora_rank}"]
+    if mask is not None:
+        return [*lines, f"{mask.nnz:,} of them train ({mask.nnz / sum(sizes):.4%})"]
     scored = sizes if config.scope == "layer" else [sum(sizes)]
     block = math.prod(config.block_shape)
     trained = block * sum(budget(size // block, config.density) for size in scored)

@@ -17,6 +17,7 @@ from ..overview import sparse_layers
 from ..peak_memory import PeakMemory
 from .checkpoint import Progress
 from .inputs import Inputs
+from .mask import described
 from .methods import Prepared
 from .progress import duration
 from .tasks import majority_accuracy
@@ -69,6 +70,8 @@ def result_of(
         "commit": commit(),
         "versions": versions(),
     }
+    if inputs.mask is not None:
+        result["mask"] = described(config, inputs.mask)
     if prepared.moving is not None:
         result["mask"] = {
             "strategy": config.dynamic,

@@ -24,6 +24,7 @@ from .config import RunConfig, load_json
 from .folder import Folder
 from .inputs import Inputs, read_inputs
 from .loop import Loop, check_finite, check_moves, evaluate
+from .mask import recipe_of
 from .models import quiet_transformers
 from .progress import Display
 from .result import result_of
@@ -108,7 +109,10 @@ def _fresh(
     display.note("before training: " + "  ".join(f"{k} {v:.4f}" for k, v in before.items()))
     batches, loss_fn = inputs.scoring_batches(stop), methods.mean_loss(task, accelerator)
     warmed = methods.warm_up_head(model, config, inputs.targets, batches, loss_fn)
-    prepared = methods.prepare(model, config, inputs.targets, batches, loss_fn)
+    patterns = None if inputs.mask is None else inputs.mask.patterns
+    prepared = methods.prepare(model, config, inputs.targets, batches, loss_fn, patterns)
+    if inputs.mask is not None:
+        display.note(f"training what is in the mask {config.mask}, from zero")
     display.note(prepared.describe())
     check_finite(before, "before training", "use --dtype float32, or another model")
     stop.check()
@@ -147,8 +151,9 @@ def _resumed(
     state = read_checkpoint(folder.state)
     if state["facts"]["fingerprint"] != inputs.fingerprint:
         raise ConfigError(
-            f"{folder.root}: the data, the model or its tokenizer has changed since this run "
-            "began, so it cannot go on; restore them, or start again with --overwrite"
+            f"{folder.root}: the data, {'the mask, ' if inputs.mask else ''}the model or its "
+            "tokenizer has changed since this run began, so it cannot go on; restore them, or "
+            "start again with --overwrite"
         )
     patterns = methods.patterns_from(state["facts"]["patterns"])
     batches, loss_fn = inputs.scoring_batches(stop), methods.mean_loss(inputs.task, accelerator)
@@ -205,7 +210,8 @@ def _loop(
 
 
 def save_best(prepared: methods.Prepared, inputs: Inputs, folder: Folder) -> None:
-    methods.save_trained(prepared, inputs.config, folder.adapter, inputs.about(), inputs.tokenizer)
+    config, recipe = inputs.config, recipe_of(inputs.config, inputs.mask)
+    methods.save_trained(prepared, config, recipe, folder.adapter, inputs.about(), inputs.tokenizer)
 
 
 def start_accelerator(dtype: str) -> Accelerator:
@@ -267,8 +273,8 @@ def check_nothing_else(root: Path, names: Collection[str]) -> None:
 
 
 def check_apart(folder: Folder, config: RunConfig) -> None:
-    """Raises ConfigError when the run's data or its model lie in the folder it replaces."""
-    for name in ("train", "eval", "test", "model"):
+    """Raises ConfigError when the run's data, model or mask lie in the folder it replaces."""
+    for name in ("train", "eval", "test", "model", "mask"):
         value = getattr(config, name)
         if value and Path(value).resolve().is_relative_to(folder.root.resolve()):
             raise ConfigError(f"{name} {value} lies in the output {folder.root}; choose another")
@@ -284,8 +290,10 @@ def check_resumable(folder: Folder, config: RunConfig) -> None:
             f"{folder.root} holds no checkpoint to resume from; start again with --overwrite"
         )
     own = config.to_dict()
-    # What a budget means is found out again with the model.
+    # What a budget means, and which rate goes with a mask, is found out again with the model.
     left_out = {"output", *(("density", "lora_rank") if config.lora_budget else ())}
+    if config.mask is not None and config.lr is None:
+        left_out.add("lr")
     for key, value in RunConfig.from_dict(stored).to_dict().items():
         if key not in left_out and own[key] != value:
             raise ConfigError(

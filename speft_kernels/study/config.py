@@ -298,6 +298,8 @@ def _default_rate(method: str, settings: Mapping[str, Any], tasks: Mapping[str, 
             config = RunConfig.from_dict({"train": "-", **own, **settings, "output": "-"})
         except ConfigError as error:
             raise ConfigError(f"method {method} on task {task}: {error}") from error
+        if config.mask is not None:
+            raise ConfigError(f"method {method}: lr is missing, and its default is in the mask")
         rates[task] = config.learning_rate
     if len(set(rates.values())) > 1:
         found = ", ".join(f"{lr:g} on {task}" for task, lr in rates.items())

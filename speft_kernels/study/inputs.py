@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DataError
+from ..errors import AdapterError, ConfigError, DataError
 from ..finetune.config import RunConfig
 from .config import PATHS, Run, Study
 from .rows import Row
 
 
 def changed_inputs(study: Study, runs: Mapping[str, Run], rows: Mapping[str, Row]) -> list[str]:
-    """A line for each source of data, model, or score of the user's own, that is not what some of
-    `rows` name; with its path or name.
+    """A line for each source of data, model, score of the user's own, or mask, that is not what
+    some of `rows` name; with its path or name.
 
     Args:
         runs: the study's, by id, that of each row among them.
@@ -28,7 +28,7 @@ def changed_inputs(study: Study, runs: Mapping[str, Run], rows: Mapping[str, Row
         if not recorded:
             continue  # from before rows named their inputs
         config = runs[id].config(Path(), study.data)
-        for name in (*PATHS, "model", "salience"):
+        for name in (*PATHS, "model", "salience", "mask"):
             source = getattr(config, name)
             if not source or name not in recorded:
                 continue
@@ -84,13 +84,19 @@ def _unread(config: RunConfig) -> set[str]:
         **dict.fromkeys(("dynamic_every", "dynamic_share", "dynamic_until"), config.dynamic),
     }
     # Paths are of one machine; digests say what lies there.
-    return {"output", "model", *PATHS, *(name for name, matters in read.items() if not matters)}
+    return {
+        "output",
+        "model",
+        "mask",
+        *PATHS,
+        *(name for name, matters in read.items() if not matters),
+    }
 
 
 def _digest(config: RunConfig, name: str) -> str:
     """Empty for what is not here: no new row can come from it."""
     from ..finetune.inputs import digest_of
 
-    with contextlib.suppress(ConfigError, DataError, OSError):
+    with contextlib.suppress(AdapterError, ConfigError, DataError, OSError):
         return digest_of(config, name)
     return ""

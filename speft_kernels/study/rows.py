@@ -23,7 +23,7 @@ class Row:
         id: names the run within the study and its folder `runs/<id>`.
         task, name: of the study's grid: the task, and the method as the study labels it.
         method, salience, scope, dynamic: how it trained; the last three are empty where they say
-            nothing (no sparse method, or a static mask).
+            nothing (no sparse method, or a static mask; the first two for a ready mask, too).
         density: trained scalars outside the head as a share of the adapted matrices.
         lr, head_lr: the rates that were used.
         metric: what `validation` and `score` measure.
@@ -34,8 +34,8 @@ class Row:
         mask_seconds: what a dynamic run spent choosing its mask again, a part of neither of the
             other times; None for others, and from before there was this column.
         inputs: digests of the data, the base weights and, where the score is of the user's own,
-            of its file: "train=DIGITS test=DIGITS model=DIGITS salience=DIGITS"; empty in rows from
-            before there was this column.
+            of its file, and a ready mask: "train=DIGITS test=DIGITS model=DIGITS salience=DIGITS
+            mask=DIGITS"; empty in rows from before there was this column.
     """
 
     id: str
@@ -86,13 +86,14 @@ class Row:
         """
         try:
             sparse = settings["method"] == "speft"
+            scored = sparse and settings.get("mask") is None
             row = cls(
                 id=id,
                 task=task,
                 name=name,
                 method=settings["method"],
-                salience=settings["salience"] if sparse else "",
-                scope=settings["scope"] if sparse else "",
+                salience=settings["salience"] if scored else "",
+                scope=settings["scope"] if scored else "",
                 dynamic=(settings.get("dynamic") or "") if sparse else "",
                 density=result["density"],
                 trainable_parameters_without_head=result["trainable_parameters_without_head"],
