@@ -84,7 +84,8 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
         "sparse_delta_matmul",
         [](Ptr x, int64_t x_stride, int64_t tokens, Ptr weight, int64_t weight_stride, int64_t rows,
            int64_t cols, int base, Ptr scales, bool wide_scales, int64_t group, Ptr bias,
-           Ptr starts, Ptr places, Ptr order, Ptr values, Ptr y, bool twin, int dtype, Ptr stream) {
+           Ptr starts, Ptr places, Ptr order, Ptr values, Ptr y, bool twin, int64_t multiprocessors,
+           int dtype, Ptr stream) {
             const cuda::DeltaProduct product = {at<void>(x),
                                                 x_stride,
                                                 tokens,
@@ -101,7 +102,8 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
                                                 at<uint16_t>(places),
                                                 at<int32_t>(order),
                                                 at<float>(values),
-                                                at<void>(y)};
+                                                at<void>(y),
+                                                multiprocessors};
             check(cuda::sparse_delta_matmul(product, cuda::Base(base), twin, DType(dtype),
                                             at<void>(stream)),
                   "sparse_delta_matmul", {{"tokens", tokens}, {"rows", rows}, {"columns", cols}});

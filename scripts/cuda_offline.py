@@ -38,7 +38,10 @@ _SECTION = r"^\.text\.(\S+):\s*$(.*?)(?=^\s*\.section|\Z)"
 WANTED = {
     # 16 bytes at a time to shared memory, fragments by the matrix load, and the tensor cores.
     r"multiply<": (r"LDGSTS\.[\w.]*128", r"LDSM\.[\w.]*MT88\.4", r"HMMA\.16816"),
-    r"multiply_many<": (r"LDGSTS\.[\w.]*128", r"LDSM\.[\w.]*M88\.4", r"HMMA\.16816"),
+    **dict.fromkeys(
+        (r"multiply_many<.*256>", r"multiply_many<.*128>"),  # tokens of a tile
+        (r"LDGSTS\.[\w.]*128", r"LDSM\.[\w.]*M88\.4", r"HMMA\.16816"),
+    ),
     r"multiply_many<.*true": (r"LDSM\.[\w.]*MT88\.4",),  # W turned
     # Straight to registers: 16 bytes of 16-bit numbers and of words, 8 of bytes.
     r"multiply_few<\w+, Base[13]": (r"LDG\.[\w.]*128", r"HMMA\.16816"),

@@ -39,8 +39,13 @@ def normal(*shape):
 
 @pytest.mark.parametrize("bits", [16, 8, 4, 0], ids=lambda bits: f"{bits} bits")
 @pytest.mark.parametrize("twin", [False, True], ids=("product", "twin"))
-def test_many_tokens_bring_each_tile_once(bits, twin):
+@pytest.mark.parametrize("height", [256, 128])
+def test_many_tokens_bring_each_tile_once(bits, twin, height, monkeypatch):
     tokens, rows, columns = 512, 256, 512
+    # Tiles of 128 tokens where each has a multiprocessor of its own, else of 256.
+    tiles = tokens // 128 * (columns if twin else rows) // 128
+    enough = tiles if height == 128 else tiles - 1
+    monkeypatch.setattr(_cuda_native, "multiprocessors", lambda device: enough)
     pattern = uniform_pattern((rows, columns), 0.01, seed=0)
     values, weight = torch.randn(pattern.nnz), normal(rows, columns)
     base = QuantizedWeight.quantize(weight, bits, 32) if bits in (8, 4) else weight
@@ -54,17 +59,22 @@ def test_many_tokens_bring_each_tile_once(bits, twin):
         found = counted(lambda: product(operand, values, pattern, backend="cuda-host"))
     products = tokens * outputs * summed // PRODUCT
     assert found["products"] == products
-    # Of x for each 128 outputs, of W for each 256 tokens; words of four columns once for each.
+    # Of x for each 128 outputs, of W for each tile of tokens; words of four columns once for each.
     stored = 16 if twin and bits == 4 else bits  # bits read of W an element
     brought = 2 * tokens * summed * (outputs // 128)
-    brought += rows * columns * stored // 8 * (tokens // 256)
+    brought += rows * columns * stored // 8 * (tokens // height)
     assert found["copied_bytes"] == brought
-    # A warp has 64 x 64 of a tile: for four products down and eight across, 8 reads.
-    assert found["matrix_reads"] == products * 8 // 32
+    # A warp has 64 x 64 of a tall tile: for four products down and eight across, 8 reads. Of a
+    # short one it has 64 x 32: 6 reads for four and four.
+    assert found["matrix_reads"] == (products * 8 // 32 if height == 256 else products * 6 // 16)
 
 
 @pytest.mark.parametrize("tokens", [40, 64, 130])
-def test_tokens_that_are_not_there_are_not_multiplied_by_whole_warps(tokens):
+@pytest.mark.parametrize("multiprocessors", [0, 4])
+def test_tokens_that_are_not_there_are_not_multiplied_by_whole_warps(
+    tokens, multiprocessors, monkeypatch
+):
+    monkeypatch.setattr(_cuda_native, "multiprocessors", lambda device: multiprocessors)
     pattern = uniform_pattern((256, 128), 0.02, seed=0)
     values, x, weight = torch.randn(pattern.nnz), normal(tokens, 128), normal(256, 128)
     found = counted(

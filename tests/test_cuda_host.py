@@ -99,7 +99,7 @@ def test_of_few_tokens_no_other_launch_sorts_the_values(monkeypatch):
         x = torch.randn(tokens, 96).bfloat16()
         ops.sparse_delta_matmul(x, weight, values, pattern, backend="cuda-host")
     for call, few in zip(calls, (True, False), strict=True):
-        *_, order, found, _, _, _ = call
+        *_, order, found, _, _, _, _ = call
         assert (order != 0) == (found == values.data_ptr()) == few
 
 

@@ -6,12 +6,14 @@ import itertools
 import math
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from speft_kernels import _triton, ops
+from speft_kernels import _cuda_native, _triton, ops
 from speft_kernels.bench.gpu import cases, journal, record, run
+from speft_kernels.bench.gpu.cases import sparse_delta_matmul as case_of_products
 from speft_kernels.bench.gpu.cases.layer import LORA, peft_layers
 from speft_kernels.bench.gpu.device import Device, Spent
 from speft_kernels.bench.gpu.journal import Journal
@@ -20,6 +22,7 @@ from speft_kernels.bench.gpu.timing import Floor, GpuCase, GpuSide, measure
 from speft_kernels.bench.machine import Light
 from speft_kernels.costs import CROSSOVER_TOKENS, DEFAULTS
 from speft_kernels.ops import panels
+from speft_kernels.ops.sparse_delta_matmul import cuda_ways
 
 
 def test_without_peft_its_layers_are_left_out_and_the_reason_is_kept(monkeypatch):
@@ -81,6 +84,19 @@ def test_both_ways_of_few_tokens_are_timed_around_the_crossover(tmp_path):
     ours = {name for name, values in entry["sides"].items() if values[0]}
     both = {"triton, W read once", "triton, W + D written"}
     assert ours == {"torch"} | (both if _triton.missing() is None else set())
+
+
+@pytest.mark.skipif(_cuda_native.missing("cuda-host") is not None, reason="cuda-host is not built")
+def test_tiles_of_both_heights_are_timed_in_cuda(tmp_path, monkeypatch):
+    monkeypatch.setattr(Workbench, "backends", lambda *_, **__: ["cuda"])
+    monkeypatch.setattr(case_of_products, "cuda_ways", partial(cuda_ways, backend="cuda-host"))
+    spec = Spec("sparse_delta_matmul", "q", 512)
+    assert spec in cases.kernel_specs()
+    book = Journal(tmp_path / journal.NAME, "kernels", "abc", "cpu")
+    run._measure(spec, Workbench(Device("cpu"), TINY), book)
+    (entry,) = book.entries("case")
+    ours = {name for name, values in entry["sides"].items() if values[0]}
+    assert ours == {"cuda, tiles of 256 tokens", "cuda, tiles of 128 tokens"}
 
 
 def test_the_matrix_is_all_that_is_asked_for_and_not_yet_measured():

@@ -20,8 +20,9 @@ from kernels import (
 
 from speft_kernels import SparsePattern, ops
 from speft_kernels.bench.checks import rounding_bound
-from speft_kernels.ops.sparse_delta_matmul import Delta, delta_arguments
+from speft_kernels.ops.sparse_delta_matmul import Delta, cuda_ways, delta_arguments
 from speft_kernels.plan import plan_of
+from speft_kernels.quantized import QuantizedWeight
 from speft_kernels.testing import uniform_pattern
 
 OP = "sparse_delta_matmul"
@@ -272,6 +273,24 @@ def test_no_second_weight_exists_in_cuda(tokens):
     pattern = make_pattern("realistic", 256, 512)
     most = max(new_tensors("cuda-host", tokens, pattern, torch.bfloat16))
     assert most <= max(tokens * 256, pattern.nnz) < 256 * 512
+
+
+@pytest.mark.skipif("cuda-host" not in BACKENDS, reason="cuda-host is not built")
+@pytest.mark.parametrize("twin", [False, True], ids=("product", "twin"))
+@pytest.mark.parametrize("bits", [16, 8, 4, 0])
+def test_the_height_of_the_tiles_in_cuda_changes_no_bit(bits, twin):
+    """More turns than stages; the last tile of either height, of both sides and the last turn are
+    parts of one.
+    """
+    pattern = make_pattern("uniform", 264, 320)
+    o = operands(290, pattern, torch.bfloat16)
+    base = o["weight"] if bits else None
+    if bits in (8, 4):
+        base = QuantizedWeight.quantize(o["weight"], bits, 16)
+    operand = o["dy" if twin else "x"]
+    ways = cuda_ways(operand, base, o["values"], pattern, twin, "cuda-host")
+    tall, short = (way() for way in ways.values())
+    assert torch.equal(tall, short)
 
 
 @needs_triton

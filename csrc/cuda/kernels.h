@@ -76,6 +76,8 @@ struct DeltaProduct {
     const int32_t* order;
     const float* values;
     void* y;  // contiguous
+    // Of the device; the result depends on them in no bit.
+    int64_t multiprocessors;
 };
 int sparse_delta_matmul(const DeltaProduct& product, Base base, bool twin, DType dtype,
                         void* stream);

@@ -10,24 +10,25 @@ namespace speft {
 namespace cuda {
 
 constexpr int kThreads = 8 * kWarp;
-constexpr int kTokens = 256;
+constexpr int kTall = 256, kShort = 128;  // tokens of a tile
 constexpr int kOutputs = 128;
-// Of a warp: 4 KB from shared memory for 65536 products, which 128 bytes a cycle can feed; 64 x 32
-// would take half as much again.
-constexpr int kWarpTokens = 64;
-constexpr int kWarpOutputs = 64;
-constexpr int kStages = 4;
+constexpr int kWarpTokens = 64;  // of a warp's part of a tile
 using LeftLayout = Swizzled<kSide>;
 constexpr int kOutPitch = kOutputs + 8;  // of y's tile: puts what is stored at once in all banks
 constexpr int kGroup = 8;  // tiles of tokens that share a tile of W while it is in the L2 cache
 constexpr int kAcrossTiles = kOutputs / kSide;    // of D in one of W
 constexpr int kAdding = kThreads / kAcrossTiles;  // threads that add the entries of one
-constexpr int kWarpsAcross = kOutputs / kWarpOutputs;
 static_assert(kAdding % kWarp == 0, "whole warps add the entries of a tile of D");
 
-template <Base kBase, bool kTwin>
+template <Base kBase, bool kTwin, int kTokens>
 struct Tiles {
     using Element = typename Stored<kBase>::Element;
+    // Of a warp. 64 x 64 ask 4 KB of shared memory for 65536 products, which 128 bytes a cycle can
+    // feed. 64 x 32 ask half as much again, for which a short tile has two warps a scheduler.
+    static constexpr int kWarpOutputs = kOutputs * kTokens / kWarpTokens / (kThreads / kWarp);
+    // Turns of short tiles are shorter, and what comes from memory takes as long: for them as many
+    // as take no more shared memory than a tall tile's.
+    static constexpr int kStages = kTokens == kTall ? 4 : 6;
     // A tile of W has its rows as W has them: outputs, or for the twin what is summed over.
     static constexpr int kRows = kTwin ? kSide : kOutputs;
     static constexpr int kCols = kTwin ? kOutputs : kSide;
@@ -44,12 +45,13 @@ struct Tiles {
         kStages * kStageBytes + (kDirect ? 0 : 2 * kTileBytes), size_t(kTokens) * kOutPitch * 2);
 };
 
-template <class T, Base kBase, bool kTwin>
+template <class T, Base kBase, bool kTwin, int kTokens>
 SPEFT_KERNEL(kThreads, 1)
 multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_vectors) {
-    using Tile = Tiles<kBase, kTwin>;
+    using Tile = Tiles<kBase, kTwin, kTokens>;
     using Element = typename Stored<kBase>::Element;
-    constexpr int kParts = Stored<kBase>::kParts;
+    constexpr int kParts = Stored<kBase>::kParts, kStages = Tile::kStages;
+    constexpr int kWarpOutputs = Tile::kWarpOutputs, kWarpsAcross = kOutputs / kWarpOutputs;
 
     // Which tile of y: kGroup tiles of tokens, then the next outputs.
     const int64_t down = parts_of(product.tokens, kTokens);
@@ -126,11 +128,11 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         cp_async_commit();  // also an empty group: the waits below count groups
     };
 
-    // What a thread makes of a quantized tile: eight columns of rows that are kTall apart, each
+    // What a thread makes of a quantized tile: eight columns of rows that are kApart apart, each
     // with a scale that was loaded a turn before it is needed.
-    constexpr int kChunks = Tile::kCols / kChunk, kTall = kThreads / kChunks;
-    constexpr int kMade = Tile::kRows / kTall;
-    static_assert(kMade * kTall == Tile::kRows, "each thread makes as many");
+    constexpr int kChunks = Tile::kCols / kChunk, kApart = kThreads / kChunks;
+    constexpr int kMade = Tile::kRows / kApart;
+    static_assert(kMade * kApart == Tile::kRows, "each thread makes as many");
     const int made_row = int(threadIdx.x) / kChunks,
               made_column = int(threadIdx.x) % kChunks * kChunk;
     float scales[kMade] = {};
@@ -141,8 +143,8 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         const int group = group_of(product, span.column + made_column);
         SPEFT_UNROLL
         for (int i = 0; i < kMade; ++i) {
-            const bool real = above + i * kTall < product.rows && made_column < span.count;
-            scales[i] = real ? scale_at<T>(product, above + i * kTall, group) : 0.0f;
+            const bool real = above + i * kApart < product.rows && made_column < span.count;
+            scales[i] = real ? scale_at<T>(product, above + i * kApart, group) : 0.0f;
         }
     };
 
@@ -151,7 +153,7 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         const int part = int(kTwin ? output / in_part : unsigned(turn) % kParts);
         SPEFT_UNROLL
         for (int i = 0; i < kMade; ++i) {
-            const int r = made_row + i * kTall, c = made_column;
+            const int r = made_row + i * kApart, c = made_column;
             Some<uint16_t> numbers = {};
             if constexpr (Stored<kBase>::kQuantized) {
                 const auto stored =
@@ -190,7 +192,8 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
     constexpr int kDown = kWarpTokens / 16, kAcross = kWarpOutputs / 8;
     const int warp_token = warp_id() / kWarpsAcross * kWarpTokens,
               warp_output = warp_id() % kWarpsAcross * kWarpOutputs;
-    // Warps without a token multiply nothing: of 128 tokens each scheduler has one that does.
+    // Warps without a token multiply nothing: of 64 tokens of a short tile each scheduler has one
+    // that does.
     const int first_turn = warp_token < tokens ? 0 : turns;
     float sums[kDown][kAcross][4] = {};
 

@@ -1,12 +1,12 @@
 // sparse_delta_matmul: x @ (W + D)^T + b and its twin x @ (W + D), where W + D exists in no device
 // memory; for 16-bit x over a W of 16, 8 or 4 bits, on the tensor cores.
 //
-// Many tokens, `multiply_many`: a product of tiles of 256 tokens, 128 outputs and 32 of what is
-// summed over, which come to shared memory through four asynchronous stages. Before the tensor
-// cores read a tile of W, it gets its entries of D there, rounded to W's dtype as a weight that
-// holds D would be; a quantized W is first widened into a second tile. D comes sorted by tiles of
-// 32 x 32, which serve both products. The entries of a tile are added between the two halves of the
-// products of the one before, one barrier a tile, and were loaded a tile earlier.
+// Many tokens, `multiply_many`: a product of tiles of 256 or 128 tokens, 128 outputs and 32 of what
+// is summed over, which come to shared memory through four or six asynchronous stages. Before the
+// tensor cores read a tile of W, it gets its entries of D there, rounded to W's dtype as a weight
+// that holds D would be; a quantized W is first widened into a second tile. D comes sorted by tiles
+// of 32 x 32, which serve both products. The entries of a tile are added between the two halves of
+// the products of the one before, one barrier a tile, and were loaded a tile earlier.
 //
 // Few tokens, `multiply_few`, where rows are whole and aligned for 16 bytes (else as many): bound
 // by reading W once. A warp takes 32 of what is summed over and 32 outputs (64 in the twin)
@@ -16,21 +16,36 @@
 // count.
 //
 // Count (M tokens, N x K, E entries, q bytes of W an element). Many: 2 M N K operations on the
-// tensor cores; from the L2 cache 2 M K bytes for each 128 outputs, and q N K + 6 E for each 256
-// tokens, of which the entries are 1.5 % at 0.5 % and q = 2. The twin over 4 bits reads its words
-// once for each of the four columns that they hold: q = 2 there, too. An entry reads and writes 2
-// bytes of shared memory. Of a turn of a tile, q = 2, in cycles of an H200's multiprocessor:
+// tensor cores; from the L2 cache 2 M K bytes for each 128 outputs, and q N K + 6 E for each tile
+// of tokens, of which the entries are 1.5 % at 0.5 % and q = 2. The twin over 4 bits reads its
+// words once for each of the four columns that they hold: q = 2 there, too. An entry reads and
+// writes 2 bytes of shared memory. Of a turn of a tile, q = 2, in cycles of an H200's
+// multiprocessor:
 //
-//   tensor cores   825   512 products at the rate of mma.sync: 0.62 of wgmma's, a figure of others
-//   L2 cache       813   24.6 KB at the 30 bytes that each has of 7 TB/s
-//   shared memory  704   192 on the way in, 512 on the way out
-//   instructions   560   280 of each warp, of which two share a scheduler
+//   tokens         256   128
+//   tensor cores   825   412   512 and 256 products at the rate of mma.sync: 0.62 of wgmma's, a
+//                              figure of others
+//   L2 cache       813   542   24.6 and 16.4 KB at the 30 bytes that each of 132 has of 7 TB/s
+//   shared memory  704   512   192 and 128 on the way in, 512 and 384 on the way out
+//   instructions   560   488   280 and 244 of each warp, of which two share a scheduler
 //
-// So tensor cores and L2 are as one; tiles of 128 x 128 would bring 4.3 GB for 8192 tokens of 4096
-// x 4096, not 3.2, and wait 1.3 times as long for L2 as for the tensor cores. These take 0.47 ms
-// there, and 0.48 as whole waves of 132 tiles. Between a tile's barrier and its first ldmatrix
-// stand ten instructions; a tile of 256 x 128 leaves room for no second block that would fill a
+// So tensor cores and L2 are as one in a tall tile; short ones would bring 4.3 GB for 8192 tokens
+// of 4096 x 4096, not 3.2, and wait 1.3 times as long for L2 as for the tensor cores. These take
+// 0.47 ms there, and 0.48 as whole waves of 132 tall tiles. Between a tile's barrier and its first
+// ldmatrix stand ten instructions; a tall tile leaves room for no second block that would fill a
 // longer wait.
+//
+// Short tiles are for products that would leave multiprocessors without any. Where each has one of
+// them at most, a wave takes 542 cycles a turn, and one of tall tiles 825: up to 512 tokens of 4096
+// outputs, and 2048 of 1024. Where there are more, two waves of short ones take 1084, and four for
+// two no less; three for two would win 1 %. So the number of multiprocessors decides. Both sum in
+// the same order, and the result is the same in every bit.
+//
+// Of a short tile eight warps have 64 x 32 each. Four of 64 x 64 would ask shared memory for 384
+// cycles, but each would have a scheduler to itself, where nothing fills the 188 instructions
+// between the two halves of its products: 412 and 188 make 600. Up to 64 tokens half of the eight
+// multiply, one a scheduler: 206 cycles of the tensor cores, and 420 of instructions, because all
+// eight bring and add. Tiles of 64 tokens would have about as many, and are left out.
 //
 // Few: q N K + 10 E bytes, and 2 M K from the L2 cache for each 32 outputs. An entry takes a warp
 // some 30 instructions for 16 tokens: 150 at 0.5 % for each 2 KB of W, beside some 60 of the
@@ -49,6 +64,19 @@ namespace speft {
 namespace cuda {
 namespace {
 
+template <class T, Base kBase, bool kTwin, int kTokens>
+int multiply_in_tiles(const DeltaProduct& product, int64_t across, bool x_vectors,
+                      bool weight_vectors, void* stream) {
+    const int64_t tiles = across * parts_of(product.tokens, kTokens);
+    if (tiles > INT32_MAX) return kUnsupported;
+    const int64_t y_width = kTwin ? product.cols : product.rows;
+    const bool y_vectors = in_vectors<uint16_t>(
+        product.y, y_width, kTwin ? product.cols / Stored<kBase>::kParts : y_width);
+    return launch(multiply_many<T, kBase, kTwin, kTokens>, dim3(unsigned(tiles)), kThreads,
+                  Tiles<kBase, kTwin, kTokens>::kBytes, stream, product, x_vectors, weight_vectors,
+                  y_vectors);
+}
+
 template <class T, Base kBase, bool kTwin>
 int multiply(const DeltaProduct& product, void* stream) {
     using Element = typename Stored<kBase>::Element;
@@ -61,19 +89,20 @@ int multiply(const DeltaProduct& product, void* stream) {
     const int64_t outputs = few ? kFewOutputs<kTwin> : kOutputs;
     const int64_t across =
         kTwin ? Stored<kBase>::kParts * parts_of(width, outputs) : parts_of(product.rows, outputs);
-    const int64_t tiles = few ? across : across * parts_of(product.tokens, kTokens);
     const int64_t turns = kTwin ? parts_of(product.rows, kSide) : parts_of(product.cols, kSide);
-    if (tiles > INT32_MAX || turns > INT32_MAX / 4) return kUnsupported;
+    if (across > INT32_MAX || turns > INT32_MAX / 4) return kUnsupported;
     if (few) {
-        const dim3 grid(unsigned(tiles), unsigned(parts_of(product.tokens, kRound)));
+        const dim3 grid(unsigned(across), unsigned(parts_of(product.tokens, kRound)));
         const size_t shared_bytes = size_t(kWarps) * kRound * (outputs + kSumPad) * sizeof(float);
         return launch(multiply_few<T, kBase, kTwin>, grid, kWarps * kWarp, shared_bytes, stream,
                       product);
     }
-    const int64_t y_width = kTwin ? product.cols : product.rows;
-    return launch(multiply_many<T, kBase, kTwin>, dim3(unsigned(tiles)), kThreads,
-                  Tiles<kBase, kTwin>::kBytes, stream, product, x_vectors, weight_vectors,
-                  in_vectors<uint16_t>(product.y, y_width, kTwin ? width : y_width));
+    // Where a multiprocessor has one short tile at most, these end first; of more, tall ones.
+    const bool at_once = across * parts_of(product.tokens, kShort) <= product.multiprocessors;
+    return at_once ? multiply_in_tiles<T, kBase, kTwin, kShort>(product, across, x_vectors,
+                                                                weight_vectors, stream)
+                   : multiply_in_tiles<T, kBase, kTwin, kTall>(product, across, x_vectors,
+                                                               weight_vectors, stream);
 }
 
 template <class T, Base kBase>

@@ -358,7 +358,10 @@ def _in_cuda(
     bias: Tensor | None,
     out_features: int,
     twin: bool,
+    multiprocessors: int | None = None,
 ) -> Tensor:
+    if multiprocessors is None:
+        multiprocessors = _cuda_native.multiprocessors(x.device)
     tiles = delta.tiles
     assert tiles is not None  # the form that is registered
     x, values, order = _native.rows_contiguous(x), delta.values.contiguous(), tiles.order
@@ -382,9 +385,31 @@ def _in_cuda(
         else (scales.data_ptr(), scales.dtype == torch.float32, shape[1] // scales.shape[1]),
         0 if bias is None else bias.data_ptr(),
         *(tiles.starts.data_ptr(), tiles.places.data_ptr(), order_at, values.data_ptr()),
-        *(y.data_ptr(), twin, _native.dtype_code(x)),
+        *(y.data_ptr(), twin, multiprocessors, _native.dtype_code(x)),
     )
     return y
+
+
+def cuda_ways(
+    x: Tensor,
+    weight: Base,
+    values: Tensor,
+    pattern: SparsePattern,
+    twin: bool = False,
+    backend: str = "cuda",
+) -> dict[str, Callable[[], Tensor]]:
+    """The two ways in which the CUDA kernels make `x @ (W + D)^T` or its twin for many tokens,
+    whichever the device would get: for those who measure or test them.
+    """
+    values, (csr, csc, tiles, _) = delta_arguments(values, pattern, x, weight, backend)
+    by_column = CompactIndices(*csc[:-1])
+    delta = Delta(values, CompactIndices(*csr), by_column, csc[-1], Tiles(*tiles))
+    out_features = pattern.shape[1 if twin else 0]
+    run = partial(_in_cuda, backend, x, weight, delta, None, out_features, twin)
+    return {
+        "tiles of 256 tokens": partial(run, multiprocessors=0),
+        "tiles of 128 tokens": partial(run, multiprocessors=1 << 31),
+    }
 
 
 for _backend in _cuda_native.MODULES:

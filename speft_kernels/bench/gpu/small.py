@@ -11,11 +11,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ... import _cuda_native, _native, _triton, ops
+from ...ops.sparse_delta_matmul import cuda_ways
 from ...pattern import SparsePattern
 from ...quantized import QuantizedWeight
 from .stages import MISSING
@@ -73,9 +75,10 @@ def keep_columns(at: Place) -> Iterator[object]:
 
 
 def sparse_delta_matmul(at: Place) -> Iterator[object]:
-    # Many tokens and few; W in 16, 8 and 4 bits, and none.
+    # Many tokens, in tiles of either height, and few; W in 16, 8 and 4 bits, and none. 200 columns
+    # are as many turns as come back to the first stage.
     for tokens, columns, bits in (
-        *((130, 136, 16), (40, 128, 8), (40, 128, 4), (40, 128, 0)),
+        *((130, 200, 16), (40, 128, 8), (40, 128, 4), (40, 128, 0)),
         *((19, 136, 16), (19, 128, 8), (19, 128, 4), (19, 128, 0)),
     ):
         pattern = at.pattern(72, columns, 0.08)
@@ -87,15 +90,18 @@ def sparse_delta_matmul(at: Place) -> Iterator[object]:
         magnitude.view(-1)[pattern.entry_indices.long()] += values.abs()
         x, dy = at.normal(tokens, columns), at.normal(tokens, 72)
         for operand, twin in ((x, False), (dy, True)):
-            ours, exact = (
-                _product(operand, base if bits else None, values, pattern, twin, name).float()
-                for name in (at.backend, "reference")
-            )
+            arguments = (operand, base if bits else None, values, pattern, twin)
+            exact = _product(*arguments, "reference").float()
+            if at.backend in _cuda_native.MODULES and tokens > 32:
+                ways = cuda_ways(*arguments, at.backend)
+            else:
+                ways = {at.backend: partial(_product, *arguments, at.backend)}
             # W + D is rounded before the product in the one, x @ W and the sum with x @ D after it
             # in the other: each a rounding of 2^-9 of the terms' magnitudes, and y's own.
             spread = operand.float().abs() @ (magnitude if twin else magnitude.t())
-            if bool(((ours - exact).abs() > 4 * 2.0**-9 * spread).any()):
-                yield tokens, bits, twin
+            for way, ours in ways.items():
+                if bool(((ours().float() - exact).abs() > 4 * 2.0**-9 * spread).any()):
+                    yield tokens, bits, twin, way
 
 
 def _product(

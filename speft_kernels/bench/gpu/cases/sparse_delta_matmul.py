@@ -3,7 +3,7 @@ W with the delta added, and torch's sparse product added to the dense one.
 
 On few tokens W has to be read, and nothing else counts: the floor is that. Between few and many
 Triton's kernels are timed both ways, with the entries added while W is read, and with W + D written
-out (`Costs.fused_tokens`).
+out (`Costs.fused_tokens`). On 512 the CUDA kernel is timed in tiles of both heights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .... import ops
 from ....costs import CROSSOVER_TOKENS
-from ....ops.sparse_delta_matmul import triton_ways
+from ....ops.sparse_delta_matmul import cuda_ways, triton_ways
 from ...checks import close, flat
 from ...harness import Work
 from ..bounds import summation_bound
@@ -32,6 +32,7 @@ CSR = "torch.sparse CSR, added"
 PRODUCT_GOALS = {"triton": 1.05, "cuda": 1.6}
 # Of reading W once on the fewest.
 READING_GOAL, FEW_TOKENS = 1.15, 16
+TILED_TOKENS = 512  # of which q has fewer tall tiles than an H200 multiprocessors
 GOAL_MASK = ("realistic", 0.005)
 Check = Callable[[Tensor], None]
 
@@ -72,16 +73,21 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
         x.dtype,
     )
     few, most = spec.tokens <= FEW_TOKENS, spec.tokens == MOST_TOKENS
+    of_goals = (spec.mask, spec.density) == GOAL_MASK
     sides = []
     backends = bench.backends("sparse_delta_matmul")
-    if "triton" in backends and spec.tokens in CROSSOVER_TOKENS:
-        ways = triton_ways(x, weight, values, pattern)
-        sides = [
-            GpuSide(f"triton, {way}", run, True, work, check=check) for way, run in ways.items()
-        ]
-        backends.remove("triton")
+    for backend, ways, where in (
+        ("triton", triton_ways, spec.tokens in CROSSOVER_TOKENS),
+        ("cuda", cuda_ways, spec.tokens == TILED_TOKENS and of_goals),
+    ):
+        if where and backend in backends:
+            sides += [
+                GpuSide(f"{backend}, {way}", run, True, work, check=check)
+                for way, run in ways(x, weight, values, pattern).items()
+            ]
+            backends.remove(backend)
     for backend in backends:
-        goal = backend in PRODUCT_GOALS and (spec.mask, spec.density) == GOAL_MASK
+        goal = backend in PRODUCT_GOALS and of_goals
         sides.append(
             GpuSide(
                 backend,
