@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from cuda_host import build, build_with_fault, instead, readers, run_with, script
+from cuda_host import Processes, build, instead, readers, script
 
 from speft_kernels import SparsePattern, _cuda_native, ops
 
@@ -103,68 +103,79 @@ def test_of_few_tokens_no_other_launch_sorts_the_values(monkeypatch):
         assert (order != 0) == (found == values.data_ptr()) == few
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """The folder of a module without a fault."""
-    folder = tmp_path_factory.mktemp("sound")
-    done = run_with(build(folder), script())
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
-# (name, file, what stands there, what shall stand there)
+# (name, file, within, what stands there, what shall stand there)
 FAULTS = (
     # Barriers (test_cuda_sanitizers.py removes each there is): where a tile's entries are in it,
     # where a stage is whole and another one free, and where a run's place is known.
-    (
-        "patched",
-        "multiply_many.h",
-        "        sync_block();  // the next",
-        "        // the next",
-    ),
-    ("barrier", "block_grad.cu", "        sync_block();  // everyone's", "        // everyone's"),
-    ("run", "topk_kernels.h", "    sync_block();  // the run has", "    // the run has"),
+    ("patched", "multiply_many.h", "sync_block();  // the next", "sync_block()", "void(0)"),
+    ("barrier", "block_grad.cu", "sync_block();  // everyone's", "sync_block()", "void(0)"),
+    ("run", "topk_kernels.h", "sync_block();  // the run has", "sync_block()", "void(0)"),
     # One group of copies too few is waited for.
-    ("wait", "block_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
-    (
-        "late",
-        "multiply_many.h",
-        "cp_async_wait<kStages - 3>()",
-        "cp_async_wait<kStages - 2>()",
-    ),
-    ("wait", "sampled_grad.cu", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
+    ("wait", "block_grad.cu", *("cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()")),
+    ("late", "multiply_many.h", *("cp_async_wait<kStages - 3>()", "cp_async_wait<kStages - 2>()")),
+    ("wait", "sampled_grad.cu", *("cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()")),
     # Rows that start between two multiples of 16 bytes, which only a GPU refuses.
-    ("misaligned", "sampled_grad.cu", "kPitch = kBlockRows + kVector;", "kPitch = kBlockRows + 4;"),
+    ("misaligned", "sampled_grad.cu", "* kPitch + column;", "kPitch", "kPitch - 4"),
     # A key equal to the k-th too few; more set aside than there is room for.
-    ("tie", "topk_kernels.h", "tie++ >= ties)", "tie++ >= ties - 1)"),
+    ("tie", "topk_kernels.h", "tie++ >= ties", "tie++ >= ties - 1"),
     ("room", "topk_work.h", "found <= uint64_t(segment.capacity)", "true"),
     # A token beyond the end of a part is added, and counts twice.
-    ("off by one", "tokens.h", "? begin + size :", "? begin + size + 1 :"),
+    ("off by one", "tokens.h", "? begin + size :", "begin + size", "begin + size + 1"),
     # The last of 64 entries is added twice.
-    ("twice", "multiply_many.h", "next.begin + kAdding; at", "next.begin + kAdding - 1; at"),
+    ("twice", "multiply_many.h", "next.begin + kAdding; at", "kAdding", "kAdding - 1"),
     # Values in the order of the entries, where the tiles have another.
-    ("order", "multiply_few.h", "product.places[at], product.order[at]", "product.places[at], at"),
+    ("order", "multiply_few.h", "places[at], product.order[at]", "product.order[at]", "at"),
     # A warp whose tokens are real, if few, multiplies nothing.
-    ("idle", "multiply_many.h", "warp_token < tokens ?", "warp_token + 2 < tokens ?"),
+    ("idle", "multiply_many.h", "warp_token < tokens ?", "warp_token", "warp_token + 2"),
     # The tokens of dy in another order than those of x.
-    ("order", "sampled_grad.cu", "place_of_token(token) * kPitch", "token * kPitch"),
+    (
+        "order",
+        "sampled_grad.cu",
+        "place_of_token(token) * kPitch",
+        "place_of_token(token)",
+        "token",
+    ),
     # The next stretch goes where one is that is still to be read.
-    ("stage", "sampled_grad.cu", "        free = stage;", "        free = kStageBytes;"),
+    ("stage", "sampled_grad.cu", "        free = stage;", "stage", "kStageBytes"),
     # The last group of a warp is left out, the first one reads its strips' neighbours, and groups
     # of other rows are multiplied by those before.
-    ("group", "sampled_grad.cu", "if (j + 1 >= own) break;", "if (j + 2 >= own) break;"),
-    ("off by one", "sampled_grad.cu", "+ lane_id() / 4]", "+ (lane_id() + 4) / 4]"),
-    ("rows", "sampled_grad.cu", "if (!there || of != before)", "if (!there)"),
+    ("group", "sampled_grad.cu", "if (j + 1 >= own) break;", "j + 1", "j + 2"),
+    ("off by one", "sampled_grad.cu", "+ lane_id() / 4]", "lane_id()", "lane_id() + 4"),
+    ("rows", "sampled_grad.cu", "if (!there || of != before)", "of != before", "false"),
+    # What test_cuda_counts.py finds nowhere: rows that are not swizzled.
+    ("plain", "bring.h", "^ (row / kOfBanks % kTurns)", "row / kOfBanks % kTurns", "0"),
 )
+PLAIN = FAULTS[-1]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Runs a script with one of the faults, or none."""
+    folder = tmp_path_factory.mktemp("planted")
+    processes = Processes(folder)
+    try:
+        assert processes.start() is None
+        module = build(folder, faults=[instead(*fault[1:]) for fault in FAULTS])
+
+        def run(script, fault=None):
+            number = 0 if fault is None else 1 + FAULTS.index(fault)
+            return processes.run(module, script, number)
+
+        done = run(script())
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield run
+    finally:
+        processes.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=[f"{file}: {name}" for name, file, *_ in FAULTS])
-def test_a_planted_fault_shows(sound, tmp_path, fault):
+@pytest.mark.parametrize(
+    "fault", FAULTS[:-1], ids=[f"{file}: {name}" for name, file, *_ in FAULTS[:-1]]
+)
+def test_a_planted_fault_shows(planted, fault):
     operations = readers(fault[1])
-    planted = build_with_fault(tmp_path / "planted", sound, fault[1], instead(*fault[2:]))
     for operation in operations:
-        done = run_with(planted, script(operation))
+        done = planted(script(operation), fault)
         # 1 where the script finds it, or lanes of a warp part over what they read; some lead to
         # addresses that the system refuses.
         assert done.returncode != 0, operation
@@ -174,12 +185,9 @@ def test_a_planted_fault_shows(sound, tmp_path, fault):
 
 
 @pytest.mark.slow
-def test_rows_that_are_not_swizzled_are_counted_as_meeting_in_the_banks(sound, tmp_path):
-    # What test_cuda_counts.py finds nowhere.
-    change = instead("((column / 8) ^ (row / kOfBanks % kTurns)) * 8", "column / 8 * 8")
-    planted = build_with_fault(tmp_path / "planted", sound, "bring.h", change)
+def test_rows_that_are_not_swizzled_are_counted_as_meeting_in_the_banks(planted):
     counts = "found = module.take_counts()\nprint(found['matrix_cycles'] / found['matrix_reads'])"
-    done = run_with(planted, f"{script('block_grad', orders=1)}{counts}")
+    done = planted(f"{script('block_grad', orders=1)}{counts}", PLAIN)
     # Rows of 32, 64 or 128 bytes: two, four or eight of eight meet.
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) >= 8

@@ -7,18 +7,20 @@ operations, and between blocks. csrc/cuda/host/races.h says what orders two thre
 
 import os
 import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from cuda_host import (
     BOUNDS,
     CSRC,
     RACES,
+    Fault,
+    Processes,
     build,
-    build_with_fault,
     instead,
     missing,
     readers,
-    run_with,
     script,
     without,
 )
@@ -28,70 +30,85 @@ from speft_kernels.bench.gpu.small import OPERATIONS
 pytestmark = pytest.mark.slow
 
 
-def module_of(folder):
-    return next(folder.glob("_cuda_host*"))
+@dataclass(frozen=True)
+class Sanitized:
+    """A module under a sanitizer, and the processes that run it."""
+
+    module: Path
+    processes: Processes
+    faults: list[Fault]
+
+    def run(self, script, fault=None):
+        number = 0 if fault is None else 1 + self.faults.index(fault)
+        return self.processes.run(self.module, script, number)
 
 
-def built(folder, sanitizer):
-    if reason := missing(sanitizer):
+def built(folder, sanitizer, faults):
+    reason = missing(sanitizer)
+    if reason is None:
+        processes = Processes(folder, sanitizer)
+        reason = processes.start()
+    if reason is not None:
         required = os.environ.get("SPEFT_REQUIRE_SANITIZERS") == "1"
         (pytest.fail if required else pytest.skip)(reason)
-    build(folder, sanitizer)
-    return folder
+    try:
+        yield Sanitized(build(folder, sanitizer, faults), processes, faults)
+    finally:
+        processes.close()
+
+
+# (kernel, file, what stands there, what shall stand there)
+BEYOND = (
+    ("write_batch", "write_delta.cu", "e >= delta.nnz", "e > delta.nnz"),
+    ("write_kept", "topk_kernels.h", "tie++ >= ties", "tie++ > ties"),
+)
 
 
 @pytest.fixture(scope="module")
 def bounded(tmp_path_factory):
-    """The folder of a module under the address and undefined-behaviour sanitizers."""
-    return built(tmp_path_factory.mktemp("bounded"), BOUNDS)
+    """The kernels under the address and undefined-behaviour sanitizers."""
+    yield from built(
+        tmp_path_factory.mktemp("bounded"), BOUNDS, [instead(*of) for _, *of in BEYOND]
+    )
 
 
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory):
-    """The folder of a module under the thread sanitizer."""
-    return built(tmp_path_factory.mktemp("raced"), RACES)
+    """The kernels under the thread sanitizer."""
+    yield from built(tmp_path_factory.mktemp("raced"), RACES, [without(*of) for of in ORDERS])
 
 
 # One order of the threads: modules compiled so are slow, and what is found depends on none.
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_nothing_beyond_its_bounds(bounded, operation):
-    done = run_with(module_of(bounded), script(operation, orders=1), BOUNDS)
+    done = bounded.run(script(operation, orders=1))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_no_race(raced, operation):
-    done = run_with(module_of(raced), script(operation, orders=1), RACES)
+    done = raced.run(script(operation, orders=1))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
-# (kernel, file, what stands there, what shall stand there)
-BEYOND = (
-    ("write_batch", "write_delta.cu", "if (e >= delta.nnz)", "if (e > delta.nnz)"),
-    ("write_kept", "topk_kernels.h", "tie++ >= ties)", "tie++ > ties)"),
-)
-
-
 @pytest.mark.parametrize("beyond", BEYOND, ids=[beyond[0] for beyond in BEYOND])
-def test_a_planted_access_beyond_the_bounds_is_found(bounded, tmp_path, beyond):
-    kernel, file, *change = beyond
-    planted = build_with_fault(tmp_path / "planted", bounded, file, instead(*change), BOUNDS)
+def test_a_planted_access_beyond_the_bounds_is_found(bounded, beyond):
+    kernel, file, *_ = beyond
     (operation,) = readers(file)
-    done = run_with(planted, script(operation, orders=1), BOUNDS)
+    done = bounded.run(script(operation, orders=1), instead(*beyond[1:]))
     assert "heap-buffer-overflow" in done.stderr
     assert re.search(rf"\b{kernel}<", done.stderr)
 
 
 def test_what_compute_sanitizer_has_to_find_is_a_write_beyond_a_weight(bounded):
     spoil = 'list(small.planted(small.Place("cpu", "cuda-host")))'
-    load = "from speft_kernels.bench.gpu import small"
-    done = run_with(module_of(bounded), f"{load}\n{spoil}", BOUNDS)
+    done = bounded.run(f"from speft_kernels.bench.gpu import small\n{spoil}")
     assert "heap-buffer-overflow" in done.stderr
     assert "WRITE of size 4" in done.stderr
     assert "write_delta" in done.stderr
 
 
-ORDER = re.compile(r"(sync_block\(\)|fence\(\)|cp_async_wait<[^;]*>\(\));")
+ORDER = re.compile(r"(sync_block\(\)|fence\(\)|cp_async_wait<[^;]*>\(\))(?=;)")
 # Each barrier, fence and wait of the kernels, on its own.
 ORDERS = [
     (path.name, place)
@@ -107,10 +124,8 @@ def line_of(order):
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=map(line_of, ORDERS))
-def test_what_orders_threads_is_needed_and_missed(raced, tmp_path, order):
-    file, place = order
-    planted = build_with_fault(tmp_path / "planted", raced, file, without(place), RACES)
-    done = run_with(planted, script(*readers(file), orders=1), RACES)
+def test_what_orders_threads_is_needed_and_missed(raced, order):
+    done = raced.run(script(*readers(order[0]), orders=1), without(*order))
     # Or what is read too early is an address that the system or the emulation refuses.
     assert re.search("ThreadSanitizer: (data race|SEGV)|16 bytes at an address", done.stderr), (
         done.stderr

@@ -80,7 +80,7 @@ find_bound(Work work) {
         }
     }
     if (threadIdx.x == 0)
-        work.states[blockIdx.x] = {0, uint64_t(segment.k), 0, bound, 0, Source::kNone};
+        work.states[blockIdx.x] = {0, uint64_t(segment.k), 0, bound, Source::kNone, {}};
 }
 
 // Grid: tiles.
@@ -169,12 +169,11 @@ static SPEFT_KERNEL(kThreads, 2) find_threshold(Work work) {
     sync_block();  // the bins are full
     for (int i = int(threadIdx.x); i < kLowBins; i += kThreads)
         if (bins[i] > 0) atomic_add(&low[i], bins[i]);
-    if (!is_last(state, uint64_t(parts), &shared.found[0])) return;
+    if (!is_last(state.arrived.threshold, uint64_t(parts), &shared.found[0])) return;
     const Pick second = pick<kLowBins>(low, first.rank, shared);
     if (threadIdx.x == 0) {
         state.threshold = least + second.digit;
         state.rank = second.rank;
-        state.arrived = 0;
         state.source = Source::kList;
     }
 }
@@ -219,13 +218,12 @@ count_digit(Work work, int level) {
         reinterpret_cast<uint64_t*>(work.histograms + int64_t(which) * kListWords) + level * kBins;
     for (int i = int(threadIdx.x); i < digit.bins; i += kThreads)
         if (bins[i] > 0) atomic_add(&histogram[i], uint64_t(bins[i]));
-    if (!is_last(state, uint64_t(parts), &shared.found[0])) return;
+    if (!is_last(state.arrived.digit[level], uint64_t(parts), &shared.found[0])) return;
     // Of the last digit the upper half of the bins is empty.
     const Pick picked = pick<kBins>(histogram, state.rank, shared);
     if (threadIdx.x == 0) {
         state.threshold = threshold | picked.digit << digit.shift;
         state.rank = picked.rank;
-        state.arrived = 0;
     }
 }
 
@@ -287,7 +285,7 @@ count_kept(Work work) {
         atomic_add(&group.above, uint64_t(total & 0xffff));
         atomic_add(&group.equal, uint64_t(total >> 16));
     }
-    if (!is_last(state, uint64_t(segment.tiles), &shared.told)) return;
+    if (!is_last(state.arrived.kept, uint64_t(segment.tiles), &shared.told)) return;
     const int64_t count = groups_of(segment), each = parts_of(count, kFew);
     const int64_t begin = smaller(threadIdx.x * each, count), end = smaller(begin + each, count);
     Kept* const groups = work.groups + segment.first_group;

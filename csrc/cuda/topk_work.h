@@ -36,8 +36,11 @@ struct State {
     uint64_t rank;       // of the k-th key among those that share the digits known; then: ties kept
     uint32_t threshold;  // the digits known of the k-th largest key, then zeros; then: that key
     uint32_t bound;
-    uint32_t arrived;  // blocks that have added their part
     Source source;
+    // Blocks that have added their part, of each kernel that the last of them ends.
+    struct {
+        uint32_t threshold, digit[kLevels], kept;
+    } arrived;
 };
 
 // Of a segment: the high and then the low digits of its list, or the digits of all its data.
@@ -86,12 +89,12 @@ SPEFT_DEVICE bool is_listed(const Segment& segment, uint64_t found) {
 
 // Whether this block is the last of `blocks` of its segment to come here; it then sees what all
 // have written.
-SPEFT_DEVICE bool is_last(State& state, uint64_t blocks, uint64_t* told) {
+SPEFT_DEVICE bool is_last(uint32_t& arrived, uint64_t blocks, uint64_t* told) {
     sync_block();  // the block's part is written
     if (threadIdx.x == 0) {
         // One thread's fences do for its block: barriers hand on what they order.
         fence();
-        *told = atomic_add(&state.arrived, 1u) + 1;
+        *told = atomic_add(&arrived, 1u) + 1;
         fence();
     }
     sync_block();  // all know whether theirs was the last

@@ -104,17 +104,18 @@ inline void fence() {
 // Relaxed, as the GPU's: alone they order nothing.
 template <class T>
 T atomic_add(T* at, T value) {
+    const T former = __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
     host::at_atomic(at);
-    return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+    return former;
 }
 
 template <class T>
 T atomic_min(T* at, T value) {
-    host::at_atomic(at);
     T former = __atomic_load_n(at, __ATOMIC_RELAXED);
     while (value < former && !__atomic_compare_exchange_n(at, &former, value, false,
                                                           __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
+    host::at_atomic(at);
     return former;
 }
 

@@ -1,5 +1,6 @@
 #include "fibers.h"
 
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -19,9 +20,6 @@
     #include <sanitizer/common_interface_defs.h>
     #define SPEFT_ASAN 1
 #endif
-#ifdef SPEFT_TSAN
-    #include <sys/mman.h>
-#endif
 
 namespace speft {
 namespace cuda {
@@ -32,6 +30,10 @@ namespace host {
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
+constexpr size_t kGuard = 4096;
+// Threads that are kept from grid to grid under the thread sanitizer, which takes a megabyte each.
+// Blocks beyond them may come to the numbers of threads that have ended: to it they are the same.
+constexpr size_t kKept = 2100;
 constexpr int kLanes = 32;
 
 uint64_t g_seed = 0;
@@ -54,7 +56,7 @@ struct Fiber {
     std::deque<std::vector<Copy>> groups;  // committed, oldest first
     std::vector<Copy> open;
     void* fake_stack = nullptr;
-    races::Thread watched;
+    void* watched = nullptr;
     size_t committed = 0;     // groups so far
     void* touched = nullptr;  // by its last atomic operation
     bool fenced = false;
@@ -69,51 +71,55 @@ struct Warp {
     std::vector<std::vector<std::array<uint64_t, kLanes>>> copies;
 };
 
-#ifdef SPEFT_TSAN
-// New pages for each block: what two blocks' threads do on their stacks is no race.
-class Stacks {
+// What a thread has to itself and costs much to make.
+class Place {
   public:
-    explicit Stacks(size_t threads) : bytes_(threads * kStack) {
-        pages_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    // Below the stack a page that ends a process whose thread needs more.
+    Place()
+        : pages_(mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)) {
         if (pages_ == MAP_FAILED) throw std::bad_alloc();
+        mprotect(pages_, kGuard, PROT_NONE);
     }
-    ~Stacks() { munmap(pages_, bytes_); }
-    Stacks(const Stacks&) = delete;
-    Stacks& operator=(const Stacks&) = delete;
-    unsigned char* of(size_t index) { return static_cast<unsigned char*>(pages_) + index * kStack; }
+    ~Place() { munmap(pages_, kGuard + kStack); }
+    Place(const Place&) = delete;
+    Place& operator=(const Place&) = delete;
+    unsigned char* stack() const { return static_cast<unsigned char*>(pages_) + kGuard; }
+    void* watched() const { return watched_.fiber(); }
 
   private:
-    size_t bytes_;
+    races::Thread watched_;
     void* pages_;
 };
-#else
-// Kept from block to block: a stack's pages are costly to come by.
-class Stacks {
+
+class Places {
   public:
-    explicit Stacks(size_t) {}
-    unsigned char* of(size_t index) {
-        thread_local std::vector<std::unique_ptr<unsigned char[]>> stacks;
-        while (stacks.size() <= index)
-            stacks.emplace_back(new unsigned char[kStack]);
-        return stacks[index].get();
+    Place& at(size_t index) {
+        while (places_.size() <= index)
+            places_.emplace_back();
+        return places_[index];
     }
+
+  private:
+    std::deque<Place> places_;
 };
-#endif
 
 class Block {
   public:
-    Block(int threads, size_t shared_bytes, const std::function<void()>& thread, uint64_t seed)
+    // Its threads have the places from `first` on.
+    Block(int threads, size_t shared_bytes, const std::function<void()>& thread, uint64_t seed,
+          Places& places, size_t first)
         : thread_(thread),
           random_(seed),
-          stacks_(size_t(threads)),
           fibers_(threads),
           warps_((threads + kLanes - 1) / kLanes),
           shared_(shared_bytes + 16) {
         // Not zero: what a kernel reads before writing it should show.
         std::fill(shared_.begin(), shared_.end(), uint8_t(0xcb));
-        for (size_t i = 0; i < fibers_.size(); ++i)
-            fibers_[i].stack = stacks_.of(i);
+        for (size_t i = 0; i < fibers_.size(); ++i) {
+            fibers_[i].stack = places.at(first + i).stack();
+            fibers_[i].watched = places.at(first + i).watched();
+        }
     }
 
     void run(Index3 block);
@@ -143,7 +149,6 @@ class Block {
 
     const std::function<void()>& thread_;
     std::mt19937_64 random_;
-    Stacks stacks_;
     std::vector<Fiber> fibers_;
     std::vector<Warp> warps_;
     std::vector<unsigned char> shared_;
@@ -155,7 +160,8 @@ class Block {
     int at_barrier_ = 0;
     unsigned barriers_ = 0;  // that all have passed
     char passed_[2] = {};    // what orders threads at even ones and at odd ones
-    char ended_ = 0;         // and at the block's end
+    char started_ = 0;       // and at the block's start
+    char ended_ = 0;         // and its end
     void* const watched_ = races::current();
     std::string error_;
 };
@@ -179,6 +185,7 @@ void Block::enter() {
 #ifdef SPEFT_ASAN
     __sanitizer_finish_switch_fiber(nullptr, &block.main_stack_, &block.main_size_);
 #endif
+    races::acquire(&block.started_);
     block.thread_();
     Fiber& fiber = block.current();
     for (auto& group : fiber.groups)
@@ -200,7 +207,7 @@ void Block::switch_to(int next) {
 #ifdef SPEFT_ASAN
     __sanitizer_start_switch_fiber(&main_fake_stack_, fiber.stack, kStack);
 #endif
-    races::switch_to(fiber.watched.fiber());
+    races::switch_to(fiber.watched);
     swapcontext(&main_, &fiber.context);
 #ifdef SPEFT_ASAN
     __sanitizer_finish_switch_fiber(main_fake_stack_, nullptr, nullptr);
@@ -281,6 +288,7 @@ const unsigned char* Block::exchange(const void* mine, size_t size, int line) {
 void Block::run(Index3 block) {
     blockIdx = block;
     t_block = this;
+    races::release(&started_);
     for (Fiber& fiber : fibers_) {
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack;
@@ -327,9 +335,9 @@ void Block::run(Index3 block) {
 }
 
 bool run_block(Index3 at, int threads, size_t shared_bytes, const std::function<void()>& thread,
-               uint64_t seed) {
+               uint64_t seed, Places& places, size_t first) {
     // Not on this stack, where the next block would have the same barriers.
-    const auto block = std::make_unique<Block>(threads, shared_bytes, thread, seed);
+    const auto block = std::make_unique<Block>(threads, shared_bytes, thread, seed, places, first);
     try {
         block->run(at);
         return true;
@@ -350,15 +358,25 @@ bool run_grid(Index3 grid, int threads, size_t shared_bytes, const std::function
     std::iota(order.begin(), order.end(), uint64_t(0));
     std::mt19937_64 random(g_seed);
     std::shuffle(order.begin(), order.end(), random);
-    static char ended;  // what orders the end of a grid
+    static char begun, ended;  // what orders the start of a grid, and its end
+    // To the thread sanitizer each block is made, run and ended by a thread of its own, and has
+    // threads of its own: nothing orders two blocks of a grid. The next grid comes after all of
+    // them, and its blocks have the first ones' threads again.
+    thread_local Places kept;
+    const size_t each = size_t(threads) + 1;
     void* const host = races::current();
-    for (uint64_t i : order) {
-        // Each block is made, run and ended by a thread of its own: nothing orders two blocks.
-        const races::Thread of_block;
-        races::switch_to(of_block.fiber());
+    races::release(&begun);
+    for (uint64_t i = 0; i < count; ++i) {
+        Places own;
+        const bool keeps = !races::kWatched || (i + 1) * each <= kKept;
+        Places& places = keeps ? kept : own;
+        const size_t first = races::kWatched && keeps ? i * each : 0;
+        races::switch_to(places.at(first).watched());
+        races::acquire(&begun);
+        const uint64_t at = order[i];
         const bool done = run_block(
-            {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)},
-            threads, shared_bytes, thread, random());
+            {unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y)},
+            threads, shared_bytes, thread, random(), places, first + 1);
         races::release(&ended);
         races::switch_to(host);
         if (!done) return false;

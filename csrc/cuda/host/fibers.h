@@ -42,8 +42,8 @@ int lane();
 // Of 16 bytes that are moved at once, which a GPU moves only so; else the grid ends with an error.
 void expect_aligned(const void* at, int line);
 
-// Comes with each atomic operation: what came before a fence before it is ordered before what comes
-// after a fence after a later one, of any thread, at this place.
+// Comes after each atomic operation: it, and what came before a fence before it, is ordered before
+// what comes after a fence after a later one, of any thread, at this place.
 void at_atomic(void* at);
 void fence();
 

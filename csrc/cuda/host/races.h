@@ -32,6 +32,8 @@ namespace host {
 namespace races {
 
 #ifdef SPEFT_TSAN
+constexpr bool kWatched = true;
+
 // A thread as the sanitizer sees it, ordered after the one that makes it and before none.
 class Thread {
   public:
@@ -65,6 +67,8 @@ inline void written(void* at, size_t size) {
     __tsan_write_range(at, size);
 }
 #else
+constexpr bool kWatched = false;
+
 class Thread {
   public:
     void* fiber() const { return nullptr; }
