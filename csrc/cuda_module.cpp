@@ -85,7 +85,7 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
         [](Ptr x, int64_t x_stride, int64_t tokens, Ptr weight, int64_t weight_stride, int64_t rows,
            int64_t cols, int base, Ptr scales, bool wide_scales, int64_t group, Ptr bias,
            Ptr starts, Ptr places, Ptr order, Ptr values, Ptr y, bool twin, int64_t multiprocessors,
-           int dtype, Ptr stream) {
+           int64_t tile_tokens, int dtype, Ptr stream) {
             const cuda::DeltaProduct product = {at<void>(x),
                                                 x_stride,
                                                 tokens,
@@ -103,7 +103,8 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
                                                 at<int32_t>(order),
                                                 at<float>(values),
                                                 at<void>(y),
-                                                multiprocessors};
+                                                multiprocessors,
+                                                tile_tokens};
             check(cuda::sparse_delta_matmul(product, cuda::Base(base), twin, DType(dtype),
                                             at<void>(stream)),
                   "sparse_delta_matmul", {{"tokens", tokens}, {"rows", rows}, {"columns", cols}});
@@ -153,9 +154,9 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
     m.def(
         "topk_salience",
         [](const cuda::TopkPlan& plan, Ptr table, Ptr scratch, int metric, Ptr indices, Ptr told,
-           bool over_data, int dtype, Ptr stream) {
+           int64_t pending, int dtype, Ptr stream) {
             const cuda::TopkCall call = {at<void>(table),      at<void>(scratch),  metric,
-                                         at<int64_t>(indices), at<uint64_t>(told), over_data};
+                                         at<int64_t>(indices), at<uint64_t>(told), pending};
             check(cuda::topk_salience(plan.sizes, call, DType(dtype), at<void>(stream)),
                   "topk_salience",
                   {{"matrices", plan.sizes.matrices}, {"tiles", plan.sizes.tiles}});

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from speft_kernels import SparsePattern, SparsityPlan, _cuda_native, ops
+from speft_kernels.ops.sparse_delta_matmul import cuda_ways
 from speft_kernels.quantized import QuantizedWeight
 from speft_kernels.testing import realistic_pattern, uniform_pattern
 from speft_kernels.thin_strips import BLOCK_ROWS, GROUP, STRIP_ROWS, ThinStrips
@@ -70,17 +71,34 @@ def test_many_tokens_bring_each_tile_once(bits, twin, height, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [40, 64, 130])
-@pytest.mark.parametrize("multiprocessors", [0, 4])
-def test_tokens_that_are_not_there_are_not_multiplied_by_whole_warps(
-    tokens, multiprocessors, monkeypatch
-):
-    monkeypatch.setattr(_cuda_native, "multiprocessors", lambda device: multiprocessors)
+def test_tokens_that_are_not_there_are_not_multiplied_by_whole_warps(tokens):
     pattern = uniform_pattern((256, 128), 0.02, seed=0)
     values, x, weight = torch.randn(pattern.nnz), normal(tokens, 128), normal(256, 128)
+    for run in cuda_ways(x, weight, values, pattern, backend="cuda-host").values():
+        found = counted(run)
+        assert found["products"] == -(-tokens // 64) * 64 * 256 * 128 // PRODUCT
+
+
+# On 132 multiprocessors (tokens, outputs, tokens of a tile): one wave of short tiles for one of
+# tall ones, two for one, two for two, as many of either, three for two.
+@pytest.mark.parametrize(
+    ("tokens", "rows", "height"),
+    [
+        *((512, 4096, 128), (513, 4096, 256), (1024, 4096, 256), (2048, 1024, 128)),
+        *((384, 11008, 128), (512, 11008, 256), (100, 28672, 128), (640, 6144, 128)),
+        *((768, 8192, 256),),
+    ],
+)
+def test_tiles_are_as_high_as_waves_of_them_end_first(tokens, rows, height, monkeypatch):
+    monkeypatch.setattr(_cuda_native, "multiprocessors", lambda device: 132)
+    pattern = SparsePattern((rows, 32), torch.zeros(1, dtype=torch.int32))
+    x, weight = torch.zeros(tokens, 32).bfloat16(), torch.zeros(rows, 32).bfloat16()
     found = counted(
-        lambda: ops.sparse_delta_matmul(x, weight, values, pattern, backend="cuda-host")
+        lambda: ops.sparse_delta_matmul(x, weight, torch.ones(1), pattern, backend="cuda-host")
     )
-    assert found["products"] == -(-tokens // 64) * 64 * 256 * 128 // PRODUCT
+    # Each tile brings 32 columns of its tokens, zeros for those missing, and of 128 rows of W.
+    tiles = -(-rows // 128) * -(-tokens // height)
+    assert found["copied_bytes"] == tiles * 2 * 32 * (height + 128)
 
 
 def test_few_tokens_copy_nothing():

@@ -7,6 +7,7 @@ a GPU would only show at times does show.
 
 import contextlib
 import os
+import signal
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_of_few_tokens_no_other_launch_sorts_the_values(monkeypatch):
         x = torch.randn(tokens, 96).bfloat16()
         ops.sparse_delta_matmul(x, weight, values, pattern, backend="cuda-host")
     for call, few in zip(calls, (True, False), strict=True):
-        *_, order, found, _, _, _, _ = call
+        *_, order, found, _, _, _, _, _ = call
         assert (order != 0) == (found == values.data_ptr()) == few
 
 
@@ -180,7 +181,9 @@ def test_a_planted_fault_shows(planted, fault):
         # addresses that the system refuses.
         assert done.returncode != 0, operation
         named = f"('{operation}'" in done.stderr or f"{operation} (" in done.stderr
-        assert done.returncode < 0 or named, done.stderr
+        # Not one that is ended because it hangs.
+        killed = done.returncode < 0 and done.returncode != -signal.SIGALRM
+        assert killed or named, done.stderr
     assert operations
 
 

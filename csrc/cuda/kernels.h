@@ -76,8 +76,10 @@ struct DeltaProduct {
     const int32_t* order;
     const float* values;
     void* y;  // contiguous
-    // Of the device; the result depends on them in no bit.
+    // Of the device; and the tokens of a tile, 256 or 128, or 0 for those that the count chooses.
+    // The result depends on neither in any bit.
     int64_t multiprocessors;
+    int64_t tile_tokens;
 };
 int sparse_delta_matmul(const DeltaProduct& product, Base base, bool twin, DType dtype,
                         void* stream);
@@ -95,7 +97,8 @@ struct TopkProblem {
     int64_t multiprocessors;
 };
 struct TopkSizes {
-    int64_t matrices, segments, tiles, groups, parts, list_parts, samples, room;
+    int64_t matrices, segments, tiles, most_tiles, groups, supers, list_parts, samples, room;
+    int64_t multiprocessors;
     bool together;
 };
 struct TopkPlan {
@@ -112,7 +115,7 @@ struct TopkCall {
     int64_t* indices;  // [sum of ks], within their matrix, sorted; matrix after matrix
     uint64_t* told;    // [1 + matrices]: the first matrix with a NaN or infinite score, all ones
                        // where there is none; how many indices each matrix has
-    bool over_data;    // with the scratch and the numbers told of the call before
+    int64_t pending;   // segments that the call before, with this scratch, has told no index of
 };
 int topk_salience(const TopkSizes& sizes, const TopkCall& call, DType dtype, void* stream);
 

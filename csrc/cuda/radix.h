@@ -30,8 +30,8 @@ SPEFT_DEVICE Digit digit_of(int level) {
     return {0, kBins / 2, ~0u << (32 - 2 * kDigitBits)};
 }
 
-// What keys are above a bound, in two levels: all below 2^27, which is scores of up to 2^16 times
-// the bound's. The last of the high digits stands for whatever is beyond.
+// What keys are above a bound, in two levels: all below 2^27, of which 2^23 are a power of two of a
+// positive score. The last of the high digits stands for whatever is beyond.
 constexpr int kLowBits = 14;
 constexpr int kLowBins = 1 << kLowBits;
 constexpr int kHighBins = 1 << 13;
@@ -72,23 +72,40 @@ struct Pick {
 };
 
 // The digit of the key of `rank`, from the largest, by how many keys have each digit; and its rank
-// among the keys that have it, too. Every thread must come, and pass another barrier before it
+// among the keys that have it, too. Warps read neighbouring bins, to find the warp whose share has
+// it; then all threads part that share. Every thread must come, and pass another barrier before it
 // comes again.
 template <int kCount, class Count>
 SPEFT_DEVICE Pick pick(const Count* bins, uint64_t rank, Shared& shared) {
-    static_assert(kCount % kThreads == 0, "as many for each thread");
-    constexpr int kEach = kCount / kThreads;
-    const int top = kCount - 1 - int(threadIdx.x) * kEach;
+    constexpr int kShare = kCount / (kThreads / kWarp), kEach = (kShare + kThreads - 1) / kThreads;
+    static_assert(kShare % kWarp == 0 && kShare % kEach == 0, "whole reads");
+    const Count* const top = bins + kCount - 1;
+    const int share = warp_id() * kShare;
     uint64_t mine = 0, total;
     SPEFT_UNROLL
-    for (int i = 0; i < kEach; ++i)
-        mine += bins[top - i];
+    for (int i = 0; i < kShare; i += kWarp)
+        mine += top[-(share + i + lane_id())];
+    const uint64_t before = sum_before<kThreads>(mine, shared.sums, &total);
+    const uint64_t above_share = exchange_from(before, 0);
+    const uint64_t with_share = exchange_from(before + mine, kWarp - 1);
+    if (lane_id() == 0 && above_share < rank && rank <= with_share) {
+        shared.found[0] = uint64_t(share);
+        shared.found[1] = rank - above_share;
+    }
+    sync_block();  // one warp's share has it
+    const int first = int(threadIdx.x) * kEach;
+    const Count* const own = top - (int(shared.found[0]) + first);
+    rank = shared.found[1];
+    mine = 0;
+    if (first < kShare)
+        for (int i = 0; i < kEach; ++i)
+            mine += own[-i];
     uint64_t above = sum_before<kThreads>(mine, shared.sums, &total);
     if (above < rank && rank <= above + mine) {
-        int digit = top;
-        for (; above + bins[digit] < rank; --digit)
-            above += bins[digit];
-        shared.found[0] = uint64_t(digit);
+        int i = 0;
+        for (; above + own[-i] < rank; ++i)
+            above += own[-i];
+        shared.found[0] = uint64_t(own - i - bins);
         shared.found[1] = rank - above;
     }
     sync_block();  // one thread has found it

@@ -88,43 +88,71 @@ SPEFT_DEVICE T element(const Bytes16& vector, int i) {
         return {uint16_t(vector.words[i / 2] >> (16 * (i % 2)))};
 }
 
-// Where in its tile the `slot`-th entry of this thread lies, for a block of kThreads.
+// Where in its tile the `slot`-th entry of this thread lies, where kThreads of a block take it.
 template <class T, int kThreads>
 SPEFT_DEVICE int place_of(int slot) {
-    return (slot / kVector<T> * kThreads + int(threadIdx.x)) * kVector<T> + slot % kVector<T>;
+    const int thread = int(threadIdx.x) % kThreads;
+    return (slot / kVector<T> * kThreads + thread) * kVector<T> + slot % kVector<T>;
 }
 
-// Calls f(slot, place, key) for the entries of a tile that fall to this thread. The slot counts
-// them, from 0 to 31 at most where kThreads is kTileThreads.
+// Neighbouring entries of a tile, from `place` on.
+template <int kMost>
+struct Entries {
+    uint32_t keys[kMost];
+    int place;
+    int count;
+};
+
+// Calls f(slot, entries) for vectors of a tile. The first slots of all threads come before their
+// next ones, each time in the order of the threads.
 template <bool kPair, int kThreads, class T, class F>
-SPEFT_DEVICE void visit(const Tile<T>& tile, Score score, F&& f) {
-    constexpr int kSlots = kTile<T> / kThreads, kStep = kAhead * kVector<T>;
+SPEFT_DEVICE void visit_vectors(const Tile<T>& tile, Score score, F&& f) {
+    constexpr int kEach = kVector<T>, kSlots = kTile<T> / kThreads;
     if (!tile.whole) {
-        for (int first = 0; first < kSlots; first += kVector<T>) {
+        for (int slot = 0; slot < kSlots; slot += kEach) {
+            Entries<kEach> entries = {{}, place_of<T, kThreads>(slot), 0};
             SPEFT_UNROLL
-            for (int slot = first; slot < first + kVector<T>; ++slot) {
-                const int place = place_of<T, kThreads>(slot);
-                if (place < tile.size)
-                    f(slot, place, key_at<T, kPair>(tile.x, tile.y, place, score));
+            for (int i = 0; i < kEach; ++i) {
+                if (entries.place + i >= tile.size) continue;
+                entries.keys[i] = key_at<T, kPair>(tile.x, tile.y, entries.place + i, score);
+                entries.count = i + 1;
             }
+            f(slot, entries);
         }
         return;
     }
-    for (int first = 0; first < kSlots; first += kStep) {
+    for (int first = 0; first < kSlots; first += kAhead * kEach) {
         Bytes16 x[kAhead], y[kAhead];  // asked for together, before the first is used
         SPEFT_UNROLL
         for (int v = 0; v < kAhead; ++v) {
-            const int place = place_of<T, kThreads>(first + v * kVector<T>);
+            const int place = place_of<T, kThreads>(first + v * kEach);
             x[v] = read_only(reinterpret_cast<const Bytes16*>(tile.x + place));
             if (kPair) y[v] = read_only(reinterpret_cast<const Bytes16*>(tile.y + place));
         }
         SPEFT_UNROLL
-        for (int i = 0; i < kStep; ++i) {
-            float value = widen(element<T>(x[i / kVector<T>], i % kVector<T>));
-            if (kPair) value *= widen(element<T>(y[i / kVector<T>], i % kVector<T>));
-            f(first + i, place_of<T, kThreads>(first + i), key_of(value, score));
+        for (int v = 0; v < kAhead; ++v) {
+            const int slot = first + v * kEach;
+            Entries<kEach> entries = {{}, place_of<T, kThreads>(slot), kEach};
+            SPEFT_UNROLL
+            for (int i = 0; i < kEach; ++i) {
+                float value = widen(element<T>(x[v], i));
+                if (kPair) value *= widen(element<T>(y[v], i));
+                entries.keys[i] = key_of(value, score);
+            }
+            f(slot, entries);
         }
     }
+}
+
+// Calls f(slot, key) for the entries of a tile that fall to this thread. The slot counts them, from
+// 0 to 31 at most where kThreads is kTileThreads.
+template <bool kPair, int kThreads, class T, class F>
+SPEFT_DEVICE void visit(const Tile<T>& tile, Score score, F&& f) {
+    visit_vectors<kPair, kThreads>(tile, score, [&](int slot, const auto& entries) {
+        SPEFT_UNROLL
+        for (int i = 0; i < kVector<T>; ++i)
+            if (i < entries.count) f(slot + i, entries.keys[i]);
+    });
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// Sums of all that come before, over a block: CUB's, and the standard library's for the tests on a
-// CPU.
+// Sums of all that come before, over a block and over a warp: CUB's, and plain loops for the tests
+// on a CPU.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
     #include <numeric>
 #else
     #include <cub/block/block_scan.cuh>
+    #include <cub/warp/warp_scan.cuh>
 #endif
 
 namespace speft {
@@ -40,6 +41,27 @@ SPEFT_DEVICE N sum_before(N mine, SumsOfBlock<kBlock, N>& shared, N* total) {
 #else
     N before;
     BlockScan<kBlock, N>(shared).ExclusiveSum(mine, before, *total);
+    return before;
+#endif
+}
+
+// The same over a warp, every lane of which must come.
+template <class N>
+SPEFT_DEVICE N sum_before_in_warp(N mine, N* total) {
+#ifdef SPEFT_ON_HOST
+    const unsigned char* const all = host::gather(mine, __LINE__);
+    N before = 0;
+    *total = 0;
+    for (int lane = 0; lane < kWarp; ++lane) {
+        if (lane == lane_id()) before = *total;
+        *total += host::of_lane<N>(all, lane);
+    }
+    return before;
+#else
+    using Scan = ::cub::WarpScan<N>;
+    typename Scan::TempStorage none;  // whole warps only shuffle
+    N before;
+    Scan(none).ExclusiveSum(mine, before, *total);
     return before;
 #endif
 }

@@ -35,11 +35,12 @@
 // ldmatrix stand ten instructions; a tall tile leaves room for no second block that would fill a
 // longer wait.
 //
-// Short tiles are for products that would leave multiprocessors without any. Where each has one of
-// them at most, a wave takes 542 cycles a turn, and one of tall tiles 825: up to 512 tokens of 4096
-// outputs, and 2048 of 1024. Where there are more, two waves of short ones take 1084, and four for
-// two no less; three for two would win 1 %. So the number of multiprocessors decides. Both sum in
-// the same order, and the result is the same in every bit.
+// Short tiles are for products that would leave multiprocessors without any. A wave of them takes
+// two thirds of one of tall tiles, so they are taken where their waves are fewer than three halves
+// of the others': up to 512 tokens of 4096 outputs, and 2048 of 1024, where one wave is enough; and
+// where an odd number of 128 tokens fills the last tall tiles by half, as 384 tokens of 11008
+// outputs do, two waves of either. Both sum in the same order, and the result is the same in every
+// bit.
 //
 // Of a short tile eight warps have 64 x 32 each. Four of 64 x 64 would ask shared memory for 384
 // cycles, but each would have a scheduler to itself, where nothing fills the 188 instructions
@@ -97,9 +98,12 @@ int multiply(const DeltaProduct& product, void* stream) {
         return launch(multiply_few<T, kBase, kTwin>, grid, kWarps * kWarp, shared_bytes, stream,
                       product);
     }
-    // Where a multiprocessor has one short tile at most, these end first; of more, tall ones.
-    const bool at_once = across * parts_of(product.tokens, kShort) <= product.multiprocessors;
-    return at_once ? multiply_in_tiles<T, kBase, kTwin, kShort>(product, across, x_vectors,
+    const auto waves = [&](int64_t height) {
+        return parts_of(across * parts_of(product.tokens, height), product.multiprocessors);
+    };
+    const bool shorter = product.tile_tokens == 0 ? 2 * waves(kShort) < 3 * waves(kTall)
+                                                  : product.tile_tokens == kShort;
+    return shorter ? multiply_in_tiles<T, kBase, kTwin, kShort>(product, across, x_vectors,
                                                                 weight_vectors, stream)
                    : multiply_in_tiles<T, kBase, kTwin, kTall>(product, across, x_vectors,
                                                                weight_vectors, stream);

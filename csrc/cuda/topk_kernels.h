@@ -6,7 +6,8 @@
 namespace speft {
 namespace cuda {
 
-constexpr int kFew = 128;  // threads for a tile's run, of some hundred entries
+constexpr int kFew = 256;  // threads that take a tile by the warp
+constexpr int kFewTiles = kFew / kWarp;
 
 // An entry of a segment at a place as good as random within the j-th of `samples` equal parts.
 template <class T, bool kPair>
@@ -28,10 +29,11 @@ SPEFT_DEVICE uint32_t sampled_key(const Work& work, int64_t size, int64_t j) {
                             at - matrix.start, work.score);
 }
 
-// The sums of a segment's groups are zero.
-SPEFT_DEVICE void clear_groups(const Work& work, const Segment& segment) {
+SPEFT_DEVICE void clear_sums(const Work& work, const Segment& segment) {
     for (int64_t i = threadIdx.x; i < groups_of(segment); i += kThreads)
-        work.groups[segment.first_group + i] = {0, 0};
+        work.groups[segment.first_group + i] = 0;
+    for (int64_t i = threadIdx.x; i < supers_of(segment); i += kThreads)
+        work.supers[segment.first_super + i] = 0;
 }
 
 // Grid: segments. It comes first, and so it also makes the state of each. As they are few, a
@@ -44,10 +46,12 @@ find_bound(Work work) {
     uint32_t* const keys = bins + kBins;
     const Segment& segment = work.segments[blockIdx.x];
     clear<kListWords>(work.histograms + int64_t(blockIdx.x) * kListWords);
-    clear_groups(work, segment);
-    if (blockIdx.x == 0)
+    clear_sums(work, segment);
+    if (blockIdx.x == 0) {
         for (int64_t i = threadIdx.x; i <= work.sizes.matrices; i += kThreads)
             work.told[i] = i == 0 ? ~uint64_t(0) : 0;
+        if (threadIdx.x == 0) work.pending[0] = 0;
+    }
 
     uint32_t bound = ~0u;  // of a segment that has no list: no finite score reaches it
     if (segment.capacity > 0) {
@@ -83,9 +87,9 @@ find_bound(Work work) {
         work.states[blockIdx.x] = {0, uint64_t(segment.k), 0, bound, Source::kNone, {}};
 }
 
-// Grid: tiles.
+// Grid: tiles. A tile's run has the order of its entries, so that what is kept of it has, too.
 template <class T, bool kPair>
-SPEFT_KERNEL(kThreads)
+SPEFT_KERNEL(kThreads, 2)
 collect(Work work) {
     Shared& shared = *shared_memory<Shared>();
     uint32_t* const bins = shared.bins();
@@ -98,22 +102,31 @@ collect(Work work) {
     clear<kHighBins>(bins);
 
     uint32_t hits = 0, worst = 0;
-    visit<kPair, kThreads>(tile, work.score, [&](int slot, int, uint32_t key) {
+    visit<kPair, kThreads>(tile, work.score, [&](int slot, uint32_t key) {
         hits |= uint32_t(key >= bound) << slot;
         worst = worst > key - kLeast ? worst : key - kLeast;
     });
     if (worst > kSpan) atomic_min(&work.told[0], uint64_t(which));
 
-    uint32_t total;
-    const uint32_t before =
-        sum_before<kThreads>(uint32_t(count_bits(hits)), shared.short_sums, &total);
+    // The hits of the threads' first vectors come first, so there is a sum for each of the four, of
+    // 16 bits.
+    constexpr uint32_t kOfVector = (1u << kVector<T>)-1;
+    static_assert(kAhead == 4 && kTile<T> / kAhead < 1 << 16,
+                  "sums of four vectors fit one number");
+    uint64_t counts = 0, all;
+    SPEFT_UNROLL
+    for (int v = 0; v < kAhead; ++v)
+        counts |= uint64_t(count_bits(hits >> (v * kVector<T>)&kOfVector)) << (16 * v);
+    const uint64_t before = sum_before<kThreads>(counts, shared.sums, &all);
     if (threadIdx.x == 0) {
-        const uint64_t start = total > 0 ? atomic_add(&state.found, uint64_t(total)) : 0;
+        const uint64_t total =
+            (all & 0xffff) + (all >> 16 & 0xffff) + (all >> 32 & 0xffff) + (all >> 48);
+        const uint64_t start = total > 0 ? atomic_add(&state.found, total) : 0;
         const bool fits = start + total <= uint64_t(segment.capacity);
         shared.found[0] = uint64_t(segment.list) + start;
         shared.found[1] = fits;
         work.run_start[number] = segment.list + int64_t(start);
-        work.run_length[number] = fits ? total : 0;
+        work.run_length[number] = fits ? uint32_t(total) : 0;
     }
     sync_block();  // the run has its place, and the bins are empty
     if (!shared.found[1]) return;
@@ -121,14 +134,18 @@ collect(Work work) {
     const auto key_of_slot = [&](int slot) {
         return key_at<T, kPair>(tile.x, tile.y, place_of<T, kThreads>(slot), work.score);
     };
-    uint64_t at = shared.found[0] + before;
+    uint64_t start = shared.found[0];
     uint32_t firsts = 0;  // the slots that were the first of their bin
-    for (; hits != 0; hits &= hits - 1) {
-        const int slot = lowest_bit(hits);
-        const uint32_t key = key_of_slot(slot);
-        work.keys[at] = key;
-        work.places[at++] = uint16_t(place_of<T, kThreads>(slot));
-        if (atomic_add(&bins[high_digit(key - bound)], 1u) == 0) firsts |= 1u << slot;
+    for (int v = 0; v < kAhead; ++v) {
+        uint64_t at = start + (before >> (16 * v) & 0xffff);
+        start += all >> (16 * v) & 0xffff;
+        for (uint32_t left = hits & kOfVector << (v * kVector<T>); left != 0; left &= left - 1) {
+            const int slot = lowest_bit(left);
+            const uint32_t key = key_of_slot(slot);
+            work.keys[at] = key;
+            work.places[at++] = uint16_t(place_of<T, kThreads>(slot));
+            if (atomic_add(&bins[high_digit(key - bound)], 1u) == 0) firsts |= 1u << slot;
+        }
     }
     sync_block();  // the bins are full
     uint32_t* const histogram = work.histograms + int64_t(ranked) * kListWords;
@@ -183,23 +200,24 @@ static SPEFT_KERNEL(kThreads) start_over(Work work) {
     State& state = work.states[blockIdx.x];
     if (state.source != Source::kNone) return;
     clear<kListWords>(work.histograms + int64_t(blockIdx.x) * kListWords);
-    clear_groups(work, work.segments[blockIdx.x]);
+    clear_sums(work, work.segments[blockIdx.x]);
     sync_block();  // all have seen the state
-    if (threadIdx.x == 0) state.source = Source::kData;
+    if (threadIdx.x != 0) return;
+    state.source = Source::kData;
+    work.pending[1 + atomic_add(&work.pending[0], 1u)] = blockIdx.x;
 }
 
 // Adds up one digit of those keys of a segment whose digits before are the k-th's. Which block
-// comes last finds the k-th's digit. Grid: segments times parts.
+// comes last finds the k-th's digit. Grid: the pending segments times parts.
 template <class T, bool kPair>
 SPEFT_KERNEL(kThreads, 2)
-count_digit(Work work, int level) {
+count_digit(Work work, int level, int parts) {
     Shared& shared = *shared_memory<Shared>();
     uint32_t* const bins = shared.bins();
-    const int parts = int(work.sizes.parts);
-    const int which = int(blockIdx.x) / parts, part = int(blockIdx.x) % parts;
+    const int which = int(work.pending[1 + int(blockIdx.x) / parts]);
+    const int part = int(blockIdx.x) % parts;
     const Segment& segment = work.segments[which];
     State& state = work.states[which];
-    if (state.source != Source::kData) return;
     const uint32_t threshold = state.threshold;
     const Digit digit = digit_of(level);
     clear<kBins>(bins);
@@ -208,7 +226,7 @@ count_digit(Work work, int level) {
         const int64_t number = segment.first_tile + i;
         const int matrix = matrix_of_tile(work, number);
         visit<kPair, kThreads>(tile_of<T, kPair>(work.matrices[matrix], number), work.score,
-                               [&](int, int, uint32_t key) {
+                               [&](int, uint32_t key) {
                                    if (((key ^ threshold) & digit.known) == 0)
                                        atomic_add(&bins[digit.of(key)], 1u);
                                });
@@ -227,7 +245,7 @@ count_digit(Work work, int level) {
     }
 }
 
-// What of a tile was set aside: visit calls f(place, key).
+// What of a tile was set aside. visit calls f(entries) by the warp, in the order of the tile.
 template <int kEntries>
 struct OfList {
     static constexpr Source kSource = Source::kList;
@@ -235,8 +253,19 @@ struct OfList {
     template <class F>
     static SPEFT_DEVICE void visit(const Work& work, int, int64_t number, F&& f) {
         const int64_t start = work.run_start[number];
-        for (uint32_t i = threadIdx.x; i < work.run_length[number]; i += kFew)
-            f(int(work.places[start + i]), work.keys[start + i]);
+        const int length = int(work.run_length[number]);
+        for (int first = lane_id(); first - lane_id() < length; first += kAhead * kWarp) {
+            Entries<1> some[kAhead] = {};  // asked for together, before the first is used
+            SPEFT_UNROLL
+            for (int v = 0; v < kAhead; ++v) {
+                const int64_t at = start + first + v * kWarp;
+                if (first + v * kWarp < length)
+                    some[v] = {{work.keys[at]}, int(work.places[at]), 1};
+            }
+            SPEFT_UNROLL
+            for (int v = 0; v < kAhead; ++v)
+                f(some[v]);
+        }
     }
 };
 
@@ -247,72 +276,77 @@ struct OfData {
     static constexpr int kTile = cuda::kTile<T>;
     template <class F>
     static SPEFT_DEVICE void visit(const Work& work, int which, int64_t number, F&& f) {
-        cuda::visit<kPair, kFew>(tile_of<T, kPair>(work.matrices[which], number), work.score,
-                                 [&](int, int place, uint32_t key) { f(place, key); });
+        visit_vectors<kPair, kWarp>(tile_of<T, kPair>(work.matrices[which], number), work.score,
+                                    [&](int, const auto& entries) { f(entries); });
     }
 };
 
-struct SharedOfFew {
-    union {
-        SumsOfBlock<kFew, uint32_t> short_sums;
-        SumsOfBlock<kFew, uint64_t> sums;
-    };
-    SumsOfBlock<kFew, uint64_t> more_sums;
-    uint64_t told;
-};
+// How many of them are above the k-th key, and equal it.
+template <int kMost>
+SPEFT_DEVICE uint32_t counts_of(const Entries<kMost>& entries, uint32_t threshold) {
+    uint32_t counts = 0;
+    SPEFT_UNROLL
+    for (int i = 0; i < kMost; ++i)
+        if (i < entries.count)
+            counts += entries.keys[i] > threshold    ? 1u
+                      : entries.keys[i] == threshold ? 1u << 16
+                                                     : 0u;
+    return counts;
+}
 
-// How many keys of each tile are above the k-th, and equal it. The last block of a segment adds up
-// its groups. Grid: tiles.
+// Grid: tiles, kFewTiles of them each.
 template <class From>
-SPEFT_KERNEL(kFew, 4)
+SPEFT_KERNEL(kFew, 2)
 count_kept(Work work) {
-    SharedOfFew& shared = *shared_memory<SharedOfFew>();
-    const int64_t number = blockIdx.x;
+    const int64_t number = int64_t(blockIdx.x) * kFewTiles + warp_id();
+    if (number >= work.sizes.tiles) return;
     const int which = matrix_of_tile(work, number);
     const Segment& segment = work.segments[segment_of(work, which)];
-    State& state = work.states[segment_of(work, which)];
+    const State& state = work.states[segment_of(work, which)];
     if (state.source != From::kSource) return;
     const uint32_t threshold = state.threshold;
     static_assert(From::kTile < 1 << 16, "two counts of a tile fit one number");
     uint32_t counts = 0, total;
-    From::visit(work, which, number, [&](int, uint32_t key) {
-        counts += key > threshold ? 1u : key == threshold ? 1u << 16 : 0u;
-    });
-    sum_before<kFew>(counts, shared.short_sums, &total);
-    if (threadIdx.x == 0) {
-        work.kept[number] = total;
-        Kept& group = work.groups[group_of_tile(segment, number)];
-        atomic_add(&group.above, uint64_t(total & 0xffff));
-        atomic_add(&group.equal, uint64_t(total >> 16));
-    }
-    if (!is_last(state.arrived.kept, uint64_t(segment.tiles), &shared.told)) return;
-    const int64_t count = groups_of(segment), each = parts_of(count, kFew);
-    const int64_t begin = smaller(threadIdx.x * each, count), end = smaller(begin + each, count);
-    Kept* const groups = work.groups + segment.first_group;
-    Kept sums = {0, 0};
-    for (int64_t i = begin; i < end; ++i) {
-        sums.above += groups[i].above;
-        sums.equal += groups[i].equal;
-    }
-    uint64_t all;
-    Kept before = {sum_before<kFew>(sums.above, shared.sums, &all),
-                   sum_before<kFew>(sums.equal, shared.more_sums, &all)};
-    for (int64_t i = begin; i < end; ++i) {
-        const Kept own = groups[i];
-        groups[i] = before;
-        before.above += own.above;
-        before.equal += own.equal;
-    }
+    From::visit(work, which, number,
+                [&](const auto& entries) { counts += counts_of(entries, threshold); });
+    sum_before_in_warp(counts, &total);
+    if (lane_id() != 0) return;
+    work.kept[number] = total;
+    if (total == 0) return;
+    const int64_t tile = number - segment.first_tile;
+    atomic_add(&work.groups[segment.first_group + tile / kGroup], widened_counts(total));
+    atomic_add(&work.supers[segment.first_super + tile / kSuper], widened_counts(total));
 }
 
-// Grid: tiles.
+struct Kept {
+    uint64_t above, equal;
+};
+
+// Of all tiles of the segment before this one. A warp's lanes come together.
+SPEFT_DEVICE Kept kept_before(const Work& work, const Segment& segment, int64_t number) {
+    const int64_t tile = number - segment.first_tile;
+    uint64_t counts = 0;  // within a super
+    for (int64_t i = tile / kGroup * kGroup + lane_id(); i < tile; i += kWarp)
+        counts += widened_counts(work.kept[segment.first_tile + i]);
+    for (int64_t i = tile / kSuper * kGroup + lane_id(); i < tile / kGroup; i += kWarp)
+        counts += work.groups[segment.first_group + i];
+    Kept mine = {uint32_t(counts), counts >> 32}, all;
+    for (int64_t i = lane_id(); i < tile / kSuper; i += kWarp) {
+        const uint64_t sums = work.supers[segment.first_super + i];
+        mine.above += uint32_t(sums);
+        mine.equal += sums >> 32;
+    }
+    sum_before_in_warp(mine.above, &all.above);
+    sum_before_in_warp(mine.equal, &all.equal);
+    return all;
+}
+
+// Grid: tiles, kFewTiles of them each.
 template <class From>
-SPEFT_KERNEL(kFew, 4)
+SPEFT_KERNEL(kFew, 2)
 write_kept(Work work) {
-    constexpr int kWords = From::kTile / 32;
-    constexpr int kEach = kWords / kFew;
-    SharedOfFew& shared = *shared_memory<SharedOfFew>();
-    const int64_t number = blockIdx.x;
+    const int64_t number = int64_t(blockIdx.x) * kFewTiles + warp_id();
+    if (number >= work.sizes.tiles) return;
     const int which = matrix_of_tile(work, number);
     const Matrix& matrix = work.matrices[which];
     const Segment& segment = work.segments[segment_of(work, which)];
@@ -321,53 +355,30 @@ write_kept(Work work) {
     const uint32_t own = work.kept[number];
     if (own == 0) return;
     const uint32_t threshold = state.threshold;
-
-    // A group's counts fit 32 bits each.
-    const int64_t in_group = (number - segment.first_tile) % kGroup;
-    uint64_t sums = 0, all;
-    for (int64_t i = number - in_group + threadIdx.x; i < number; i += kFew)
-        sums += uint64_t(work.kept[i] & 0xffff) | uint64_t(work.kept[i] >> 16) << 32;
-    sum_before<kFew>(sums, shared.sums, &all);
-    Kept before = work.groups[group_of_tile(segment, number)];
-    before.above += uint32_t(all);
-    before.equal += all >> 32;
+    Kept before = kept_before(work, segment, number);
 
     // Of the keys equal to the k-th, the first `ties` of the segment are kept.
-    const uint64_t ties = state.rank, last = before.equal + (own >> 16);
-    const uint64_t tied_before = before.equal < ties ? before.equal : ties;
-    const uint64_t keeps = (own & 0xffff) + (last < ties ? last : ties) - tied_before;
+    const uint64_t ties = state.rank;
+    const auto tied = [&](uint64_t equal) { return equal < ties ? equal : ties; };
+    const uint64_t keeps = (own & 0xffff) + tied(before.equal + (own >> 16)) - tied(before.equal);
     if (keeps == 0) return;
-    if (threadIdx.x == 0) atomic_add(&work.told[1 + which], keeps);
-
-    // A bit for each entry puts them in order, whoever brings them.
-    uint32_t* const larger = reinterpret_cast<uint32_t*>(&shared + 1);
-    uint32_t* const tied = larger + kWords;
-    for (int i = int(threadIdx.x); i < 2 * kWords; i += kFew)
-        larger[i] = 0;
-    sync_block();  // no bit is set
-    From::visit(work, which, number, [&](int place, uint32_t key) {
-        if (key < threshold) return;
-        uint32_t* const bits = key > threshold ? larger : tied;
-        atomic_add(&bits[place / 32], 1u << (place % 32));
-    });
-    sync_block();  // every bit is
-
-    const int word = int(threadIdx.x) * kEach;
-    uint32_t counts = 0, total;
-    for (int i = word; i < word + kEach; ++i)
-        counts += uint32_t(count_bits(larger[i])) + (uint32_t(count_bits(tied[i])) << 16);
-    const uint32_t earlier = sum_before<kFew>(counts, shared.short_sums, &total);
-    uint64_t tie = before.equal + (earlier >> 16);
-    int64_t at =
-        segment.out + int64_t(before.above + (earlier & 0xffff) + (tie < ties ? tie : ties));
+    if (lane_id() == 0) atomic_add(&work.told[1 + which], keeps);
     const int64_t start = (number - matrix.first_tile) * From::kTile;
-    for (int i = word; i < word + kEach; ++i) {
-        for (uint32_t bits = larger[i] | tied[i]; bits != 0; bits &= bits - 1) {
-            const int bit = lowest_bit(bits);
-            if ((tied[i] >> bit & 1) != 0 && tie++ >= ties) continue;
-            work.indices[at++] = start + i * 32 + bit;
+    From::visit(work, which, number, [&](const auto& entries) {
+        uint32_t total;
+        const uint32_t earlier = sum_before_in_warp(counts_of(entries, threshold), &total);
+        uint64_t tie = before.equal + (earlier >> 16);
+        int64_t at = segment.out + int64_t(before.above + (earlier & 0xffff) + tied(tie));
+        SPEFT_UNROLL
+        for (int i = 0; i < int(sizeof(entries.keys) / sizeof(uint32_t)); ++i) {
+            const uint32_t key = entries.keys[i];
+            if (i >= entries.count || key < threshold) continue;
+            if (key == threshold && tie++ >= ties) continue;
+            work.indices[at++] = start + entries.place + i;
         }
-    }
+        before.above += total & 0xffff;
+        before.equal += total >> 16;
+    });
 }
 
 }  // namespace cuda

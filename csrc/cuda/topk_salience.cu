@@ -6,13 +6,14 @@
 //                   own, and adds them to a histogram of 13 bits of what they are above the bound
 //   find_threshold  the k-th largest of them, by a second histogram of the 14 bits below
 //   count_kept      how many keys of each tile lie above the k-th, and how many equal it; and of
-//                   each 512 tiles those before them
+//                   each 64 tiles, and each 64 of these
 //   write_kept      the indices, in order
 //
 // A segment whose bound has left fewer than k entries, or more than there is room for (many equal
-// scores, or k above an eighth of all), or whose k-th score is beyond 2^16 times the bound, has no
-// index then. The host sees that by the numbers that it waits for anyway, and launches what takes
-// such segments' data in place of their lists:
+// scores, k above an eighth of all, or room for 2^32), has no index then; nor one whose k-th key is
+// 2^27 above the bound, which for positive scores is 2^16 times it. The host sees that by the
+// numbers that it waits for anyway, and launches what takes such segments' data in place of their
+// lists:
 //
 //   start_over      empties their histograms
 //   count_digit     three times: the k-th largest key, by histograms of 11 bits
@@ -23,10 +24,11 @@
 // samples are expected to be selected: 1.9 % for k of 0.5 % and S = 2048, 1.1 % for S = 8192. So
 // |w g| in bf16 takes 1.10, or 1.06, reads of its operands. Over data: three reads more, one for
 // the counts, and one of those tiles that keep something: six at most. Scratch: 6 bytes for each
-// entry that there is room for, N / 4 at most, 16 bytes a tile, and 98 KB a segment.
+// entry that there is room for (N / 4 at most, or S where N is less), 16 bytes a tile, and 98 KB a
+// segment.
 //
-// Where a tile's run lies depends on which tile came first, and the order within it on nothing but
-// the tile; what comes out depends on neither.
+// Where a tile's run lies depends on which tile came first, and the order within it is that of the
+// tile; what comes out depends on nothing but the scores.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -61,6 +63,16 @@ void set_sampling(Segment& segment, int64_t samples) {
     segment.capacity = most > std::min(size / 4, double(UINT32_MAX)) ? 0 : int64_t(most);
 }
 
+// How many entries reach the bound, if the samples are like the rest.
+int64_t expected_list(const Segment& segment, int64_t samples) {
+    return segment.size <= samples ? segment.k : segment.sample_rank * (segment.size / samples);
+}
+
+// Two blocks of kThreads fill a multiprocessor.
+int64_t blocks_of_each(const TopkSizes& sizes, int64_t segments) {
+    return std::max<int64_t>(1, 2 * sizes.multiprocessors / segments);
+}
+
 // Parts a piece of memory.
 class Parting {
   public:
@@ -87,7 +99,9 @@ int64_t part_scratch(Work& work, void* scratch) {
     work.states = parting.take<State>(sizes.segments);
     work.histograms = parting.take<uint32_t>(sizes.segments * kListWords);
     work.kept = parting.take<uint32_t>(sizes.tiles);
-    work.groups = parting.take<Kept>(sizes.groups);
+    work.groups = parting.take<uint64_t>(sizes.groups);
+    work.supers = parting.take<uint64_t>(sizes.supers);
+    work.pending = parting.take<uint32_t>(1 + sizes.segments);
     work.run_start = parting.take<int64_t>(sizes.tiles);
     work.run_length = parting.take<uint32_t>(sizes.tiles);
     work.keys = parting.take<uint32_t>(sizes.room);
@@ -100,45 +114,49 @@ int64_t tile_entries(DType dtype) {
 }
 
 template <class From>
-int write_indices(const Work& work, dim3 tiles, void* stream) {
-    const int error = launch(count_kept<From>, tiles, kFew, sizeof(SharedOfFew), stream, work);
+int write_indices(const Work& work, void* stream) {
+    const dim3 grid(unsigned(parts_of(work.sizes.tiles, kFewTiles)));
+    const int error = launch(count_kept<From>, grid, kFew, 0, stream, work);
     if (error != 0) return error;
-    return launch(write_kept<From>, tiles, kFew, sizeof(SharedOfFew) + 2 * From::kTile / 8, stream,
-                  work);
+    return launch(write_kept<From>, grid, kFew, 0, stream, work);
 }
 
 template <class T, bool kPair>
-int select_of_lists(const Work& work, dim3 segments, dim3 tiles, void* stream) {
-    int error = launch(find_bound<T, kPair>, segments, kThreads,
-                       shared_with(kBins + work.sizes.samples), stream, work);
-    if (error != 0) return error;
-    error = launch(collect<T, kPair>, tiles, kThreads, shared_with(kHighBins), stream, work);
-    if (error != 0) return error;
-    const dim3 parts(unsigned(work.sizes.segments * work.sizes.list_parts));
-    error = launch(find_threshold, parts, kThreads, shared_with(kLowBins), stream, work);
-    if (error != 0) return error;
-    return write_indices<OfList<kTile<T>>>(work, tiles, stream);
-}
-
-template <class T, bool kPair>
-int select_of_data(const Work& work, dim3 segments, dim3 tiles, void* stream) {
-    const dim3 parts(unsigned(work.sizes.segments * work.sizes.parts));
-    int error = launch(start_over, segments, kThreads, 0, stream, work);
-    for (int level = 0; level < kLevels && error == 0; ++level)
-        error =
-            launch(count_digit<T, kPair>, parts, kThreads, shared_with(kBins), stream, work, level);
-    if (error != 0) return error;
-    return write_indices<OfData<T, kPair>>(work, tiles, stream);
-}
-
-template <class T, bool kPair>
-int select(const Work& work, bool over_data, void* stream) {
+int select_of_lists(const Work& work, void* stream) {
     const TopkSizes& sizes = work.sizes;
-    const int64_t parts = std::max(sizes.parts, sizes.list_parts);
-    if (std::max(sizes.tiles, sizes.segments * parts) > INT32_MAX) return kUnsupported;
-    const dim3 segments(unsigned(sizes.segments)), tiles(unsigned(sizes.tiles));
-    return over_data ? select_of_data<T, kPair>(work, segments, tiles, stream)
-                     : select_of_lists<T, kPair>(work, segments, tiles, stream);
+    const int64_t parts = sizes.segments * sizes.list_parts;
+    if (std::max(sizes.tiles, parts) > INT32_MAX) return kUnsupported;
+    int error = launch(find_bound<T, kPair>, dim3(unsigned(sizes.segments)), kThreads,
+                       shared_with(kBins + sizes.samples), stream, work);
+    if (error != 0) return error;
+    error = launch(collect<T, kPair>, dim3(unsigned(sizes.tiles)), kThreads, shared_with(kHighBins),
+                   stream, work);
+    if (error != 0) return error;
+    error = launch(find_threshold, dim3(unsigned(parts)), kThreads, shared_with(kLowBins), stream,
+                   work);
+    if (error != 0) return error;
+    return write_indices<OfList<kTile<T>>>(work, stream);
+}
+
+template <class T, bool kPair>
+int select_of_data(const Work& work, int64_t pending, void* stream) {
+    const TopkSizes& sizes = work.sizes;
+    // Bins of a block count to 2^32.
+    const int64_t parts = std::max(std::min(sizes.most_tiles, blocks_of_each(sizes, pending)),
+                                   parts_of(sizes.most_tiles, int64_t(UINT32_MAX) / kTile<T>));
+    if (pending * parts > INT32_MAX) return kUnsupported;
+    int error = launch(start_over, dim3(unsigned(sizes.segments)), kThreads, 0, stream, work);
+    for (int level = 0; level < kLevels && error == 0; ++level)
+        error = launch(count_digit<T, kPair>, dim3(unsigned(pending * parts)), kThreads,
+                       shared_with(kBins), stream, work, level, int(parts));
+    if (error != 0) return error;
+    return write_indices<OfData<T, kPair>>(work, stream);
+}
+
+template <class T, bool kPair>
+int select(const Work& work, int64_t pending, void* stream) {
+    return pending == 0 ? select_of_lists<T, kPair>(work, stream)
+                        : select_of_data<T, kPair>(work, pending, stream);
 }
 
 }  // namespace
@@ -153,7 +171,8 @@ TopkPlan plan_topk(const TopkProblem& problem) {
     sizes.segments = int64_t(segments);
     sizes.together = problem.together;
     const int64_t tile = tile_entries(problem.dtype);
-    int64_t total = 0, most_tiles = 1;
+    sizes.multiprocessors = problem.multiprocessors;
+    int64_t total = 0;
     for (size_t i = 0; i < matrices; ++i) {
         const int64_t tiles = parts_of(problem.sizes[i], tile);
         of_matrices[i] = {problem.x[i], problem.y.empty() ? nullptr : problem.y[i],
@@ -162,7 +181,7 @@ TopkPlan plan_topk(const TopkProblem& problem) {
         if (segment.tiles == 0) segment.first_tile = sizes.tiles;
         segment.size += problem.sizes[i];
         segment.tiles += tiles;
-        most_tiles = std::max(most_tiles, segment.tiles);
+        sizes.most_tiles = std::max(sizes.most_tiles, segment.tiles);
         sizes.tiles += tiles;
         total += problem.sizes[i];
     }
@@ -176,15 +195,15 @@ TopkPlan plan_topk(const TopkProblem& problem) {
         segment.out = out;
         segment.first_group = sizes.groups;
         sizes.groups += groups_of(segment);
-        most_listed = std::max(most_listed, segment.capacity);
+        segment.first_super = sizes.supers;
+        sizes.supers += supers_of(segment);
+        most_listed = std::max(most_listed, expected_list(segment, sizes.samples));
         sizes.room += parts_of(segment.capacity, 4) * 4;  // keys are read four at a time
         out += segment.k;
     }
-    // Four blocks fill a multiprocessor. One that finds a threshold reads 33 KB of the histogram,
-    // and so has a vector for each thread at least.
-    const int64_t share = std::max<int64_t>(1, 4 * problem.multiprocessors / int64_t(segments));
-    sizes.parts = std::min(most_tiles, share);
-    sizes.list_parts = std::min(parts_of(most_listed, 4 * kThreads), share);
+    // Each has a vector for each thread at least: it reads 33 KB of the histogram beside.
+    sizes.list_parts =
+        std::min(parts_of(most_listed, 4 * kThreads), blocks_of_each(sizes, int64_t(segments)));
 
     const size_t matrix_bytes = matrices * sizeof(Matrix);
     plan.table.resize(matrix_bytes + segments * sizeof(Segment));
@@ -214,8 +233,8 @@ int topk_salience(const TopkSizes& sizes, const TopkCall& call, DType dtype, voi
         if constexpr (std::is_same<T, double>::value)
             return kUnsupported;
         else
-            return pair ? select<T, true>(work, call.over_data, stream)
-                        : select<T, false>(work, call.over_data, stream);
+            return pair ? select<T, true>(work, call.pending, stream)
+                        : select<T, false>(work, call.pending, stream);
     });
 }
 

@@ -13,18 +13,23 @@ struct Segment {
     int64_t first_tile;
     int64_t tiles;
     int64_t first_group;
+    int64_t first_super;
     int64_t sample_rank;  // of the bound, among the samples
     int64_t capacity;     // entries that may be set aside
     int64_t list;         // the first one's place
     int64_t out;          // the first index's place
 };
 
-// Tiles of a segment whose counts have a sum of their own, so that no tile adds up those of all
-// before it.
-constexpr int kGroup = 512;
+// Tiles of a segment whose counts have a sum of their own, and groups of these: so no tile adds up
+// the counts of all before it.
+constexpr int kGroup = 64, kSuper = kGroup * kGroup;
 
 SPEFT_BOTH int64_t groups_of(const Segment& segment) {
     return parts_of(segment.tiles, kGroup);
+}
+
+SPEFT_BOTH int64_t supers_of(const Segment& segment) {
+    return parts_of(segment.tiles, kSuper);
 }
 
 // What a segment's k-th key was found in.
@@ -39,7 +44,7 @@ struct State {
     Source source;
     // Blocks that have added their part, of each kernel that the last of them ends.
     struct {
-        uint32_t threshold, digit[kLevels], kept;
+        uint32_t threshold, digit[kLevels];
     } arrived;
 };
 
@@ -47,11 +52,11 @@ struct State {
 constexpr int kListWords = kHighBins + kLowBins;
 static_assert(kLevels * kBins * sizeof(uint64_t) <= kListWords * sizeof(uint32_t), "one memory");
 
-// Numbers of those kept of a tile, or of all before a group.
-struct Kept {
-    uint64_t above;  // the k-th key
-    uint64_t equal;  // to it
-};
+// Two counts in one number: of keys above the k-th, and of those equal to it. Of tiles they have 16
+// bits each, of sums 32.
+SPEFT_DEVICE uint64_t widened_counts(uint32_t counts) {
+    return uint64_t(counts & 0xffff) | uint64_t(counts >> 16) << 32;
+}
 
 struct Work {
     TopkSizes sizes;
@@ -64,8 +69,10 @@ struct Work {
     uint16_t* places;      // [room], in their tile
     int64_t* run_start;    // [tiles]
     uint32_t* run_length;  // [tiles]
-    uint32_t* kept;        // [tiles]: above the k-th key, and equal to it in the upper half
-    Kept* groups;          // [groups]: of each; then of those of the segment before it
+    uint32_t* kept;        // [tiles]: counts
+    uint64_t* groups;      // [groups]: their sums
+    uint64_t* supers;      // [supers]
+    uint32_t* pending;     // [1 + segments]: how many go over their data, and which
     int64_t* indices;
     uint64_t* told;  // [1 + matrices]: the first bad matrix or all ones; indices of each matrix
 };
@@ -76,10 +83,6 @@ SPEFT_DEVICE int matrix_of_tile(const Work& work, int64_t tile) {
 
 SPEFT_DEVICE int segment_of(const Work& work, int matrix) {
     return work.sizes.together ? 0 : matrix;
-}
-
-SPEFT_DEVICE int64_t group_of_tile(const Segment& segment, int64_t tile) {
-    return segment.first_group + (tile - segment.first_tile) / kGroup;
 }
 
 // Whether what reaches the bound has the k-th key, and was set aside.

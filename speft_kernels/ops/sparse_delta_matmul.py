@@ -358,10 +358,8 @@ def _in_cuda(
     bias: Tensor | None,
     out_features: int,
     twin: bool,
-    multiprocessors: int | None = None,
+    tile_tokens: int = 0,
 ) -> Tensor:
-    if multiprocessors is None:
-        multiprocessors = _cuda_native.multiprocessors(x.device)
     tiles = delta.tiles
     assert tiles is not None  # the form that is registered
     x, values, order = _native.rows_contiguous(x), delta.values.contiguous(), tiles.order
@@ -385,7 +383,8 @@ def _in_cuda(
         else (scales.data_ptr(), scales.dtype == torch.float32, shape[1] // scales.shape[1]),
         0 if bias is None else bias.data_ptr(),
         *(tiles.starts.data_ptr(), tiles.places.data_ptr(), order_at, values.data_ptr()),
-        *(y.data_ptr(), twin, multiprocessors, _native.dtype_code(x)),
+        *(y.data_ptr(), twin, _cuda_native.multiprocessors(x.device), tile_tokens),
+        _native.dtype_code(x),
     )
     return y
 
@@ -406,10 +405,7 @@ def cuda_ways(
     delta = Delta(values, CompactIndices(*csr), by_column, csc[-1], Tiles(*tiles))
     out_features = pattern.shape[1 if twin else 0]
     run = partial(_in_cuda, backend, x, weight, delta, None, out_features, twin)
-    return {
-        "tiles of 256 tokens": partial(run, multiprocessors=0),
-        "tiles of 128 tokens": partial(run, multiprocessors=1 << 31),
-    }
+    return {f"tiles of {tokens} tokens": partial(run, tile_tokens=tokens) for tokens in (256, 128)}
 
 
 for _backend in _cuda_native.MODULES:

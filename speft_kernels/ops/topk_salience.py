@@ -375,19 +375,22 @@ def _in_cuda(
     scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
     indices = torch.empty(sum(ks), dtype=torch.int64, device=device)
     told = torch.empty(1 + len(pairs), dtype=torch.int64, device=device)
-    # Where the lists lack a segment's k-th score it has no index yet.
-    for over_data in (False, True):
+    pending = 0  # segments that are to be taken from their data
+    for _ in range(2):
         _cuda_native.launch(
             *(backend, "topk_salience", first),
             *(plan, table.data_ptr(), scratch.data_ptr(), _METRICS[metric][0]),
-            *(indices.data_ptr(), told.data_ptr(), over_data, dtype),
+            *(indices.data_ptr(), told.data_ptr(), pending, dtype),
         )
         bad, *counts = told.tolist()  # here the host waits
         if bad >= 0:
             raise NonFiniteScoreError(bad)
-        if sum(counts) == sum(ks):
-            break
-    return indices, torch.tensor(counts)
+        # Where the lists lacked a segment's k-th score it has no index yet.
+        found = [sum(counts)] if together else counts
+        pending = sum(number < k for number, k in zip(found, ks, strict=True))
+        if pending == 0:
+            return indices, torch.tensor(counts)
+    raise RuntimeError("topk_salience found fewer indices than it was asked for")
 
 
 for _backend in _cuda_native.MODULES:

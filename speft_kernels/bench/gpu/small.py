@@ -120,14 +120,18 @@ def _product(
 
 
 def topk_salience(at: Place) -> Iterator[object]:
-    # Several tiles, one of them whole; equal scores beyond what is set aside; an odd address.
+    # Several tiles, one of them whole; equal scores beyond what is set aside; an odd address; a
+    # list for several blocks, and a k-th score that is far beyond its bound.
     apart = [at.normal(*shape) for shape in ((43, 401), (5, 9), (1, 2500))]
     odd = at.normal(16402)[1:].view(77, 213)
     one = torch.ones(60, 100, device=at.device, dtype=torch.bfloat16)
+    long, beyond = at.normal(200, 200), 1 + at.normal(200, 200).abs()
+    beyond[:17] *= 2.0**20
     for weights, grads, k, scope in (
         (apart, [a.flip(0) for a in apart], 0.01, "layer"),
         (apart, [a.flip(1) for a in apart], 700, "global"),
         ([odd, one], [odd, one], 300, "layer"),
+        ([long, beyond], [long, torch.ones_like(beyond)], 3000, "layer"),
     ):
         ours, exact = (
             ops.topk_salience(weights, grads, k, metric="snip", scope=scope, backend=name)
