@@ -192,8 +192,9 @@ def load_adapter(
     present = sparse_layers(model)
     if mode not in (None, "resident", "additive"):
         raise ConfigError(f"mode must be 'resident' or 'additive', got {mode!r}")
-    check_shapes(model, file)
-    if check_base and (name := another_base(model, file)) is not None:
+    check_shapes(model, file.patterns)
+    bases = {name: layer.base_sha256 for name, layer in file.layers.items()}
+    if check_base and (name := another_base(model, bases)) is not None:
         raise AdapterError(
             f"the adapter was trained on another base: the weight of layer {shown(name)} differs, "
             "in its values or its dtype. Load the base model it was trained on, or pass "
@@ -288,10 +289,10 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dense
 
 
-def check_shapes(model: nn.Module, file: AdapterFile) -> None:
+def check_shapes(model: nn.Module, patterns: Mapping[str, SparsePattern]) -> None:
     """Raise AdapterError where the model has no such linear layer as the adapter trains."""
     modules = dict(model.named_modules())
-    for name, stored in file.layers.items():
+    for name, pattern in patterns.items():
         module = modules.get(name)
         if module is None:
             raise AdapterError(
@@ -304,17 +305,17 @@ def check_shapes(model: nn.Module, file: AdapterFile) -> None:
                 f"{shown(name)} is a {type(module).__name__} in the model; the adapter trains a "
                 "linear layer there"
             )
-        if shape != stored.pattern.shape:
+        if shape != pattern.shape:
             raise AdapterError(
-                f"layer {shown(name)} has shape {shape} in the model, {stored.pattern.shape} in "
-                "the adapter"
+                f"layer {shown(name)} has shape {shape} in the model, {pattern.shape} in the "
+                "adapter"
             )
 
 
-def another_base(model: nn.Module, file: AdapterFile) -> str | None:
-    """Return the first layer of the adapter whose weight is not the model's, if there is one."""
-    for name, stored in file.layers.items():
-        if fingerprint(model.get_submodule(name)) != stored.base_sha256:
+def another_base(model: nn.Module, bases: Mapping[str, str]) -> str | None:
+    """Return the first of the layers whose weight has another SHA-256 in the model, if any."""
+    for name, sha256 in bases.items():
+        if fingerprint(model.get_submodule(name)) != sha256:
             return name
     return None
 

@@ -160,6 +160,10 @@ _HEADER = ("format", "format_version", "tensors_sha256", "layers", "dense", "con
 
 
 def _check_header(described: dict[str, Any]) -> None:
+    if "peft_type" in described:
+        raise AdapterError(
+            f"it is an adapter of PEFT ({shown(described['peft_type'])}), not one of sparse entries"
+        )
     if described.get("format") != FORMAT:
         raise _bad(f"format must be {FORMAT!r}, got {shown(described.get('format'))}")
     version = described.get("format_version")

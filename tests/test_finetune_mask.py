@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -12,21 +14,21 @@ from tiny_studies import write_result
 from tiny_text import save_bert, save_llama, write_jsonl
 
 from speft_kernels.adapter import fingerprint, read_adapter, save_adapter
-from speft_kernels.adapter_file import AdapterFile, AdapterLayer
 from speft_kernels.cli import main
 from speft_kernels.config import SpeftConfig
 from speft_kernels.errors import ConfigError, SpeftError
 from speft_kernels.finetune import RunConfig, load_classifier, methods
-from speft_kernels.finetune.config import DECIDE_THE_MASK
-from speft_kernels.finetune.mask import targets_of
+from speft_kernels.finetune.config import DECIDE_THE_MASK, FIELDS
+from speft_kernels.finetune.mask import Mask, read_mask, targets_of
 from speft_kernels.finetune.resolve import resolved
 from speft_kernels.finetune.run import finetune
 from speft_kernels.finetune.signals import Interrupted
 from speft_kernels.model import apply_patterns
 from speft_kernels.pattern import SparsePattern
-from speft_kernels.study import Row
+from speft_kernels.report import write_report
 from speft_kernels.study.config import read_study
 from speft_kernels.study.inputs import changed_inputs, changed_settings
+from speft_kernels.study.runner import collect
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +106,11 @@ def test_a_run_says_which_mask_it_trained(place, mask, tmp_path, capsys):
     said = result["mask"]
     assert said["folder"] == str(mask)
     assert f" mask={said['sha256'][:12]}" in result["inputs"]
-    assert json.loads((output / "config.json").read_text())["mask"] == said
+    # Not where it lies, which says nothing on another machine.
+    digest = {"sha256": said["sha256"]}
+    assert json.loads((output / "config.json").read_text())["mask"] == digest
     adapter = read_adapter(output / "adapter")
-    assert adapter.extra["mask"] == said
+    assert adapter.extra["mask"] == digest
     assert (adapter.config.density, adapter.config.mode) == (0.05, "additive")
     again = train(place, tmp_path / "again", output, max_steps=1)
     assert again["mask"] == {"folder": str(output), "sha256": said["sha256"]}
@@ -114,6 +118,41 @@ def test_a_run_says_which_mask_it_trained(place, mask, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"  mask: {mask}\n" in printed
     assert "  density:" not in printed  # the default, which is not the mask's
+    page = write_report(output).read_text().replace("<wbr>", "")
+    assert f">{mask} (SHA-256 of its entries: {said['sha256']})<" in page
+    assert page.count(">lr</") == 2  # among those that differ, and among all
+    assert ">selection</" not in page
+
+
+def test_info_shows_what_salience_wrote(mask, capsys):
+    assert main(["info", str(mask)]) == 0
+    assert "716 sparse values in 12 layers" in capsys.readouterr().out
+
+
+def test_the_mask_is_read_once_and_its_values_are_let_go(place, mask, tmp_path, monkeypatch):
+    readings = []
+
+    def reading(folder):
+        file = read_adapter(folder)
+        tensors = [*file.dense.values(), *(layer.values for layer in file.layers.values())]
+        readings.append([weakref.ref(tensor) for tensor in tensors])
+        return file
+
+    monkeypatch.setattr("speft_kernels.finetune.mask.read_adapter", reading)
+    config = config_of(place, tmp_path / "run", mask, max_steps=1)
+    kept = read_mask(config)
+    assert kept.nnz == 716
+    assert {reference() for reference in readings.pop()} == {None}
+    resolved(config)
+    assert len(readings) == 1
+    finetune(config, display=Silent())
+    assert len(readings) == 2
+
+
+def test_a_folder_that_is_an_adapter_is_the_mask_itself(place, mask, tmp_path):
+    own = shutil.copytree(mask / "adapter", tmp_path / "own")
+    (own / "adapter").mkdir()
+    assert read_mask(config_of(place, tmp_path / "run", own)).nnz == 716
 
 
 def test_a_dry_run_counts_the_mask(place, mask, tmp_path):
@@ -168,8 +207,23 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", DECIDE_THE_MASK)
 def test_what_decides_a_mask_is_refused_beside_one(tmp_path, name):
-    with pytest.raises(ConfigError, match=f"mask and {name} = .* exclude each other"):
+    undone = f"{name}: {json.dumps(FIELDS[name].default)}"
+    remedy = f"leave {name} out, in a YAML file too (a study's method undoes its base by '{undone}'"
+    with pytest.raises(ConfigError, match=f"mask and {name} = .* exclude.*; {re.escape(remedy)}"):
         RunConfig(train="x", output="y", mask=str(tmp_path), **{name: OTHERS[name]})
+    # And so it does.
+    path = tmp_path / "study.yaml"
+    base = f"base: {{validation: 0.1, train: x, test: x, {name}: {json.dumps(OTHERS[name])}}}"
+    rest = f"output: {tmp_path}/s\ntasks: {{a: {{}}}}\nlr: 1"
+    path.write_text(f"{base}\n{rest}\nmethods: {{ready: {{mask: m, {undone}}}}}")
+    assert len(read_study(path).grid()) == 1
+
+
+def test_an_empty_mask_is_not_the_working_folder(mask, monkeypatch, capsys):
+    monkeypatch.chdir(mask)
+    command = ["finetune", "--train", "x", "--eval", "x", "--output", "run", "--mask", ""]
+    assert main(command) == 2
+    assert "mask is empty: name the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--density", "0.005"], ["--salience", "snip"]])
@@ -210,9 +264,15 @@ def nowhere(contents):
     contents["format"] = "another"
 
 
+def peft(contents):
+    contents.clear()
+    contents.update(peft_type="LORA", r=8)
+
+
 BAD = {
     "missing": (lambda mask, _: shutil.rmtree(mask), "there is no adapter folder"),
     "not an adapter": (described(nowhere), "format must be 'speft-adapter'"),
+    "PEFT's": (described(peft), r"adapter of PEFT \('LORA'\), not one of sparse entries"),
     "a file": (lambda mask, _: (shutil.rmtree(mask), mask.touch()), "there is no adapter folder"),
     "damaged": (cut, "does not have the checksum"),
     "empty": (emptied, "is empty: there is no entry"),
@@ -237,10 +297,24 @@ def of_model(**sizes):
     return made
 
 
+def pooled(mask, place):
+    shutil.rmtree(mask)
+    choose(place, mask, pooling="model")
+
+
+# With the model that the adapter names.
+CAUSES = (
+    r"another one than it was chosen on \('.*/model'\) or another --pooling is the usual cause: "
+)
 BAD |= {
-    "other shapes": (of_model(intermediate_size=24), r"has shape \(48, 32\) in the model, \(24"),
-    "other layers": (of_model(num_hidden_layers=3), "no layer 'backbone.encoder.layer.2"),
-    "another base": (of_model(), r"another model: the weight of layer '.*\.1\.output\.dense' diff"),
+    "other shapes": (of_model(intermediate_size=24), rf"{CAUSES}.* \(48, 32\) in the model, \(24"),
+    "other layers": (of_model(num_hidden_layers=3), rf"{CAUSES}.*'backbone.encoder.layer.2"),
+    "another pooling": (pooled, rf"{CAUSES}the model has no layer 'bert.encoder"),
+    "another base": (
+        of_model(),
+        r"another model: the weight of layer '.*\.1\.output\.dense' differs.* loads float32 weights"
+        r".* name the model that it was chosen on \('.*/other/model'\)",
+    ),
 }
 
 
@@ -262,10 +336,11 @@ def test_a_mask_that_cannot_be_trained_is_refused_and_nothing_is_lost(place, mas
 def test_no_layer_of_a_mask_is_the_heads_or_shares_its_weight(place):
     model = load_classifier(str(place / "model"), ("bad", "good"), pooling="mean")
     config = RunConfig(train="x", output="y", mask="m")
-    with pytest.raises(ConfigError, match="'classifier' belongs to modules_to_train"):
+    again = "choose the mask again by 'speft salience --exclude-modules ...'"
+    with pytest.raises(ConfigError, match=f"^mask m: .*'classifier' belongs to mod.*; .*{again}"):
         targets_of(mask_of(model, "classifier"), model, config)
     twins = Twins()
-    with pytest.raises(ConfigError, match=r"'left' shares its weight .* mode=.additive"):
+    with pytest.raises(ConfigError, match=f"^mask m: .*'left' shares its .* mode=.addit.*{again}"):
         targets_of(mask_of(twins, "left"), twins, config)
     additive = dataclasses.replace(config, mode="additive")
     assert list(targets_of(mask_of(twins, "left"), twins, additive).layers) == ["left"]
@@ -274,8 +349,7 @@ def test_no_layer_of_a_mask_is_the_heads_or_shares_its_weight(place):
 def mask_of(model, name):
     layer = model.get_submodule(name)
     pattern = SparsePattern(tuple(layer.weight.shape), torch.tensor([3]))
-    stored = AdapterLayer(pattern, torch.zeros(1), fingerprint(layer))
-    return AdapterFile("m", {name: stored}, {}, None, {})
+    return Mask({name: pattern}, {name: fingerprint(layer)}, None, None, "")
 
 
 def test_a_stopped_run_goes_on_with_its_mask_and_with_no_other(place, mask, tmp_path):
@@ -285,8 +359,8 @@ def test_a_stopped_run_goes_on_with_its_mask_and_with_no_other(place, mask, tmp_
     with pytest.raises(Interrupted):
         train(place, tmp_path / "run", own, display=Silent(3, terminate), **more)
     begun = shutil.copytree(tmp_path / "run", tmp_path / "begun")
-    with pytest.raises(ConfigError, match="has mask = .* and cannot go on with"):
-        train(place, tmp_path / "run", mask, resume=True, **more)
+    with pytest.raises(ConfigError, match="has lr = 0.008 and cannot go on with 0.01"):
+        train(place, tmp_path / "run", own, resume=True, **{**more, "lr": 1e-2})
     shutil.rmtree(own)
     with pytest.raises(SpeftError, match="there is no adapter folder"):
         train(place, tmp_path / "run", own, resume=True, **more)
@@ -294,8 +368,9 @@ def test_a_stopped_run_goes_on_with_its_mask_and_with_no_other(place, mask, tmp_
     with pytest.raises(ConfigError, match="the data, the mask, the model or its tokenizer has cha"):
         train(place, tmp_path / "run", own, resume=True, **more)
     shutil.rmtree(own)
+    # Moved, it is the same by its digest.
+    train(place, tmp_path / "run", mask, resume=True, **more)
     shutil.copytree(mask, own)
-    train(place, tmp_path / "run", own, resume=True, **more)
     assert main(["finetune", "--resume", "--output", str(begun)]) == 0
     for run in (tmp_path / "run", begun):
         assert_same(tensors(run), tensors(tmp_path / "whole"))
@@ -304,11 +379,32 @@ def test_a_stopped_run_goes_on_with_its_mask_and_with_no_other(place, mask, tmp_
         ]
 
 
+def test_a_run_with_a_rate_of_its_own_does_not_go_on_with_the_masks(place, mask, tmp_path):
+    more = {"epochs": 1, "eval_every": 5}
+    with pytest.raises(Interrupted):
+        train(place, tmp_path / "run", mask, display=Silent(3, terminate), lr=1e-2, **more)
+    with pytest.raises(ConfigError, match="has lr = 0.01 and cannot go on with 0.008"):
+        train(place, tmp_path / "run", mask, resume=True, lr=None, **more)
+
+
 def test_the_run_that_has_the_mask_is_not_overwritten(place, mask, tmp_path):
     train(place, tmp_path / "run", mask, max_steps=1)
     config = config_of(place, tmp_path / "run", tmp_path / "run")
     with pytest.raises(ConfigError, match="mask .* lies in the output"):
         finetune(config, overwrite=True, display=Silent())
+    # By a link in it, too, to the whole or to its files.
+    own = tmp_path / "run" / "adapter"
+    outer, inner = tmp_path / "outer", tmp_path / "inner"
+    outer.mkdir()
+    (outer / "adapter").symlink_to(own)
+    inner.mkdir()
+    for path in own.iterdir():
+        (inner / path.name).symlink_to(path)
+    for linked in (outer, inner):
+        config = config_of(place, tmp_path / "run", linked)
+        for attempt in (finetune, resolved):
+            with pytest.raises(ConfigError, match="mask .* lies in the output"):
+                attempt(config, overwrite=True, display=Silent())
     assert (tmp_path / "run" / "result.json").is_file()
 
 
@@ -329,11 +425,15 @@ def test_a_study_knows_its_mask_again(place, mask, tmp_path, monkeypatch):
     study = read_study(path)
     grid = study.grid()
     ((id, run),) = grid.items()
-    config = run.config(tmp_path / "run", study.data).located()
+    config = run.config(tmp_path / "study" / "runs" / id, study.data).located()
     write_result(config, inputs="mask=000000000000")
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    row = Row.of(id, "films", "ready", result, config.to_dict())
+    row = collect(study)[id]
     assert (row.salience, row.scope) == ("", "")
+    stored = json.loads(row.settings)
+    assert stored["mask"] == "mask"  # as in the study's file, and not where it lies here
+    # What chooses a mask where there is none: of a version with other defaults.
+    other = json.dumps({**stored, "salience": "gradient", "density": 0.3, "scope": "global"})
+    row = dataclasses.replace(row, settings=other)
     assert changed_settings(study, grid, {id: row}) == []
     assert "mask mask: it was another one" in changed_inputs(study, grid, {id: row})[0]
     path.write_text(path.read_text().replace("lr: 1e-2", ""))

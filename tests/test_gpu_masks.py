@@ -57,6 +57,12 @@ def spoil_an_index(path):
     save_file({"indices": indices}, path, facts)
 
 
+def call_them_of_another_dtype(path):
+    with safe_open(path, "pt") as file:
+        indices, facts = file.get_tensor("indices"), file.metadata()
+    save_file({"indices": indices.view(torch.bfloat16)}, path, facts)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -65,8 +71,9 @@ def spoil_an_index(path):
         lambda path: save_file({"others": torch.ones(1)}, path),
         lambda path: save_file({"indices": torch.ones(1)}, path),
         spoil_an_index,
+        call_them_of_another_dtype,
     ],
-    ids=["cut off", "empty", "another's", "no facts", "an index"],
+    ids=["cut off", "empty", "another's", "no facts", "an index", "a dtype"],
 )
 def test_a_damaged_file_is_drawn_again_and_replaced(spoil, tmp_path, draws):
     first = drawn.mask(UNIFORM, tmp_path)
@@ -92,6 +99,13 @@ def test_what_cannot_be_kept_is_drawn_all_the_same(tmp_path, draws):
     folder = tmp_path / "masks"
     folder.write_text("a file where the folder is to be")
     assert drawn.mask(UNIFORM, folder) == drawn.mask(UNIFORM)
+
+
+def test_without_safetensors_it_is_drawn(tmp_path, draws, monkeypatch):
+    monkeypatch.setattr(drawn, "find_spec", lambda name: None)
+    assert drawn.mask(UNIFORM, tmp_path) == drawn.mask(UNIFORM, tmp_path)
+    assert draws == [UNIFORM, UNIFORM]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stage_keeps_its_masks_beside_its_journal(tmp_path, draws, monkeypatch):

@@ -76,14 +76,15 @@ def describe_machine() -> str:
 
 
 def describe_folder(folder: Path) -> str:
-    """What a run's or an adapter's folder holds.
+    """What a run's or an adapter's folder holds, or that of `speft salience`: its adapter.
 
     Raises AdapterError when it is neither or the adapter is damaged, ConfigError for a damaged run.
     """
     if is_run(folder):
         return _describe_run(folder)
-    if (folder / "adapter_config.json").is_file():
-        return _describe_adapter(folder)
+    for place in (folder, Folder(folder).adapter):
+        if (place / "adapter_config.json").is_file():
+            return _describe_adapter(place)
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder")
     raise AdapterError(
@@ -93,7 +94,7 @@ def describe_folder(folder: Path) -> str:
 
 
 def _describe_run(folder: Path) -> str:
-    from ..finetune.config import DECIDE_THE_MASK, RunConfig
+    from ..finetune.config import RunConfig, without_choice
     from ..finetune.result import describe
 
     places = Folder(folder)
@@ -103,8 +104,8 @@ def _describe_run(folder: Path) -> str:
         f"run of method {config.method}: {config.model} on {config.train}",
         *(
             f"  {key}: {value}"
-            for key, value in config.to_dict().items()
-            if value is not None and not (config.mask is not None and key in DECIDE_THE_MASK)
+            for key, value in without_choice(config.to_dict()).items()
+            if value is not None
         ),
     ]
     if places.result.is_file():

@@ -290,6 +290,10 @@ class RunConfig:
             self.speft()
 
     def _check_mask(self) -> None:
+        if not self.mask:
+            raise ConfigError(
+                "mask is empty: name the folder that 'speft salience' wrote, or leave it out"
+            )
         if self.method != "speft":
             raise ConfigError(
                 f"mask = {shown(self.mask)} says which weights method 'speft' trains; this is "
@@ -374,13 +378,20 @@ def check_keys(settings: Mapping[str, Any], what: str) -> None:
             raise ConfigError(f"{what} {shown(key)} is unknown.{nearest(str(key), FIELDS)}")
 
 
+def without_choice(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` without those that have their defaults beside a mask and say nothing there."""
+    hidden = () if settings.get("mask") is None else DECIDE_THE_MASK
+    return {key: value for key, value in settings.items() if key not in hidden}
+
+
 def check_alone(given: Mapping[str, Any]) -> None:
     """Raises ConfigError for a setting beside a mask that would decide what is in it."""
     for name in DECIDE_THE_MASK:
         if given.get(name) is not None:
             raise ConfigError(
                 f"mask and {name} = {shown(given[name])} exclude each other: the mask says "
-                "already which weights train"
+                f"already which weights train; leave {name} out, in a YAML file too (a study's "
+                f"method undoes its base by '{name}: {json.dumps(FIELDS[name].default)}')"
             )
 
 

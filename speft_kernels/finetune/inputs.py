@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from .._version import __version__
-from ..adapter_file import AdapterFile
 from ..errors import ConfigError
 from ..salience.custom import source_of
 from ..targets import Targets
@@ -29,7 +28,7 @@ from .data import (
     read_examples,
     split_off,
 )
-from .mask import described, mask_digest, rated, read_mask
+from .mask import Mask, rated, read_mask
 from .models import (
     labels_of_head,
     load_causal_lm,
@@ -59,8 +58,8 @@ class Inputs:
     None for a language model; `fingerprint` covers all the data, as token ids too, the base
     weights, a score of the user's own and a ready mask: what a run that goes on must find as it
     was. `identity` has a digest of each source, of the base weights, of the file of a score of the
-    user's own and of a ready mask,
-    "train=DIGITS test=DIGITS model=DIGITS salience=DIGITS mask=DIGITS".
+    user's own and of a ready mask, "train=DIGITS test=DIGITS model=DIGITS salience=DIGITS
+    mask=DIGITS".
     """
 
     config: RunConfig
@@ -68,7 +67,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     targets: Targets
-    mask: AdapterFile | None
+    mask: Mask | None
     train: list[Encoded]
     eval: list[Encoded]
     test: list[Encoded] | None
@@ -90,7 +89,8 @@ class Inputs:
             "max_length": self.config.max_length,
         }
         if self.mask is not None:
-            about["mask"] = described(self.config, self.mask)
+            # Not its path, which is of one machine: adapters are passed on.
+            about["mask"] = {"sha256": self.mask.sha256}
         return about
 
     def scoring_batches(self, stop: StopSignals, count: int = 0) -> ScoringBatches:
@@ -173,7 +173,7 @@ def read_sources(config: RunConfig) -> Sources:
 def load_model(
     config: RunConfig,
     labels: Sequence[str],
-    mask: AdapterFile | None,
+    mask: Mask | None,
     tokenizer: PreTrainedTokenizerBase,
     display: Display,
 ) -> tuple[PreTrainedModel, Targets, RunConfig, tuple[str, ...]]:
@@ -209,12 +209,12 @@ def read_inputs(config: RunConfig, display: Display) -> Inputs:
     """Loads data and model; see `read_mask`, `read_sources` and `load_model`, also for what they
     raise.
     """
-    return with_model(config, read_sources(config), display)
+    return with_model(config, read_sources(config), read_mask(config), display)
 
 
-def with_model(config: RunConfig, sources: Sources, display: Display) -> Inputs:
+def with_model(config: RunConfig, sources: Sources, mask: Mask | None, display: Display) -> Inputs:
     """`sources` as the model's tokens, and the model; raises as `read_inputs` does."""
-    mask, tokenizer = read_mask(config), load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     model, targets, config, labels = load_model(
         config, tuple(sources.labels), mask, tokenizer, display
     )
@@ -227,7 +227,9 @@ def with_model(config: RunConfig, sources: Sources, display: Display) -> Inputs:
     encoded = {name: encode(task, source, display) for name, source in sources.used.items()}
     check_fit(model, tokenizer, sources.used, encoded)
     identity = {name: source.fingerprint()[:_DIGITS] for name, source in sources.given.items()}
-    identity.update({name: digest_of(config, name) for name in ("model", "salience", "mask")})
+    identity.update({name: digest_of(config, name) for name in ("model", "salience")})
+    # Of what was read: another run may be writing there.
+    identity["mask"] = "" if mask is None else mask.sha256[:_DIGITS]
     fingerprint = hashlib.sha256("".join(identity.values()).encode())
     if labels != tuple(sources.labels):
         fingerprint.update("\0".join(labels).encode())
@@ -271,7 +273,7 @@ def digest_of(config: RunConfig, name: str) -> str:
         full = hashlib.sha256(source).hexdigest() if source else ""
     elif name == "mask":
         mask = read_mask(config)
-        full = "" if mask is None else mask_digest(mask)
+        full = "" if mask is None else mask.sha256
     elif name == "model":
         full = weights_digest(config.model)
     else:

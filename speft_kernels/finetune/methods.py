@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..adapter import save_adapter
-from ..adapter_file import CONFIG_FILE, TENSORS_FILE, AdapterFile
+from ..adapter_file import CONFIG_FILE, TENSORS_FILE
 from ..atomic import new_folder
 from ..config import SpeftConfig
 from ..dynamic import MovingMask
@@ -38,7 +38,7 @@ from ..targets import Targets, find_dense_modules, find_targets, is_below
 from . import baselines
 from .checkpoint import trainable
 from .config import ADAPTERS, RunConfig
-from .mask import targets_of
+from .mask import Mask, targets_of
 from .tasks import Task
 
 # What goes along with what other libraries save.
@@ -128,7 +128,7 @@ def _scoring_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def find(model: nn.Module, config: RunConfig, mask: AdapterFile | None) -> Targets:
+def find(model: nn.Module, config: RunConfig, mask: Mask | None) -> Targets:
     """The layers to adapt and the head.
 
     Raises ConfigError for names the model does not have, and for what scoring or adapting will need

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..adapter_file import AdapterFile
 from ..errors import shown
 from ..salience.draw import budget
 from ..targets import Targets
@@ -17,7 +16,7 @@ from .data import SUFFIXES, Examples, label_ids
 from .folder import Folder
 from .inputs import SPLITS, Sources, load_model, read_source, read_sources, with_model
 from .loop import check_moves, steps_of
-from .mask import rated, read_mask
+from .mask import Mask, rated, read_mask
 from .models import load_tokenizer, quiet_transformers, resolve
 from .progress import Display
 from .run import check_apart, check_free, start_accelerator
@@ -35,6 +34,7 @@ def resolved(config: RunConfig, *, overwrite: bool = False, display: Display | N
     Raises:
         ConfigError, DataError: the settings, a file or the model cannot be used, or the output is
             taken.
+        AdapterError: the mask cannot be used, or was chosen on another model.
     """
     if not config.validation:
         config.require("eval")
@@ -86,7 +86,7 @@ def _is_local(source: str) -> bool:
 
 def _model(
     config: RunConfig,
-    mask: AdapterFile | None,
+    mask: Mask | None,
     sources: Sources | None,
     train: Examples | None,
     display: Display,
@@ -102,7 +102,7 @@ def _model(
             lines.append(f"trains at {share}" if mask is None else f"{mask.nnz:,} weights train")
         return rows, lines
     if sources is not None:
-        inputs = with_model(config, sources, display)
+        inputs = with_model(config, sources, mask, display)
         return len(inputs.train), _budget(inputs.model, inputs.targets, inputs.config, mask, where)
     labels = ["0", "1"] if train is None or config.task != "classification" else label_ids(train)
     tokenizer = load_tokenizer(config.model)
@@ -111,7 +111,7 @@ def _model(
 
 
 def _budget(
-    model: nn.Module, targets: Targets, config: RunConfig, mask: AdapterFile | None, where: str
+    model: nn.Module, targets: Targets, config: RunConfig, mask: Mask | None, where: str
 ) -> list[str]:
     lines = [f"{where} ({sum(p.numel() for p in model.parameters()):,} parameters)"]
     if config.method not in ADAPTERS:

@@ -17,7 +17,6 @@ from ..overview import sparse_layers
 from ..peak_memory import PeakMemory
 from .checkpoint import Progress
 from .inputs import Inputs
-from .mask import described
 from .methods import Prepared
 from .progress import duration
 from .tasks import majority_accuracy
@@ -71,7 +70,7 @@ def result_of(
         "versions": versions(),
     }
     if inputs.mask is not None:
-        result["mask"] = described(config, inputs.mask)
+        result["mask"] = {"folder": config.mask, "sha256": inputs.mask.sha256}
     if prepared.moving is not None:
         result["mask"] = {
             "strategy": config.dynamic,

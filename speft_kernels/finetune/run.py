@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from .config import RunConfig, load_json
 from .folder import Folder
 from .inputs import Inputs, read_inputs
 from .loop import Loop, check_finite, check_moves, evaluate
-from .mask import recipe_of
+from .mask import places_of, recipe_of
 from .models import quiet_transformers
 from .progress import Display
 from .result import result_of
@@ -50,7 +51,8 @@ def finetune(
         overwrite: replace an earlier run in `config.output`.
 
     Raises:
-        SpeftError: ConfigError, DataError, SalienceError or TrainingError, saying what to change.
+        SpeftError: ConfigError, DataError, AdapterError (of the mask), SalienceError or
+            TrainingError, saying what to change.
         OutputError: the disk is full, or the like; the last checkpoint is whole.
         Interrupted: on Ctrl-C or SIGTERM, after a checkpoint if training had begun.
     """
@@ -155,6 +157,8 @@ def _resumed(
             "tokenizer has changed since this run began, so it cannot go on; restore them, or "
             "start again with --overwrite"
         )
+    # Now with the rate that goes with the mask, too.
+    check_same(folder, inputs.config)
     patterns = methods.patterns_from(state["facts"]["patterns"])
     batches, loss_fn = inputs.scoring_batches(stop), methods.mean_loss(inputs.task, accelerator)
     prepared = methods.prepare(
@@ -274,27 +278,39 @@ def check_nothing_else(root: Path, names: Collection[str]) -> None:
 
 def check_apart(folder: Folder, config: RunConfig) -> None:
     """Raises ConfigError when the run's data, model or mask lie in the folder it replaces."""
+    root = os.path.realpath(folder.root)
     for name in ("train", "eval", "test", "model", "mask"):
         value = getattr(config, name)
-        if value and Path(value).resolve().is_relative_to(folder.root.resolve()):
+        if not value:
+            continue
+        places = places_of(value) if name == "mask" else [Path(value)]
+        if any(Path(os.path.realpath(place)).is_relative_to(root) for place in places):
             raise ConfigError(f"{name} {value} lies in the output {folder.root}; choose another")
 
 
 def check_resumable(folder: Folder, config: RunConfig) -> None:
     """Raises ConfigError unless the folder holds an unfinished run with the same settings."""
-    stored = load_json(folder.config)
+    load_json(folder.config)  # without it there is no run at all
     if folder.result.exists():
         raise ConfigError(f"the run in {folder.root} is finished; its result is {folder.result}")
     if not folder.state.exists():
         raise ConfigError(
             f"{folder.root} holds no checkpoint to resume from; start again with --overwrite"
         )
-    own = config.to_dict()
     # What a budget means, and which rate goes with a mask, is found out again with the model.
-    left_out = {"output", *(("density", "lora_rank") if config.lora_budget else ())}
+    left_out = {"density", "lora_rank"} if config.lora_budget else set()
     if config.mask is not None and config.lr is None:
         left_out.add("lr")
-    for key, value in RunConfig.from_dict(stored).to_dict().items():
+    check_same(folder, config, left_out)
+
+
+def check_same(folder: Folder, config: RunConfig, left_out: Collection[str] = ()) -> None:
+    """Raises ConfigError where the run in the folder has another value of some other setting."""
+    own, stored = config.to_dict(), RunConfig.from_dict(load_json(folder.config)).to_dict()
+    del stored["output"]
+    if own["mask"] and stored["mask"]:
+        del stored["mask"]  # a mask may be moved: its digest says whether it is the same
+    for key, value in stored.items():
         if key not in left_out and own[key] != value:
             raise ConfigError(
                 f"the run in {folder.root} has {key} = {value!r} and cannot go on with "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..finetune.config import RunConfig
+from ..finetune.config import RunConfig, without_choice
 from ..finetune.folder import Folder
 from . import cells, figures
 from .folder import Metrics, read_json, read_metrics
@@ -182,6 +182,7 @@ def _mask(masks: Masks, folder: Path, merged: bool) -> Html:
 
 def _settings(settings: dict[str, Any], config: dict[str, Any]) -> Html:
     defaults = _defaults(settings)
+    settings = _with_mask(settings, config.get("mask"))
     differing = [n for n in settings if n not in defaults or settings[n] != defaults[n]]
     others = {key: value for key, value in config.items() if key != "settings"}
     title = "Settings that differ from their defaults"
@@ -191,6 +192,14 @@ def _settings(settings: dict[str, Any], config: dict[str, Any]) -> Html:
         details("All settings", _setting_table(settings, defaults, list(settings), "All settings")),
         details("The rest of config.json", pretty(others)),
     )
+
+
+def _with_mask(settings: dict[str, Any], mask: object) -> dict[str, Any]:
+    """The settings that say something; with a ready mask's, the digest of its entries."""
+    told = without_choice(settings)
+    if isinstance(mask, dict) and told.get("mask") is not None:
+        told["mask"] = f"{told['mask']} (SHA-256 of its entries: {mask.get('sha256')})"
+    return told
 
 
 def _setting_table(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError, ConfigError, DataError
-from ..finetune.config import RunConfig
+from ..finetune.config import RunConfig, without_choice
 from .config import PATHS, Run, Study
 from .rows import Row
 
@@ -54,7 +54,7 @@ def changed_settings(study: Study, runs: Mapping[str, Run], rows: Mapping[str, R
     others: dict[str, list[str]] = {}
     for id, row in rows.items():
         config = runs[id].config(Path(), study.data)
-        now, unread = config.to_dict(), _unread(config)
+        now, unread = without_choice(config.to_dict()), _unread(config)
         for key, value in _recorded(row).items():
             if key in now and key not in unread and now[key] != value:
                 change = f"{key}: it was {value} and is {now[key]}"

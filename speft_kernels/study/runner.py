@@ -250,7 +250,7 @@ def _row(run: Run, folder: Path) -> Row:
         settings = json.loads(Folder(folder).config.read_text(encoding="utf-8"))["settings"]
         # Where the run and its data lay says nothing of it; the rest is needed to repeat it.
         del settings["output"]
-        settings.update({key: run.settings.get(key) for key in PATHS})
+        settings.update({key: run.settings.get(key) for key in (*PATHS, "mask")})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{folder}: not the folder of a finished run ({error}); delete it to run it again"
