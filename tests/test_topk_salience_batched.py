@@ -296,6 +296,16 @@ def test_cuda_takes_tiles_of_several_groups(over_data):
 
 
 @needs_cuda_host
+def test_cuda_takes_more_tiles_than_a_sum_has(over_data):
+    """4,096, of a list, and of data of which too many are equal: some of these beyond that tile."""
+    apart = torch.rand(4_110, 1, 1)
+    equal = (torch.arange(4_110).view(-1, 1, 1) % 6 == 0).float()
+    for scores, k in ((apart, 60), (equal, 684)):
+        assert_in_cuda([None] * 4_110, list(scores), k, "raw", "global")
+    assert over_data == [0, 0, 1]
+
+
+@needs_cuda_host
 @pytest.mark.parametrize("times", [2.0**15, 2.0**17])
 def test_cuda_counts_the_data_where_the_kth_score_is_far_beyond_the_bound(over_data, times):
     """The bound is that of some hundred scores, of which a few are much larger."""

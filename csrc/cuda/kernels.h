@@ -97,7 +97,7 @@ struct TopkProblem {
     int64_t multiprocessors;
 };
 struct TopkSizes {
-    int64_t matrices, segments, tiles, most_tiles, groups, supers, list_parts, samples, room;
+    int64_t matrices, segments, tiles, most_tiles, groups, supers, list_parts, sample_bits, room;
     int64_t multiprocessors;
     bool together;
 };

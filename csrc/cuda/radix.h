@@ -44,10 +44,7 @@ SPEFT_DEVICE uint32_t high_digit(uint32_t above) {
 
 // Bins follow it in shared memory.
 struct alignas(16) Shared {
-    union {
-        SumsOfBlock<kThreads, uint64_t> sums;
-        SumsOfBlock<kThreads, uint32_t> short_sums;
-    };
+    SumsOfBlock<kThreads, uint64_t> sums;
     uint64_t found[2];  // what one thread tells all
 
     SPEFT_DEVICE uint32_t* bins() { return reinterpret_cast<uint32_t*>(this + 1); }
@@ -94,18 +91,17 @@ SPEFT_DEVICE Pick pick(const Count* bins, uint64_t rank, Shared& shared) {
     }
     sync_block();  // one warp's share has it
     const int first = int(threadIdx.x) * kEach;
-    const Count* const own = top - (int(shared.found[0]) + first);
+    int digit = kCount - 1 - (int(shared.found[0]) + first);
     rank = shared.found[1];
     mine = 0;
     if (first < kShare)
         for (int i = 0; i < kEach; ++i)
-            mine += own[-i];
+            mine += bins[digit - i];
     uint64_t above = sum_before<kThreads>(mine, shared.sums, &total);
     if (above < rank && rank <= above + mine) {
-        int i = 0;
-        for (; above + own[-i] < rank; ++i)
-            above += own[-i];
-        shared.found[0] = uint64_t(own - i - bins);
+        for (; above + bins[digit] < rank; --digit)
+            above += bins[digit];
+        shared.found[0] = uint64_t(digit);
         shared.found[1] = rank - above;
     }
     sync_block();  // one thread has found it

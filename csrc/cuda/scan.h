@@ -46,10 +46,10 @@ SPEFT_DEVICE N sum_before(N mine, SumsOfBlock<kBlock, N>& shared, N* total) {
 }
 
 // The same over a warp, every lane of which must come.
-template <class N>
-SPEFT_DEVICE N sum_before_in_warp(N mine, N* total) {
 #ifdef SPEFT_ON_HOST
-    const unsigned char* const all = host::gather(mine, __LINE__);
+template <class N>
+N sum_before_in_warp(N mine, N* total, int line = __builtin_LINE()) {
+    const unsigned char* const all = host::gather(mine, line);
     N before = 0;
     *total = 0;
     for (int lane = 0; lane < kWarp; ++lane) {
@@ -57,14 +57,17 @@ SPEFT_DEVICE N sum_before_in_warp(N mine, N* total) {
         *total += host::of_lane<N>(all, lane);
     }
     return before;
+}
 #else
+template <class N>
+SPEFT_DEVICE N sum_before_in_warp(N mine, N* total) {
     using Scan = ::cub::WarpScan<N>;
     typename Scan::TempStorage none;  // whole warps only shuffle
     N before;
     Scan(none).ExclusiveSum(mine, before, *total);
     return before;
-#endif
 }
+#endif
 
 }  // namespace cuda
 }  // namespace speft

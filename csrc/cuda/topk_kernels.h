@@ -9,16 +9,18 @@ namespace cuda {
 constexpr int kFew = 256;  // threads that take a tile by the warp
 constexpr int kFewTiles = kFew / kWarp;
 
-// An entry of a segment at a place as good as random within the j-th of `samples` equal parts.
+// An entry of a segment at a place as good as random within the j-th of as many equal parts as
+// there are samples.
 template <class T, bool kPair>
 SPEFT_DEVICE uint32_t sampled_key(const Work& work, int64_t size, int64_t j) {
-    const int64_t samples = work.sizes.samples;
+    const int64_t bits =
+        work.sizes.sample_bits;  // 64-bit numbers are divided by a hundred instructions
     int64_t at = j;
-    if (size > samples) {
+    if (size >> bits > 0) {
         uint32_t mixed = uint32_t(j) * 0x9e3779b1u;
         mixed = (mixed ^ (mixed >> 15)) * 0x85ebca6bu;
         mixed ^= mixed >> 13;
-        const int64_t start = j * size / samples, width = (j + 1) * size / samples - start;
+        const int64_t start = j * size >> bits, width = ((j + 1) * size >> bits) - start;
         at = start + int64_t(uint64_t(width) * mixed >> 32);
     }
     const int number = work.sizes.together ? matrix_with(work.matrices, int(work.sizes.matrices),
@@ -55,8 +57,7 @@ find_bound(Work work) {
 
     uint32_t bound = ~0u;  // of a segment that has no list: no finite score reaches it
     if (segment.capacity > 0) {
-        const int samples =
-            int(segment.size < work.sizes.samples ? segment.size : work.sizes.samples);
+        const int samples = int(smaller(segment.size, int64_t(1) << work.sizes.sample_bits));
         for (int first = int(threadIdx.x); first < samples; first += kThreads * kAhead) {
             uint32_t some[kAhead];  // asked for together, before the first is stored
             SPEFT_UNROLL
@@ -134,18 +135,18 @@ collect(Work work) {
     const auto key_of_slot = [&](int slot) {
         return key_at<T, kPair>(tile.x, tile.y, place_of<T, kThreads>(slot), work.score);
     };
-    uint64_t start = shared.found[0];
+    // Where in the run the hits of each of this thread's vectors begin.
+    const uint64_t begins = before + all * 0x0001000100010000u;
     uint32_t firsts = 0;  // the slots that were the first of their bin
-    for (int v = 0; v < kAhead; ++v) {
-        uint64_t at = start + (before >> (16 * v) & 0xffff);
-        start += all >> (16 * v) & 0xffff;
-        for (uint32_t left = hits & kOfVector << (v * kVector<T>); left != 0; left &= left - 1) {
-            const int slot = lowest_bit(left);
-            const uint32_t key = key_of_slot(slot);
-            work.keys[at] = key;
-            work.places[at++] = uint16_t(place_of<T, kThreads>(slot));
-            if (atomic_add(&bins[high_digit(key - bound)], 1u) == 0) firsts |= 1u << slot;
-        }
+    for (uint32_t left = hits; left != 0; left &= left - 1) {
+        const int slot = lowest_bit(left), v = slot / kVector<T>;
+        const uint32_t earlier = hits & kOfVector << (v * kVector<T>)&((1u << slot) - 1);
+        const uint64_t at =
+            shared.found[0] + (begins >> (16 * v) & 0xffff) + uint64_t(count_bits(earlier));
+        const uint32_t key = key_of_slot(slot);
+        work.keys[at] = key;
+        work.places[at] = uint16_t(place_of<T, kThreads>(slot));
+        if (atomic_add(&bins[high_digit(key - bound)], 1u) == 0) firsts |= 1u << slot;
     }
     sync_block();  // the bins are full
     uint32_t* const histogram = work.histograms + int64_t(ranked) * kListWords;
@@ -174,13 +175,19 @@ static SPEFT_KERNEL(kThreads, 2) find_threshold(Work work) {
 
     const int64_t found = int64_t(state.found);
     const uint32_t least = state.bound + (first.digit << kLowBits);
-    for (int64_t i = (int64_t(part) * kThreads + threadIdx.x) * 4; i < found;
-         i += int64_t(parts) * kThreads * 4) {
-        const Bytes16 four = *reinterpret_cast<const Bytes16*>(work.keys + segment.list + i);
+    const auto* const keys = reinterpret_cast<const Bytes16*>(work.keys + segment.list);
+    const int64_t step = int64_t(parts) * kThreads;
+    for (int64_t first = int64_t(part) * kThreads + threadIdx.x; first * 4 < found;
+         first += kAhead * step) {
+        Bytes16 some[kAhead];  // asked for together, before the first is used
         SPEFT_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            const uint32_t digit = four.words[j] - least;
-            if (i + j < found && digit < kLowBins) atomic_add(&bins[digit], 1u);
+        for (int v = 0; v < kAhead; ++v)
+            if ((first + v * step) * 4 < found) some[v] = keys[first + v * step];
+        SPEFT_UNROLL
+        for (int i = 0; i < 4 * kAhead; ++i) {
+            const uint32_t digit = some[i / 4].words[i % 4] - least;
+            const bool there = (first + i / 4 * step) * 4 + i % 4 < found;
+            if (there && digit < kLowBins) atomic_add(&bins[digit], 1u);
         }
     }
     sync_block();  // the bins are full
@@ -195,12 +202,11 @@ static SPEFT_KERNEL(kThreads, 2) find_threshold(Work work) {
     }
 }
 
-// What find_bound did, for the segments whose k-th key is not known yet. Grid: segments.
+// For the segments whose k-th key is not known yet. Grid: segments.
 static SPEFT_KERNEL(kThreads) start_over(Work work) {
     State& state = work.states[blockIdx.x];
     if (state.source != Source::kNone) return;
     clear<kListWords>(work.histograms + int64_t(blockIdx.x) * kListWords);
-    clear_sums(work, work.segments[blockIdx.x]);
     sync_block();  // all have seen the state
     if (threadIdx.x != 0) return;
     state.source = Source::kData;
@@ -262,9 +268,8 @@ struct OfList {
                 if (first + v * kWarp < length)
                     some[v] = {{work.keys[at]}, int(work.places[at]), 1};
             }
-            SPEFT_UNROLL
             for (int v = 0; v < kAhead; ++v)
-                f(some[v]);
+                if (first - lane_id() + v * kWarp < length) f(some[v]);
         }
     }
 };
@@ -315,7 +320,8 @@ count_kept(Work work) {
     if (total == 0) return;
     const int64_t tile = number - segment.first_tile;
     atomic_add(&work.groups[segment.first_group + tile / kGroup], widened_counts(total));
-    atomic_add(&work.supers[segment.first_super + tile / kSuper], widened_counts(total));
+    if (segment.tiles > kSuper)
+        atomic_add(&work.supers[segment.first_super + tile / kSuper], widened_counts(total));
 }
 
 struct Kept {
@@ -330,30 +336,30 @@ SPEFT_DEVICE Kept kept_before(const Work& work, const Segment& segment, int64_t 
         counts += widened_counts(work.kept[segment.first_tile + i]);
     for (int64_t i = tile / kSuper * kGroup + lane_id(); i < tile / kGroup; i += kWarp)
         counts += work.groups[segment.first_group + i];
-    Kept mine = {uint32_t(counts), counts >> 32}, all;
+    uint64_t sums;
+    sum_before_in_warp(counts, &sums);
+    Kept before = {uint32_t(sums), sums >> 32};
+    if (tile < kSuper) return before;
+    Kept mine = {}, all;
     for (int64_t i = lane_id(); i < tile / kSuper; i += kWarp) {
-        const uint64_t sums = work.supers[segment.first_super + i];
-        mine.above += uint32_t(sums);
-        mine.equal += sums >> 32;
+        const uint64_t of_super = work.supers[segment.first_super + i];
+        mine.above += uint32_t(of_super);
+        mine.equal += of_super >> 32;
     }
     sum_before_in_warp(mine.above, &all.above);
     sum_before_in_warp(mine.equal, &all.equal);
-    return all;
+    return {before.above + all.above, before.equal + all.equal};
 }
 
-// Grid: tiles, kFewTiles of them each.
+// Writes the indices of what is kept of a tile, by the warp; returns how many.
 template <class From>
-SPEFT_KERNEL(kFew, 2)
-write_kept(Work work) {
-    const int64_t number = int64_t(blockIdx.x) * kFewTiles + warp_id();
-    if (number >= work.sizes.tiles) return;
-    const int which = matrix_of_tile(work, number);
+SPEFT_DEVICE uint64_t write_tile(const Work& work, int64_t number, int which) {
     const Matrix& matrix = work.matrices[which];
     const Segment& segment = work.segments[segment_of(work, which)];
     const State& state = work.states[segment_of(work, which)];
-    if (state.source != From::kSource) return;
+    if (state.source != From::kSource) return 0;
     const uint32_t own = work.kept[number];
-    if (own == 0) return;
+    if (own == 0) return 0;
     const uint32_t threshold = state.threshold;
     Kept before = kept_before(work, segment, number);
 
@@ -361,8 +367,7 @@ write_kept(Work work) {
     const uint64_t ties = state.rank;
     const auto tied = [&](uint64_t equal) { return equal < ties ? equal : ties; };
     const uint64_t keeps = (own & 0xffff) + tied(before.equal + (own >> 16)) - tied(before.equal);
-    if (keeps == 0) return;
-    if (lane_id() == 0) atomic_add(&work.told[1 + which], keeps);
+    if (keeps == 0) return 0;
     const int64_t start = (number - matrix.first_tile) * From::kTile;
     From::visit(work, which, number, [&](const auto& entries) {
         uint32_t total;
@@ -379,6 +384,35 @@ write_kept(Work work) {
         before.above += total & 0xffff;
         before.equal += total >> 16;
     });
+    return keeps;
+}
+
+// What the tiles of a block tell each other.
+struct Told {
+    uint64_t keeps[kFewTiles];
+    int matrix[kFewTiles];
+};
+
+// Grid: tiles, kFewTiles of them each.
+template <class From>
+SPEFT_KERNEL(kFew, 2)
+write_kept(Work work) {
+    Told& told = *shared_memory<Told>();
+    const int64_t number = int64_t(blockIdx.x) * kFewTiles + warp_id();
+    const int which = number < work.sizes.tiles ? matrix_of_tile(work, number) : -1;
+    const uint64_t keeps = which < 0 ? 0 : write_tile<From>(work, number, which);
+    if (lane_id() == 0) {
+        told.keeps[warp_id()] = keeps;
+        told.matrix[warp_id()] = which;
+    }
+    sync_block();  // each tile has told
+    // Of neighbours of a matrix one adds for all: else thousands would wait for one number.
+    const int i = int(threadIdx.x);
+    if (i >= kFewTiles || (i > 0 && told.matrix[i] == told.matrix[i - 1])) return;
+    uint64_t all = 0;
+    for (int j = i; j < kFewTiles && told.matrix[j] == told.matrix[i]; ++j)
+        all += told.keeps[j];
+    if (all > 0) atomic_add(&work.told[1 + told.matrix[i]], all);
 }
 
 }  // namespace cuda

@@ -40,9 +40,13 @@ namespace speft {
 namespace cuda {
 namespace {
 
-constexpr int kFewSamples = 2048, kManySamples = 8192;
+constexpr int kFewSamples = 11, kManySamples = 13;  // bits
 // Where reading takes a millisecond, four times the samples are paid for by what is not set aside.
 constexpr int64_t kManyEntries = int64_t(1) << 29;
+
+int64_t samples_of(const TopkSizes& sizes) {
+    return int64_t(1) << sizes.sample_bits;
+}
 
 // Of the k largest of `size` entries about s = k samples / size are sampled, with a standard
 // deviation of sqrt(s) or less: six of them on, fewer than k entries lie above the bound about once
@@ -68,9 +72,10 @@ int64_t expected_list(const Segment& segment, int64_t samples) {
     return segment.size <= samples ? segment.k : segment.sample_rank * (segment.size / samples);
 }
 
-// Two blocks of kThreads fill a multiprocessor.
-int64_t blocks_of_each(const TopkSizes& sizes, int64_t segments) {
-    return std::max<int64_t>(1, 2 * sizes.multiprocessors / segments);
+// Two blocks of kThreads fill a multiprocessor; of segments that differ in size, more waves than
+// one let those that end early make room.
+int64_t blocks_of_each(const TopkSizes& sizes, int64_t segments, int64_t waves) {
+    return std::max<int64_t>(1, waves * 2 * sizes.multiprocessors / segments);
 }
 
 // Parts a piece of memory.
@@ -118,7 +123,7 @@ int write_indices(const Work& work, void* stream) {
     const dim3 grid(unsigned(parts_of(work.sizes.tiles, kFewTiles)));
     const int error = launch(count_kept<From>, grid, kFew, 0, stream, work);
     if (error != 0) return error;
-    return launch(write_kept<From>, grid, kFew, 0, stream, work);
+    return launch(write_kept<From>, grid, kFew, sizeof(Told), stream, work);
 }
 
 template <class T, bool kPair>
@@ -127,7 +132,7 @@ int select_of_lists(const Work& work, void* stream) {
     const int64_t parts = sizes.segments * sizes.list_parts;
     if (std::max(sizes.tiles, parts) > INT32_MAX) return kUnsupported;
     int error = launch(find_bound<T, kPair>, dim3(unsigned(sizes.segments)), kThreads,
-                       shared_with(kBins + sizes.samples), stream, work);
+                       shared_with(kBins + samples_of(sizes)), stream, work);
     if (error != 0) return error;
     error = launch(collect<T, kPair>, dim3(unsigned(sizes.tiles)), kThreads, shared_with(kHighBins),
                    stream, work);
@@ -142,7 +147,7 @@ template <class T, bool kPair>
 int select_of_data(const Work& work, int64_t pending, void* stream) {
     const TopkSizes& sizes = work.sizes;
     // Bins of a block count to 2^32.
-    const int64_t parts = std::max(std::min(sizes.most_tiles, blocks_of_each(sizes, pending)),
+    const int64_t parts = std::max(std::min(sizes.most_tiles, blocks_of_each(sizes, pending, 2)),
                                    parts_of(sizes.most_tiles, int64_t(UINT32_MAX) / kTile<T>));
     if (pending * parts > INT32_MAX) return kUnsupported;
     int error = launch(start_over, dim3(unsigned(sizes.segments)), kThreads, 0, stream, work);
@@ -185,25 +190,25 @@ TopkPlan plan_topk(const TopkProblem& problem) {
         sizes.tiles += tiles;
         total += problem.sizes[i];
     }
-    sizes.samples = total >= kManyEntries ? kManySamples : kFewSamples;
+    sizes.sample_bits = total >= kManyEntries ? kManySamples : kFewSamples;
     int64_t out = 0, most_listed = 1;
     for (size_t i = 0; i < segments; ++i) {
         Segment& segment = of_segments[i];
         segment.k = problem.ks[i];
-        set_sampling(segment, sizes.samples);
+        set_sampling(segment, samples_of(sizes));
         segment.list = sizes.room;
         segment.out = out;
         segment.first_group = sizes.groups;
         sizes.groups += groups_of(segment);
         segment.first_super = sizes.supers;
         sizes.supers += supers_of(segment);
-        most_listed = std::max(most_listed, expected_list(segment, sizes.samples));
+        most_listed = std::max(most_listed, expected_list(segment, samples_of(sizes)));
         sizes.room += parts_of(segment.capacity, 4) * 4;  // keys are read four at a time
         out += segment.k;
     }
     // Each has a vector for each thread at least: it reads 33 KB of the histogram beside.
     sizes.list_parts =
-        std::min(parts_of(most_listed, 4 * kThreads), blocks_of_each(sizes, int64_t(segments)));
+        std::min(parts_of(most_listed, 4 * kThreads), blocks_of_each(sizes, int64_t(segments), 4));
 
     const size_t matrix_bytes = matrices * sizeof(Matrix);
     plan.table.resize(matrix_bytes + segments * sizeof(Segment));
