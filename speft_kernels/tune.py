@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _triton, ops
 from .costs import CROSSOVER_TOKENS, DEFAULTS, Costs
-from .ops.sparse_delta_matmul import triton_ways
+from .ops.ways import triton_ways
 from .pattern import SparsePattern
 from .plan import SparsityPlan
 from .testing import realistic_pattern

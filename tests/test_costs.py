@@ -15,7 +15,7 @@ from speft_kernels import SparsityPlan, _triton, costs, ops, tune
 from speft_kernels.cli import main
 from speft_kernels.costs import CROSSOVER_TOKENS, DEFAULTS, Costs, costs_of, machine_key, remember
 from speft_kernels.machine import processor
-from speft_kernels.ops.sparse_delta_matmul import triton_ways
+from speft_kernels.ops.ways import triton_ways
 from speft_kernels.testing import uniform_pattern
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from speft_kernels import SparsePattern, SparsityPlan, _cuda_native, ops
-from speft_kernels.ops.sparse_delta_matmul import cuda_ways
+from speft_kernels.ops.ways import cuda_ways
 from speft_kernels.quantized import QuantizedWeight
 from speft_kernels.testing import realistic_pattern, uniform_pattern
 from speft_kernels.thin_strips import BLOCK_ROWS, GROUP, STRIP_ROWS, ThinStrips

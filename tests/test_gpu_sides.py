@@ -22,7 +22,7 @@ from speft_kernels.bench.gpu.timing import Floor, GpuCase, GpuSide, measure
 from speft_kernels.bench.machine import Light
 from speft_kernels.costs import CROSSOVER_TOKENS, DEFAULTS
 from speft_kernels.ops import panels
-from speft_kernels.ops.sparse_delta_matmul import cuda_ways
+from speft_kernels.ops.ways import cuda_ways
 
 
 def test_without_peft_its_layers_are_left_out_and_the_reason_is_kept(monkeypatch):

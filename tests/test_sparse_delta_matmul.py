@@ -20,7 +20,8 @@ from kernels import (
 
 from speft_kernels import SparsePattern, ops
 from speft_kernels.bench.checks import rounding_bound
-from speft_kernels.ops.sparse_delta_matmul import Delta, cuda_ways, delta_arguments
+from speft_kernels.ops.sparse_delta_matmul import Delta, delta_arguments
+from speft_kernels.ops.ways import cuda_ways
 from speft_kernels.plan import plan_of
 from speft_kernels.quantized import QuantizedWeight
 from speft_kernels.testing import uniform_pattern

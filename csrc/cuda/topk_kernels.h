@@ -13,8 +13,8 @@ constexpr int kFewTiles = kFew / kWarp;
 // there are samples.
 template <class T, bool kPair>
 SPEFT_DEVICE uint32_t sampled_key(const Work& work, int64_t size, int64_t j) {
-    const int64_t bits =
-        work.sizes.sample_bits;  // 64-bit numbers are divided by a hundred instructions
+    // As a power of two, for 64-bit numbers are divided by a hundred instructions.
+    const int64_t bits = work.sizes.sample_bits;
     int64_t at = j;
     if (size >> bits > 0) {
         uint32_t mixed = uint32_t(j) * 0x9e3779b1u;
@@ -111,13 +111,14 @@ collect(Work work) {
 
     // The hits of the threads' first vectors come first, so there is a sum for each of the four, of
     // 16 bits.
-    constexpr uint32_t kOfVector = (1u << kVector<T>)-1;
+    constexpr int kEach = kVector<T>;
+    constexpr uint32_t kOfVector = (1u << kEach) - 1;
     static_assert(kAhead == 4 && kTile<T> / kAhead < 1 << 16,
                   "sums of four vectors fit one number");
     uint64_t counts = 0, all;
     SPEFT_UNROLL
     for (int v = 0; v < kAhead; ++v)
-        counts |= uint64_t(count_bits(hits >> (v * kVector<T>)&kOfVector)) << (16 * v);
+        counts |= uint64_t(count_bits((hits >> (v * kEach)) & kOfVector)) << (16 * v);
     const uint64_t before = sum_before<kThreads>(counts, shared.sums, &all);
     if (threadIdx.x == 0) {
         const uint64_t total =
@@ -139,8 +140,9 @@ collect(Work work) {
     const uint64_t begins = before + all * 0x0001000100010000u;
     uint32_t firsts = 0;  // the slots that were the first of their bin
     for (uint32_t left = hits; left != 0; left &= left - 1) {
-        const int slot = lowest_bit(left), v = slot / kVector<T>;
-        const uint32_t earlier = hits & kOfVector << (v * kVector<T>)&((1u << slot) - 1);
+        const int slot = lowest_bit(left), v = slot / kEach;
+        const uint32_t of_vector = hits & (kOfVector << (v * kEach));
+        const uint32_t earlier = of_vector & ((1u << slot) - 1);
         const uint64_t at =
             shared.found[0] + (begins >> (16 * v) & 0xffff) + uint64_t(count_bits(earlier));
         const uint32_t key = key_of_slot(slot);
@@ -170,11 +172,11 @@ static SPEFT_KERNEL(kThreads, 2) find_threshold(Work work) {
     clear<kLowBins>(bins);
     uint32_t* const high = work.histograms + int64_t(which) * kListWords;
     uint32_t* const low = high + kHighBins;
-    const Pick first = pick<kHighBins>(high, uint64_t(segment.k), shared);
-    if (first.digit == kBeyond) return;
+    const Pick above = pick<kHighBins>(high, uint64_t(segment.k), shared);
+    if (above.digit == kBeyond) return;
 
     const int64_t found = int64_t(state.found);
-    const uint32_t least = state.bound + (first.digit << kLowBits);
+    const uint32_t least = state.bound + (above.digit << kLowBits);
     const auto* const keys = reinterpret_cast<const Bytes16*>(work.keys + segment.list);
     const int64_t step = int64_t(parts) * kThreads;
     for (int64_t first = int64_t(part) * kThreads + threadIdx.x; first * 4 < found;
@@ -194,7 +196,7 @@ static SPEFT_KERNEL(kThreads, 2) find_threshold(Work work) {
     for (int i = int(threadIdx.x); i < kLowBins; i += kThreads)
         if (bins[i] > 0) atomic_add(&low[i], bins[i]);
     if (!is_last(state.arrived.threshold, uint64_t(parts), &shared.found[0])) return;
-    const Pick second = pick<kLowBins>(low, first.rank, shared);
+    const Pick second = pick<kLowBins>(low, above.rank, shared);
     if (threadIdx.x == 0) {
         state.threshold = least + second.digit;
         state.rank = second.rank;

@@ -15,6 +15,7 @@ from .. import recipe
 from ..errors import ConfigError, nearest, shown
 from ..files import path_of
 from ..recipe import CHOICES
+from .yaml_file import one_name_each, read_yaml
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 METHODS = ("speft", "lora", "pissa", "shira", "supertuning", "full", "head")
@@ -35,7 +36,6 @@ DEFAULT_LR = {
 # Of method "speft" where the mask is drawn: its entries lie far from each other and take larger
 # steps than the highest of a gradient's scores, which gather in columns that move together.
 DRAWN_LR = 8e-3
-
 
 # AdamW divides its rate by 1 - beta1 = 0.1 in the first step, in float32.
 LR_LIMIT = 1e37
@@ -393,49 +393,6 @@ def check_alone(given: Mapping[str, Any]) -> None:
                 f"already which weights train; leave {name} out, in a YAML file too (a study's "
                 f"method undoes its base by '{name}: {json.dumps(FIELDS[name].default)}')"
             )
-
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises ConfigError for a missing file and for broken YAML."""
-    import yaml
-
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _loader())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; --config takes a YAML file") from None
-    # Of a date that does not exist or an endless number, and of lists nested too deep.
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from error
-
-
-def _loader() -> Any:
-    """PyYAML's safe loader, which takes the last of two entries with one key, refusing them."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            known: set[tuple[str, str]] = set()
-            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-                if (key.tag, key.value) in known:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {shown(key.value)} stands twice", key.start_mark
-                    )
-                known.add((key.tag, key.value))
-            return super().construct_mapping(node, deep)
-
-    return Loader
-
-
-def one_name_each(where: str, loaded: Mapping[Any, Any]) -> dict[str, Any]:
-    """`loaded` with `-` and `_` alike in its keys. Raises ConfigError where that makes two one."""
-    settings: dict[str, Any] = {}
-    for key, value in loaded.items():
-        name = str(key).replace("-", "_")
-        if name in settings:
-            raise ConfigError(f"{where}: {shown(name)} stands twice, with '-' and with '_'")
-        settings[name] = value
-    return settings
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

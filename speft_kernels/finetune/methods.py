@@ -288,9 +288,8 @@ def save_trained(
     """Writes what was trained, replacing what is there.
 
     Methods "speft" and "head" give an adapter of this package, those of PEFT one of theirs, and
-    "full" a whole model with its tokenizer. `recipe` goes along with
-    what "speft" trained, `about` with everything, in the last two cases as `speft.json`, which
-    names the files beside it.
+    "full" a whole model with its tokenizer. `recipe` goes along with what "speft" trained, `about`
+    with everything, in the last two cases as `speft.json`, which names the files beside it.
     """
     model = prepared.model
     if prepared.moving is not None:

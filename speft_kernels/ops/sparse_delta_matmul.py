@@ -230,6 +230,12 @@ class Delta(NamedTuple):
     tiles: Tiles | None = None  # for an implementation whose form they are
 
 
+def delta_of(values: Tensor, csr: list[Tensor], csc: list[Tensor], tiles: list[Tensor]) -> Delta:
+    """The delta of index tensors as `delta_arguments` lists them."""
+    by_tile = Tiles(*tiles) if tiles else None
+    return Delta(values, CompactIndices(*csr), CompactIndices(*csc[:-1]), csc[-1], by_tile)
+
+
 Base = Tensor | QuantizedWeight | None
 
 # An implementation is called with x [M, K]; W [N, K], a QuantizedWeight, or None for the product
@@ -312,7 +318,7 @@ def _cpu(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> None:
 
 
 @registry.implement("sparse_delta_matmul", "triton", _triton.DTYPES)
-def _in_triton(
+def in_triton(
     x: Tensor,
     base: Base,
     delta: Delta,
@@ -330,27 +336,12 @@ def _in_triton(
     )
 
 
-def triton_ways(
-    x: Tensor, weight: Tensor, values: Tensor, pattern: SparsePattern
-) -> dict[str, Callable[[], Tensor]]:
-    """The two ways in which Triton's kernels make `x @ (W + D)^T`, whatever the number of tokens:
-    for those who measure where the one overtakes the other.
-    """
-    values, (csr, csc, *_) = delta_arguments(values, pattern, x, weight, "triton")
-    delta = Delta(values, CompactIndices(*csr), CompactIndices(*csc[:-1]), csc[-1])
-    run = partial(_in_triton, x, weight, delta, None, pattern.shape[0], False)
-    return {
-        "W read once": partial(run, fused_tokens=x.shape[0]),
-        "W + D written": partial(run, fused_tokens=0),
-    }
-
-
 # csrc/cuda/kernels.h
 _BASES = {torch.int8: 2, torch.int16: 3}
 _FEW_TOKENS = 32
 
 
-def _in_cuda(
+def in_cuda(
     backend: str,
     x: Tensor,
     base: Base,
@@ -389,28 +380,9 @@ def _in_cuda(
     return y
 
 
-def cuda_ways(
-    x: Tensor,
-    weight: Base,
-    values: Tensor,
-    pattern: SparsePattern,
-    twin: bool = False,
-    backend: str = "cuda",
-) -> dict[str, Callable[[], Tensor]]:
-    """The two ways in which the CUDA kernels make `x @ (W + D)^T` or its twin for many tokens,
-    whichever the device would get: for those who measure or test them.
-    """
-    values, (csr, csc, tiles, _) = delta_arguments(values, pattern, x, weight, backend)
-    by_column = CompactIndices(*csc[:-1])
-    delta = Delta(values, CompactIndices(*csr), by_column, csc[-1], Tiles(*tiles))
-    out_features = pattern.shape[1 if twin else 0]
-    run = partial(_in_cuda, backend, x, weight, delta, None, out_features, twin)
-    return {f"tiles of {tokens} tokens": partial(run, tile_tokens=tokens) for tokens in (256, 128)}
-
-
 for _backend in _cuda_native.MODULES:
     registry.implement("sparse_delta_matmul", _backend, _cuda_native.DTYPES, form=Tiles)(
-        partial(_in_cuda, _backend)
+        partial(in_cuda, _backend)
     )
 
 
@@ -428,9 +400,7 @@ def _serve(
     backend: str | None,
 ) -> Tensor:
     base = weight if weight is None or scales is None else QuantizedWeight(weight, scales)
-    by_column = CompactIndices(*csc[:-1])
-    by_tile = Tiles(*tiles) if tiles else None
-    delta = Delta(values, CompactIndices(*csr), by_column, csc[-1], by_tile)
+    delta = delta_of(values, csr, csc, tiles)
     bias = None if bias is None else bias.contiguous()
     serve = registry.resolve("sparse_delta_matmul", x.device, x.dtype, backend).function
     return serve(x, base, delta, bias, out_features, twin)

@@ -15,7 +15,8 @@ from typing import Any
 
 from ..errors import ConfigError, nearest, shown
 from ..files import path_of
-from ..finetune.config import FIELDS, RunConfig, as_kind, one_name_each, read_yaml
+from ..finetune.config import FIELDS, RunConfig, as_kind
+from ..finetune.yaml_file import one_name_each, read_yaml
 
 _KEYS = {
     "name": "the study's name",

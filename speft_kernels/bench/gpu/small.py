@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import _cuda_native, _native, _triton, ops
-from ...ops.sparse_delta_matmul import cuda_ways
+from ...ops.ways import cuda_ways
 from ...pattern import SparsePattern
 from ...quantized import QuantizedWeight
 from .stages import MISSING

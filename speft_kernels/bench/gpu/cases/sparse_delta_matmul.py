@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .... import ops
 from ....costs import CROSSOVER_TOKENS
-from ....ops.sparse_delta_matmul import cuda_ways, triton_ways
+from ....ops.ways import cuda_ways, triton_ways
 from ...checks import close, flat
 from ...harness import Work
 from ..bounds import summation_bound

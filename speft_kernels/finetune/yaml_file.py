@@ -1,0 +1,52 @@
+"""Reading a YAML file of settings, in which nothing stands twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, shown
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ConfigError for a missing file and for broken YAML."""
+    import yaml
+
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _loader())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; --config takes a YAML file") from None
+    # Of a date that does not exist or an endless number, and of lists nested too deep.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from error
+
+
+def _loader() -> Any:
+    """PyYAML's safe loader, which takes the last of two entries with one key, refusing them."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            known: set[tuple[str, str]] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if (key.tag, key.value) in known:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {shown(key.value)} stands twice", key.start_mark
+                    )
+                known.add((key.tag, key.value))
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def one_name_each(where: str, loaded: Mapping[Any, Any]) -> dict[str, Any]:
+    """`loaded` with `-` and `_` alike in its keys. Raises ConfigError where that makes two one."""
+    settings: dict[str, Any] = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name in settings:
+            raise ConfigError(f"{where}: {shown(name)} stands twice, with '-' and with '_'")
+        settings[name] = value
+    return settings
