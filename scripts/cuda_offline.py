@@ -46,8 +46,9 @@ WANTED = {
     # Straight to registers: 16 bytes of 16-bit numbers and of words, 8 of bytes.
     r"multiply_few<\w+, Base[13]": (r"LDG\.[\w.]*128", r"HMMA\.16816"),
     r"multiply_few<\w+, Base2": (r"LDG\.[\w.]*64", r"HMMA\.16816"),
-    # 16 bytes at a time from global memory; increments that a warp's lanes may share.
-    r"collect<": (r"LDG\.E\.128",),
+    # 16 bytes at a time from global memory; comparisons that give floats; increments that a warp's
+    # lanes may share.
+    r"collect<": (r"LDG\.E\.128", r"FSET\.BF"),
     r"count_digit<": (r"LDG\.E\.128", r"ATOMS\.POPC\.INC"),
     # As the first, and a strip's tokens in one read.
     r"multiply_strips<": (

@@ -80,7 +80,7 @@ def test_matrices_that_are_not_aligned(backend, scope):
 
     pairs = [(shifted(70, 61), shifted(70, 61)), (torch.randn(8, 640).bfloat16(), shifted(8, 640))]
     if backend == "cuda-host":  # its tiles are larger: one that is whole, and not aligned
-        pairs.append((torch.randn(130, 130).bfloat16(), shifted(130, 130)))
+        pairs.append((torch.randn(181, 182).bfloat16(), shifted(181, 182)))
     weights, grads = zip(*pairs, strict=True)
     assert_as_reference(weights, grads, 0.03, "force", scope, backend=backend)
 
@@ -275,15 +275,16 @@ def over_data(monkeypatch):
 
 @needs_cuda_host
 def test_cuda_finds_the_threshold_of_a_list_of_several_parts(over_data):
-    """Scores that differ much, in the last bits only, and in a few values."""
+    """Scores that differ much, that lie in one tile, in the last bits only, and in a few values."""
     scores = [
         torch.randn(120, 300),
+        torch.arange(36_000.0).reshape(120, 300) / 1000,
         1 + torch.randperm(36_000).reshape(120, 300) * 2.0**-20,
         torch.randint(0, 40, (120, 300)) / 40,
     ]
-    for some in (*scores, scores[0].bfloat16(), scores[2].half()):
+    for some in (*scores, scores[0].bfloat16(), scores[3].half()):
         assert_in_cuda([None], [some], 3_500, "gradient")
-    assert over_data == [0] * 5
+    assert over_data == [0] * 6
 
 
 @needs_cuda_host

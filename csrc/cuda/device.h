@@ -5,8 +5,7 @@
 // blockIdx, blockDim and gridDim:
 //
 //   SPEFT_KERNEL(threads, blocks)   before a kernel, instead of `__global__ void`: threads of a
-//   block
-//                               and, where named, blocks that a multiprocessor shall hold
+//                               block and, where named, blocks that a multiprocessor shall hold
 //   SPEFT_DEVICE                before a function that kernels call
 //   SPEFT_BOTH                  before one that launchers call as well
 //   SPEFT_UNROLL, SPEFT_UNROLL_BY(turns)    before a loop: all of its turns at once, or so many
@@ -17,9 +16,11 @@
 //                               to it; the operations below take it in a pointer's place
 //   sync_block()                barrier of all threads of a block
 //   exchange_from(value, lane)  warp shuffle of all 32 lanes, which orders nothing
+//   lanes_with(mine)            a bit for each of a warp's 32 lanes that bring true
 //   afresh(word)                the same word; what is made of it is made where it stands, and not
 //                               kept in registers from turn to turn
 //   count_bits(bits), lowest_bit(bits), bit_cast<To>(from)
+//   reaches(value, least)       1 where value >= least, else 0, in one instruction
 //   atomic_add, atomic_min(pointer, value)      on shared and global memory; the former value
 //   read_only(pointer)          what no one writes while the kernel runs: 2, 4 or 16 bytes
 //   fence()                     between what this thread writes before and after it, for the device

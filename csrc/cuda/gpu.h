@@ -63,9 +63,20 @@ SPEFT_DEVICE T exchange_from(T value, int lane) {
     return __shfl_sync(kAllLanes, value, lane);
 }
 
+SPEFT_DEVICE uint32_t lanes_with(bool mine) {
+    return __ballot_sync(kAllLanes, mine);
+}
+
 SPEFT_DEVICE uint32_t afresh(uint32_t word) {
     asm volatile("" : "+r"(word));
     return word;
+}
+
+// Written plainly, it becomes a comparison and then a choice between numbers.
+SPEFT_DEVICE float reaches(float value, float least) {
+    float one;
+    asm("set.ge.f32.f32 %0, %1, %2;\n" : "=f"(one) : "f"(value), "f"(least));
+    return one;
 }
 
 SPEFT_DEVICE int count_bits(uint32_t bits) {

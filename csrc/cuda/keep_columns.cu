@@ -27,22 +27,26 @@ SPEFT_KERNEL(kThreads) turn_columns(KeepColumns problem) {
     const int64_t first = int64_t(blockIdx.z) * problem.block_tokens;  // token of the packed block
     auto* const tile = shared_memory<uint16_t>();
 
-    const int column = int(threadIdx.x) % kSide;
+    // A thread has every kAtOnce-th token of one column. Where the first is and how many there are
+    // is found once, in 32 bits: found anew, it is more instructions than reading takes time for.
+    const int column = int(threadIdx.x) % kSide, token = int(threadIdx.x) / kSide;
     const bool present = left + column < problem.width;
-    const auto* const x =
-        static_cast<const uint16_t*>(problem.x) + (present ? problem.columns[left + column] : 0);
+    const int64_t end = smaller(problem.block_tokens, problem.tokens - first);
+    const int real = present && start < end ? int(smaller(kSide, end - start)) - token : 0;
+    const auto* x = static_cast<const uint16_t*>(problem.x) +
+                    (first + start + token) * problem.stride +
+                    (present ? problem.columns[left + column] : 0);
     uint16_t found[kEach];
     SPEFT_UNROLL
     for (int i = 0; i < kEach; ++i) {
-        const int64_t t = start + i * kAtOnce + int(threadIdx.x) / kSide;
-        const bool valid = present && t < problem.block_tokens && first + t < problem.tokens;
-        found[i] = valid ? x[(first + t) * problem.stride] : uint16_t(0);
+        found[i] = i * kAtOnce < real ? *x : uint16_t(0);
+        x += kAtOnce * problem.stride;
     }
+    // Places of tokens are their bits in another order.
+    uint16_t* const to = tile + place_of_token(token) * kPitch + column;
     SPEFT_UNROLL
-    for (int i = 0; i < kEach; ++i) {
-        const int token = i * kAtOnce + int(threadIdx.x) / kSide;
-        tile[place_of_token(token) * kPitch + column] = found[i];
-    }
+    for (int i = 0; i < kEach; ++i)
+        to[place_of_token(i * kAtOnce) * kPitch] = found[i];
     sync_block();
 
     const int lane = lane_id();

@@ -28,56 +28,59 @@ struct Turn {
     static constexpr int kScaledParts = kTwin ? 1 : kParts;
 
     Some<Element> weight[kLines];
-    float scales[kScaledParts][kLines];
+    uint32_t scales[kScaledParts][kLines];  // their bits
     Some<uint16_t, kPiece> x[kPieces][2];
 
-    // Row `line` of W that this lane has of rows from `above`.
-    SPEFT_DEVICE static int64_t row_of(int64_t above, int line) {
-        const int group = lane_id() / 4, place = lane_id() % 4;
-        return kTwin ? above + line / 4 * kProduct + place * 4 + line % 4
-                     : above + group + line * 8;
+    // The first row of W that this lane has, and how far below it is row `line`.
+    SPEFT_DEVICE static int row_of() { return kTwin ? lane_id() % 4 * 4 : lane_id() / 4; }
+    SPEFT_DEVICE static int below(int line) {
+        return kTwin ? line / 4 * kProduct + line % 4 : line * 8;
     }
     SPEFT_DEVICE static int column_of() { return (kTwin ? lane_id() / 4 : lane_id() % 4) * kChunk; }
 
-    // Rows from `above`, and the columns of a span.
+    // Rows from `above`, and the columns of a span. What is there is counted once, in 32 bits.
     SPEFT_DEVICE void bring(const DeltaProduct& product, int64_t token, int64_t above,
                             const Span& span) {
         if constexpr (kBase != Base::kNone) {
-            const auto* const from = static_cast<const Element*>(product.weight);
+            const int64_t row = above + row_of();
+            const int rows = int(smaller(kSide, product.rows - row));
+            const bool across = column_of() < span.count;
+            const auto* const from = static_cast<const Element*>(product.weight) +
+                                     row * product.weight_stride + span.stored + column_of();
             SPEFT_UNROLL
             for (int i = 0; i < kLines; ++i) {
-                const int64_t row = row_of(above, i), column = span.stored + column_of();
-                const bool real = row < product.rows && column_of() < span.count;
-                weight[i] = load<kChunk>(from + row * product.weight_stride + column, real);
+                const bool real = across && below(i) < rows;
+                weight[i] = load<kChunk>(from + below(i) * product.weight_stride, real);
                 if constexpr (Stored<kBase>::kQuantized) {
                     SPEFT_UNROLL
                     for (int part = 0; part < kScaledParts; ++part) {
                         const int64_t first = span.column + part * part_width<kBase>(product);
                         const int group = group_of(product, first + column_of());
-                        scales[part][i] = real ? scale_at<T>(product, row, group) : 0.0f;
+                        scales[part][i] = real ? scale_bits(product, row + below(i), group) : 0u;
                     }
                 }
             }
+            const int64_t first = token + lane_id() / 4;
+            const int tokens = int(smaller(kRound, product.tokens - first));
+            const auto* const of_x = static_cast<const uint16_t*>(product.x) +
+                                     first * product.x_stride +
+                                     (kTwin ? row : span.column + column_of());
             SPEFT_UNROLL
             for (int i = 0; i < kPieces; ++i)
                 SPEFT_UNROLL
             for (int half = 0; half < 2; ++half) {
-                const int64_t row = token + lane_id() / 4 + 8 * half;
-                const int64_t first =
-                    kTwin ? row_of(above, 4 * i)
-                          : i * part_width<kBase>(product) + span.column + column_of();
-                const bool real = kTwin ? first < product.rows : column_of() < span.count;
-                const auto* const line =
-                    static_cast<const uint16_t*>(product.x) + row * product.x_stride;
-                x[i][half] = load<kPiece>(line + first, real && row < product.tokens);
+                const bool real = (kTwin ? below(4 * i) < rows : across) && 8 * half < tokens;
+                const int64_t piece = kTwin ? below(4 * i) : i * part_width<kBase>(product);
+                x[i][half] = load<kPiece>(of_x + 8 * half * product.x_stride + piece, real);
             }
         }
     }
 
     // Row `line` of W as numbers of T, of one part of its words.
-    SPEFT_DEVICE Some<uint16_t> numbers(int line, int part) const {
+    SPEFT_DEVICE Some<uint16_t> numbers(const DeltaProduct& product, int line, int part) const {
         if constexpr (Stored<kBase>::kQuantized)
-            return widened<T, kBase>(weight[line], part, scales[kTwin ? 0 : part][line]);
+            return widened<T, kBase>(weight[line], part,
+                                     scale_of<T>(product, scales[kTwin ? 0 : part][line]));
         else
             return weight[line];
     }
@@ -85,10 +88,8 @@ struct Turn {
     // Four of a piece of x, from element `from` on, as the product takes them.
     SPEFT_DEVICE void rows_of_x(uint32_t (&rows)[4], int piece, int from) const {
         SPEFT_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const auto& elements = x[piece][i % 2].elements;
-            rows[i] = pair_of(elements[from + i / 2 * 2], elements[from + i / 2 * 2 + 1]);
-        }
+        for (int i = 0; i < 4; ++i)
+            rows[i] = x[piece][i % 2].words[from / 2 + i / 2];
     }
 };
 
@@ -107,61 +108,71 @@ SPEFT_DEVICE Entry entry_of(const DeltaProduct& product, Known known) {
     return {known.place, known.value < 0 ? 0.0f : product.values[known.value]};
 }
 
-// The entries of the tiles of D that a warp meets in its turns, one run a tile: where a run stands
-// is asked for two turns before its first entries are needed, what is known of those one turn
-// before, and their values where that turn begins.
+// The entries of the tiles of D that half a warp meets in its turns, one run a tile: where a run
+// stands is asked for two turns before its first entries are needed, what is known of those one
+// turn before, and their values where that turn begins.
 template <int kRuns>
 struct Ahead {
     Run now[kRuns], next[kRuns];
     Known known[kRuns];  // of `now`, the first of each lane
 };
 
-// Adds the entries of a tile of D, that begins at column `first` of x and column `beside` of the
-// warp's outputs, to its sums. `mine` is the lane's first entry of the run.
-template <class T, bool kTwin, int kAcross>
-SPEFT_DEVICE void add_entries(float (&sums)[kAcross][4], const DeltaProduct& product, Run run,
-                              Entry mine, int64_t token, int64_t first, int beside) {
-    // Entries whose x is asked for before the first is needed; four would spill.
-    constexpr int kTogether = 3;
-    const int group = lane_id() / 4, place = lane_id() % 4;
-    const auto* const x = static_cast<const T*>(product.x) + first;
-    const int64_t one = token + group, two = one + 8;
-    for (int begin = run.begin; begin < run.end; begin += kWarp) {
-        if (begin > run.begin) mine = entry_of(product, begin + lane_id(), run.end);
-        const int count = run.end - begin < kWarp ? run.end - begin : kWarp;
-        for (int e = 0; e < count; e += kTogether) {
-            int holds[kTogether];  // which of the lane's sums; none of them: -1
-            float values[kTogether], x_one[kTogether], x_two[kTogether];
-            SPEFT_UNROLL
-            for (int i = 0; i < kTogether; ++i) {
-                const int source = e + i < count ? e + i : e;
-                const unsigned at = exchange_from(mine.place, source);
-                values[i] = exchange_from(mine.value, source);
-                const int from = int(kTwin ? at / kSide : at % kSide);
-                const unsigned to = unsigned(beside) + (kTwin ? at % kSide : at / kSide);
-                // Which of the lanes, the products and their two columns holds output `to`.
-                const int holder = int(kTwin ? to / 16 : to % 8 / 2);
-                const int tile = int(kTwin ? to % 8 : to / 8);
-                const int side = int(kTwin ? to / 8 % 2 : to % 2);
-                const bool held = e + i < count && holder == place;
-                holds[i] = held ? 2 * tile + side : -1;
-                x_one[i] =
-                    held && one < product.tokens ? widen(x[one * product.x_stride + from]) : 0.0f;
-                x_two[i] =
-                    held && two < product.tokens ? widen(x[two * product.x_stride + from]) : 0.0f;
-            }
-            SPEFT_UNROLL
-            for (int i = 0; i < kTogether; ++i)
-                SPEFT_UNROLL
-            for (int j = 0; j < kAcross; ++j)
-                SPEFT_UNROLL
-            for (int s = 0; s < 2; ++s) {
-                if (holds[i] == 2 * j + s) {
-                    sums[j][s] += x_one[i] * values[i];
-                    sums[j][2 + s] += x_two[i] * values[i];
-                }
-            }
+// Which entries a half of a warp takes, each lane of it for a token: of x @ W^T every other one of
+// a run, into sums of its own; of the twin those of one of two tiles, which have other outputs.
+template <bool kTwin>
+struct Half {
+    static constexpr int kStep = kTwin ? 1 : 2;
+    SPEFT_DEVICE static int number() { return lane_id() / kRound; }
+    SPEFT_DEVICE static int token() { return lane_id() % kRound; }
+    SPEFT_DEVICE static int first(Run run) {
+        return run.begin + (kTwin ? 0 : number()) + token() * kStep;
+    }
+    // Of a run, those of the half that has more.
+    SPEFT_DEVICE static int count(Run run) {
+        const int mine = run.end - run.begin;
+        if (!kTwin) return (mine + 1) / 2;
+        const int others = exchange_from(mine, (lane_id() + kRound) % kWarp);
+        return mine > others ? mine : others;
+    }
+};
+
+// Where the sums of an output stand, a token after the other, in the order in which lanes hold them
+// of a product: kSumPitch puts what these, too, add at once in all banks.
+constexpr int kSumPitch = kRound + 4;
+constexpr int kWarpSums = 2 * kSide * kSumPitch;  // of both halves
+template <bool kTwin>
+SPEFT_DEVICE int place_of_output(unsigned output) {
+    return int(kTwin ? output % 8 * 8 + output / 8 : output) * kSumPitch;
+}
+
+// Adds the entries of a tile of D to the sums of this lane's token, of which x begins at the tile's
+// first column. `mine` is the lane's first entry of its half. An entry takes a lane a token, so no
+// other lane has its sum.
+template <class T, bool kTwin>
+SPEFT_DEVICE void add_entries(float* sums, const DeltaProduct& product, Run run, Entry mine,
+                              const T* x) {
+    constexpr int kTogether = 4;  // entries whose x is asked for before the first is needed
+    static_assert(kRound % kTogether == 0, "what a lane knows of is taken in whole turns");
+    using Its = Half<kTwin>;
+    const int count = Its::count(run), lane = Its::number() * kRound;
+    const int own = run.end - Its::first(run) + Its::token() * Its::kStep;
+    for (int e = 0; e < count; e += kTogether) {
+        if (e > 0 && e % kRound == 0)
+            mine = entry_of(product, Its::first(run) + e * Its::kStep, run.end);
+        const int source = lane + e % kRound, left = own - e * Its::kStep;
+        int places[kTogether];
+        float values[kTogether];
+        T of_x[kTogether];
+        SPEFT_UNROLL
+        for (int i = 0; i < kTogether; ++i) {
+            const unsigned place = exchange_from(mine.place, source + i);
+            values[i] = exchange_from(mine.value, source + i);
+            of_x[i] = x[kTwin ? place / kSide : place % kSide];  // of no entry, the first
+            places[i] = place_of_output<kTwin>(kTwin ? place % kSide : place / kSide);
         }
+        SPEFT_UNROLL
+        for (int i = 0; i < kTogether; ++i)
+            sums[places[i]] += i * Its::kStep < left ? widen(of_x[i]) * values[i] : 0.0f;
     }
 }
 
@@ -171,7 +182,8 @@ template <class T, Base kBase, bool kTwin>
 SPEFT_KERNEL(kWarps* kWarp, kBase == Base::kNone ? 1 : 0)
 multiply_few(DeltaProduct product) {
     constexpr int kParts = Stored<kBase>::kParts;
-    constexpr int kWide = kFewOutputs<kTwin>, kAcross = kWide / 8, kSumPitch = kWide + kSumPad;
+    constexpr int kWide = kFewOutputs<kTwin>, kAcross = kWide / 8;
+    constexpr int kSums = kWide * kSumPitch;
     // Turns in registers: as many as there is room for beside what words are widened to.
     constexpr int kAhead = kBase == Base::kInt4 ? 1 : 2;
     using Part = Turn<T, kBase, kTwin>;
@@ -190,18 +202,18 @@ multiply_few(DeltaProduct product) {
     };
     const auto above_at = [&](int turn) { return kTwin ? int64_t(turn) * kSide : row; };
 
-    // The runs of a turn: of tiles beside each other for the twin, else of the parts of the words.
-    constexpr int kRuns = kTwin ? 2 : kParts;
+    // The runs of a turn: for each half of the twin's warp its tile's, else those of the words'
+    // parts.
+    constexpr int kRuns = kTwin ? 1 : kParts;
+    using Its = Half<kTwin>;
     Ahead<kRuns> delta;
     const auto run_at = [&](int turn, int i) -> Run {
-        if (turn >= turns || (kTwin && i >= outputs.tiles)) return {0, 0};
-        return kTwin ? run_of<kBase>(product, turn, outputs.tile + i)
+        if (turn >= turns || (kTwin && Its::number() >= outputs.tiles)) return {0, 0};
+        return kTwin ? run_of<kBase>(product, turn, outputs.tile + Its::number())
                      : run_of<kBase>(product, row / kSide,
                                      span_of<kBase, kSide>(product, turn, i).tile);
     };
-    const auto first_known = [&](Run run) {
-        return known_of(product, run.begin + lane_id(), run.end);
-    };
+    const auto first_known = [&](Run run) { return known_of(product, Its::first(run), run.end); };
     SPEFT_UNROLL
     for (int i = 0; i < kRuns; ++i) {
         delta.now[i] = run_at(warp_id(), i);
@@ -219,6 +231,18 @@ multiply_few(DeltaProduct product) {
     SPEFT_UNROLL
     for (int i = 0; i < kRuns; ++i)
         delta.known[i] = first_known(delta.now[i]);
+
+    // The entries' sums of each half of a warp, to which those of its products come at the end.
+    auto* const all = shared_memory<float>();
+    for (int i = int(threadIdx.x); i < kWarps * kWarpSums; i += kWarps * kWarp)
+        all[i] = 0.0f;
+    sync_block();  // others than who adds to them have made them zero
+    float* const of_warp = all + warp_id() * kWarpSums;
+    float* const of_half =
+        of_warp + Its::token() + (kTwin ? place_of_output<kTwin>(kSide) : kSums) * Its::number();
+    // Of tokens that are not there, whose sums no one reads, the first one's.
+    const int64_t my_token = token + Its::token() < product.tokens ? token + Its::token() : token;
+    const auto* const my_x = static_cast<const T*>(product.x) + my_token * product.x_stride;
     for (int begin = warp_id(); begin < turns; begin += kAhead * kWarps) {
         SPEFT_UNROLL
         for (int i = 0; i < kAhead; ++i) {
@@ -238,12 +262,11 @@ multiply_few(DeltaProduct product) {
                     Some<uint16_t> lines[4];
                     SPEFT_UNROLL
                     for (int line = 0; line < 4; ++line)
-                        lines[line] = ring[i].numbers(4 * step + line, part);
+                        lines[line] = ring[i].numbers(product, 4 * step + line, part);
                     SPEFT_UNROLL
                     for (int j = 0; j < kAcross; ++j) {
-                        const uint32_t columns[2] = {
-                            pair_of(lines[0].elements[j], lines[1].elements[j]),
-                            pair_of(lines[2].elements[j], lines[3].elements[j])};
+                        const uint32_t columns[2] = {pair_of(lines[0][j], lines[1][j]),
+                                                     pair_of(lines[2][j], lines[3][j])};
                         mma_m16n8k16<T>(sums[j], rows, columns);
                     }
                 }
@@ -253,14 +276,13 @@ multiply_few(DeltaProduct product) {
                 for (int part = 0; part < kParts; ++part)
                     SPEFT_UNROLL
                 for (int j = 0; j < kAcross; ++j) {
-                    const auto line = ring[i].numbers(j, part);
+                    const auto line = ring[i].numbers(product, j, part);
                     SPEFT_UNROLL
                     for (int step = 0; step < 2; ++step) {
                         uint32_t rows[4];
                         ring[i].rows_of_x(rows, part, 4 * step);
-                        const uint32_t columns[2] = {
-                            pair_of(line.elements[4 * step], line.elements[4 * step + 1]),
-                            pair_of(line.elements[4 * step + 2], line.elements[4 * step + 3])};
+                        const uint32_t columns[2] = {line.words[2 * step],
+                                                     line.words[2 * step + 1]};
                         mma_m16n8k16<T>(sums[j], rows, columns);
                     }
                 }
@@ -274,21 +296,18 @@ multiply_few(DeltaProduct product) {
                 delta.next[r] = run_at(turn + 2 * kWarps, r);
                 const int64_t first =
                     kTwin ? above : span_of<kBase, kSide>(product, turn, r).column;
-                add_entries<T, kTwin>(sums, product, run, mine[r], token, first,
-                                      kTwin ? r * kSide : 0);
+                add_entries<T, kTwin>(of_half, product, run, mine[r], my_x + first);
             }
         }
     }
 
-    auto* const all = shared_memory<float>();
+    sync_block();  // the entries of all lanes are added
     SPEFT_UNROLL
     for (int j = 0; j < kAcross; ++j)
         SPEFT_UNROLL
-    for (int v = 0; v < 4; v += 2) {
-        const int r = warp_id() * kRound + lane_id() / 4 + v / 2 * 8;
-        *reinterpret_cast<Pair*>(all + r * kSumPitch + j * 8 + lane_id() % 4 * 2) = {
-            sums[j][v], sums[j][v + 1]};
-    }
+    for (int v = 0; v < 4; ++v)
+        of_warp[(j * 8 + lane_id() % 4 * 2 + v % 2) * kSumPitch + lane_id() / 4 + v / 2 * 8] +=
+            sums[j][v];
     sync_block();  // the sums of all warps are there
     const int64_t width = kTwin ? product.cols : product.rows;
     const auto* const bias = static_cast<const T*>(product.bias);
@@ -298,9 +317,9 @@ multiply_few(DeltaProduct product) {
         const int c = i % kWide;
         if (r >= product.tokens || c >= count) continue;
         float total = bias ? widen(bias[first + c]) : 0.0f;
-        const int at = i / kWide * kSumPitch + (kTwin ? c % 8 * 8 + c / 8 : c);
-        for (int warp = 0; warp < kWarps; ++warp)
-            total += all[warp * kRound * kSumPitch + at];
+        const float* const at = all + place_of_output<kTwin>(c) + i / kWide;
+        for (int part = 0; part < kWarps * kWarpSums / kSums; ++part)
+            total += at[part * kSums];
         y[r * width + first + c] = narrow<T>(total);
     }
 }

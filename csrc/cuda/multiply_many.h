@@ -135,7 +135,7 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
     static_assert(kMade * kApart == Tile::kRows, "each thread makes as many");
     const int made_row = int(threadIdx.x) / kChunks,
               made_column = int(threadIdx.x) % kChunks * kChunk;
-    float scales[kMade] = {};
+    uint32_t scales[kMade] = {};  // their bits
     const auto load_scales = [&](int turn) {
         if (!Stored<kBase>::kQuantized || turn >= turns) return;
         const Span span = kTwin ? outputs : summed(turn);
@@ -144,7 +144,7 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         SPEFT_UNROLL
         for (int i = 0; i < kMade; ++i) {
             const bool real = above + i * kApart < product.rows && made_column < span.count;
-            scales[i] = real ? scale_at<T>(product, above + i * kApart, group) : 0.0f;
+            scales[i] = real ? scale_bits(product, above + i * kApart, group) : 0u;
         }
     };
 
@@ -158,13 +158,10 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
             if constexpr (Stored<kBase>::kQuantized) {
                 const auto stored =
                     load<kChunk>(stored_of(turn) + Tile::StoredLayout::at(r, c), true);
-                numbers = widened<T, kBase>(stored, part, scales[i]);
+                numbers = widened<T, kBase>(stored, part, scale_of<T>(product, scales[i]));
             }
-            Bytes16 bytes;
-            SPEFT_UNROLL
-            for (int w = 0; w < 4; ++w)
-                bytes.words[w] = pair_of(numbers.elements[2 * w], numbers.elements[2 * w + 1]);
-            *reinterpret_cast<Bytes16*>(tile_of(turn) + Tile::Layout::at(r, c)) = bytes;
+            *reinterpret_cast<Bytes16*>(tile_of(turn) + Tile::Layout::at(r, c)) =
+                bit_cast<Bytes16>(numbers);
         }
     };
 
@@ -197,49 +194,56 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
     const int first_turn = warp_token < tokens ? 0 : turns;
     float sums[kDown][kAcross][4] = {};
 
+    // What a warp multiplies at once, in registers. Lane l brings row l % 8 of the 8 x 8 matrix
+    // l / 8. Of x, matrices follow each other down the tokens first; of W, down what is summed
+    // over.
+    struct Half {
+        uint32_t rows_of_x[kDown][4], of_weight[kAcross / 2][4];
+    };
+    const auto load_half = [&](Half& half, int turn, int depth) {
+        const uint16_t* const left = left_of(turn);
+        const uint16_t* const right = tile_of(turn);
+        const int of_x_row = warp_token + lane % 16, of_x_column = depth + lane / 16 * 8;
+        SPEFT_UNROLL
+        for (int i = 0; i < kDown; ++i)
+            ldmatrix_x4(half.rows_of_x[i],
+                        left + LeftLayout::at(of_x_row, of_x_column) + i * 16 * kSide);
+        SPEFT_UNROLL
+        for (int j = 0; j < kAcross / 2; ++j) {
+            if (kTwin)
+                ldmatrix_x4_trans(half.of_weight[j],
+                                  right + Tile::Layout::at(depth + lane % 16,
+                                                           warp_output + lane / 16 * 8 + j * 16));
+            else
+                ldmatrix_x4(half.of_weight[j],
+                            right +
+                                Tile::Layout::at(warp_output + lane % 8 + lane / 16 * 8,
+                                                 depth + lane / 8 % 2 * 8) +
+                                j * 16 * kSide);
+        }
+    };
+    const auto multiply = [&](const Half& half) {
+        SPEFT_UNROLL
+        for (int j = 0; j < kAcross; ++j) {
+            const uint32_t* const of_weight = half.of_weight[j / 2] + j % 2 * 2;
+            const uint32_t columns[2] = {of_weight[0], of_weight[1]};
+            SPEFT_UNROLL
+            for (int i = 0; i < kDown; ++i)
+                mma_m16n8k16<T>(sums[i][j], half.rows_of_x[i], columns);
+        }
+    };
+
     load_scales(0);
     Run next = my_run(0), after = my_run(1);
     Entry entry = entry_of(product, next.begin, next.end);
     SPEFT_UNROLL
     for (int turn = 0; turn < kStages - 2; ++turn)
         fetch(turn);
+    Half later;
     for (int turn = -1; turn < turns; ++turn) {
         cp_async_wait<kStages - 3>();
         sync_block();  // the next turn's tiles have arrived, this one's has its entries, and what
                        // the one before has read is free
-        // Lane l brings row l % 8 of the 8 x 8 matrix l / 8. Of x, matrices follow each other down
-        // the tokens first; of W, down what is summed over.
-        const auto multiply = [&](int depth) {
-            const uint16_t* const left = left_of(turn);
-            const uint16_t* const right = tile_of(turn);
-            const int of_x_row = warp_token + lane % 16, of_x_column = depth + lane / 16 * 8;
-            uint32_t rows_of_x[kDown][4];
-            SPEFT_UNROLL
-            for (int i = 0; i < kDown; ++i)
-                ldmatrix_x4(rows_of_x[i],
-                            left + LeftLayout::at(of_x_row, of_x_column) + i * 16 * kSide);
-            SPEFT_UNROLL
-            for (int j = 0; j < kAcross; j += 2) {
-                uint32_t of_weight[4];
-                if (kTwin)
-                    ldmatrix_x4_trans(
-                        of_weight, right + Tile::Layout::at(depth + lane % 16,
-                                                            warp_output + lane / 16 * 8 + j * 8));
-                else
-                    ldmatrix_x4(of_weight,
-                                right +
-                                    Tile::Layout::at(warp_output + lane % 8 + lane / 16 * 8,
-                                                     depth + lane / 8 % 2 * 8) +
-                                    j * 8 * kSide);
-                const uint32_t one[2] = {of_weight[0], of_weight[1]};
-                const uint32_t two[2] = {of_weight[2], of_weight[3]};
-                SPEFT_UNROLL
-                for (int i = 0; i < kDown; ++i) {
-                    mma_m16n8k16<T>(sums[i][j], rows_of_x[i], one);
-                    mma_m16n8k16<T>(sums[i][j + 1], rows_of_x[i], two);
-                }
-            }
-        };
         const auto prepare = [&] {
             if (turn + 1 < turns) {
                 if (!Tile::kDirect) {
@@ -256,12 +260,19 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
             }
             fetch(turn + kStages - 1);
         };
-        // One block has a multiprocessor to itself: after the barrier nothing but its own products
-        // keeps the tensor cores busy, so half of them come first.
-        if (turn >= first_turn) multiply(0);
+        // One block has a multiprocessor to itself, and nothing but its own products keeps the
+        // tensor cores busy. So after the barrier those come whose operands were loaded before it,
+        // and between two barriers half of a turn's come first.
+        if (turn > first_turn) multiply(later);
+        if (turn >= first_turn) {
+            Half now;
+            load_half(now, turn, 0);
+            multiply(now);
+        }
         prepare();
-        if (turn >= first_turn) multiply(kProduct);
+        if (turn >= first_turn) load_half(later, turn, kProduct);
     }
+    if (turns > first_turn) multiply(later);
 
     // Through shared memory, so that rows leave 16 bytes at a time.
     sync_block();

@@ -27,6 +27,19 @@ SPEFT_DEVICE int matrix_with(const Matrix* matrices, int count, int64_t Matrix::
     return low;
 }
 
+// The same, where a warp's lanes come together and ask for one: they look at 32 at once.
+SPEFT_DEVICE int matrix_with_for_warp(const Matrix* matrices, int count, int64_t Matrix::* field,
+                                      int64_t at) {
+    int low = 0, high = count;
+    while (high - low > 1) {
+        const int step = (high - low + kWarp - 1) / kWarp, mine = low + lane_id() * step;
+        const uint32_t within = lanes_with(mine < high && matrices[mine].*field <= at);
+        low += (count_bits(within) - 1) * step;
+        high = low + step < high ? low + step : high;
+    }
+    return low;
+}
+
 // What is done to the bits of x, or of x y: the sign flipped, and then kept or not.
 struct Score {
     uint32_t flip;
@@ -44,6 +57,11 @@ SPEFT_DEVICE uint32_t key_of(float value, Score score) {
     return bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
 }
 
+// The score that has a key. ~0, which no finite score has, gives no number, which none reaches.
+SPEFT_DEVICE float score_of(uint32_t key) {
+    return bit_cast<float>(key ^ (key >> 31 != 0 ? 0x80000000u : ~0u));
+}
+
 template <class T, bool kPair>
 SPEFT_DEVICE uint32_t key_at(const T* x, const T* y, int64_t i, Score score) {
     float value = widen(read_only(x + i));
@@ -55,28 +73,30 @@ template <class T>
 constexpr int kVector = 16 / int(sizeof(T));
 constexpr int kAhead = 4;          // vectors of each operand that a thread has under way
 constexpr int kTileThreads = 512;  // of the kernel that reads a tile at once
+constexpr int kTileVectors = 2 * kAhead * kTileThreads;
 template <class T>
-constexpr int kTile = kTileThreads * kAhead * kVector<T>;
+constexpr int kTile = kTileVectors * kVector<T>;
 
 template <class T>
 struct Tile {
     const T* x;
     const T* y;
     int size;
-    bool whole;  // of kTile entries, and aligned for 16 bytes at a time
+    int vectors;  // entries that can be read 16 bytes at a time
+    bool whole;   // all of kTile can
 };
 
 template <class T, bool kPair>
 SPEFT_DEVICE Tile<T> tile_of(const Matrix& matrix, int64_t number) {
     const int64_t first = (number - matrix.first_tile) * kTile<T>;
-    const int64_t left = matrix.size - first;
     Tile<T> tile = {};
     tile.x = static_cast<const T*>(matrix.x) + first;
     if (kPair) tile.y = static_cast<const T*>(matrix.y) + first;
-    tile.size = int(left < kTile<T> ? left : kTile<T>);
-    tile.whole =
-        tile.size == kTile<T> &&
+    tile.size = int(smaller(matrix.size - first, kTile<T>));
+    const bool aligned =
         (reinterpret_cast<uintptr_t>(tile.x) | reinterpret_cast<uintptr_t>(tile.y)) % 16 == 0;
+    tile.vectors = aligned ? tile.size / kVector<T> * kVector<T> : 0;
+    tile.whole = tile.vectors == kTile<T>;
     return tile;
 }
 
@@ -88,14 +108,64 @@ SPEFT_DEVICE T element(const Bytes16& vector, int i) {
         return {uint16_t(vector.words[i / 2] >> (16 * (i % 2)))};
 }
 
-// Where in its tile the `slot`-th entry of this thread lies, where kThreads of a block take it.
-template <class T, int kThreads>
-SPEFT_DEVICE int place_of(int slot) {
-    const int thread = int(threadIdx.x) % kThreads;
-    return (slot / kVector<T> * kThreads + thread) * kVector<T> + slot % kVector<T>;
+// Neighbouring entries of a tile that is not whole; zeros beyond its end.
+template <class T>
+SPEFT_DEVICE Bytes16 vector_at(const Tile<T>& tile, const T* operand, int place) {
+    if (place < tile.vectors) return read_only(reinterpret_cast<const Bytes16*>(operand + place));
+    Bytes16 vector = {};
+    SPEFT_UNROLL
+    for (int i = 0; i < kVector<T>; ++i) {
+        if (place + i >= tile.size) continue;
+        const T number = read_only(operand + place + i);
+        if constexpr (sizeof(T) == 4)
+            vector.words[i] = bit_cast<uint32_t>(number);
+        else
+            vector.words[i / 2] |= uint32_t(number.bits) << (16 * (i % 2));
+    }
+    return vector;
 }
 
-// Neighbouring entries of a tile, from `place` on.
+// Calls f(vector, count, x, y) for vectors of a tile, by their numbers; `count` of the entries are
+// the tile's. The first vectors of all threads come before their next ones, each time in the order
+// of the threads.
+template <bool kPair, int kThreads, bool kWhole, class T, class F>
+SPEFT_DEVICE void each_vector(const Tile<T>& tile, F&& f) {
+    constexpr int kEach = kVector<T>;
+    SPEFT_UNROLL_BY(1)
+    for (int first = int(threadIdx.x) % kThreads; first < kTileVectors;
+         first += kAhead * kThreads) {
+        const auto here = [first](const T* operand) {
+            return reinterpret_cast<const Bytes16*>(operand) + first;
+        };
+        Bytes16 x[kAhead], y[kAhead] = {};  // asked for together, before the first is used
+        SPEFT_UNROLL
+        for (int v = 0; v < kAhead; ++v) {
+            if constexpr (kWhole) {
+                x[v] = read_only(here(tile.x) + v * kThreads);
+                if (kPair) y[v] = read_only(here(tile.y) + v * kThreads);
+            } else {
+                const int place = (first + v * kThreads) * kEach;
+                x[v] = vector_at(tile, tile.x, place);
+                if (kPair) y[v] = vector_at(tile, tile.y, place);
+            }
+        }
+        SPEFT_UNROLL
+        for (int v = 0; v < kAhead; ++v) {
+            const int vector = first + v * kThreads, left = tile.size - vector * kEach;
+            f(vector, kWhole || left > kEach ? kEach : left > 0 ? left : 0, x[v], y[v]);
+        }
+    }
+}
+
+template <bool kPair, int kThreads, class T, class F>
+SPEFT_DEVICE void each_vector(const Tile<T>& tile, F&& f) {
+    if (tile.whole)
+        each_vector<kPair, kThreads, true>(tile, f);
+    else
+        each_vector<kPair, kThreads, false>(tile, f);
+}
+
+// The keys of neighbouring entries of a tile, from `place` on.
 template <int kMost>
 struct Entries {
     uint32_t keys[kMost];
@@ -103,56 +173,52 @@ struct Entries {
     int count;
 };
 
-// Calls f(slot, entries) for vectors of a tile. The first slots of all threads come before their
-// next ones, each time in the order of the threads.
-template <bool kPair, int kThreads, class T, class F>
-SPEFT_DEVICE void visit_vectors(const Tile<T>& tile, Score score, F&& f) {
-    constexpr int kEach = kVector<T>, kSlots = kTile<T> / kThreads;
-    if (!tile.whole) {
-        for (int slot = 0; slot < kSlots; slot += kEach) {
-            Entries<kEach> entries = {{}, place_of<T, kThreads>(slot), 0};
-            SPEFT_UNROLL
-            for (int i = 0; i < kEach; ++i) {
-                if (entries.place + i >= tile.size) continue;
-                entries.keys[i] = key_at<T, kPair>(tile.x, tile.y, entries.place + i, score);
-                entries.count = i + 1;
-            }
-            f(slot, entries);
-        }
-        return;
-    }
-    for (int first = 0; first < kSlots; first += kAhead * kEach) {
-        Bytes16 x[kAhead], y[kAhead];  // asked for together, before the first is used
-        SPEFT_UNROLL
-        for (int v = 0; v < kAhead; ++v) {
-            const int place = place_of<T, kThreads>(first + v * kEach);
-            x[v] = read_only(reinterpret_cast<const Bytes16*>(tile.x + place));
-            if (kPair) y[v] = read_only(reinterpret_cast<const Bytes16*>(tile.y + place));
-        }
-        SPEFT_UNROLL
-        for (int v = 0; v < kAhead; ++v) {
-            const int slot = first + v * kEach;
-            Entries<kEach> entries = {{}, place_of<T, kThreads>(slot), kEach};
-            SPEFT_UNROLL
-            for (int i = 0; i < kEach; ++i) {
-                float value = widen(element<T>(x[v], i));
-                if (kPair) value *= widen(element<T>(y[v], i));
-                entries.keys[i] = key_of(value, score);
-            }
-            f(slot, entries);
-        }
-    }
-}
-
-// Calls f(slot, key) for the entries of a tile that fall to this thread. The slot counts them, from
-// 0 to 31 at most where kThreads is kTileThreads.
+// Calls f(entries) for vectors of a tile, in the order of each_vector.
 template <bool kPair, int kThreads, class T, class F>
 SPEFT_DEVICE void visit(const Tile<T>& tile, Score score, F&& f) {
-    visit_vectors<kPair, kThreads>(tile, score, [&](int slot, const auto& entries) {
+    const auto keys = [&](int vector, int count, const Bytes16& x, const Bytes16& y) {
+        Entries<kVector<T>> entries = {{}, vector * kVector<T>, count};
         SPEFT_UNROLL
-        for (int i = 0; i < kVector<T>; ++i)
-            if (i < entries.count) f(slot + i, entries.keys[i]);
+        for (int i = 0; i < kVector<T>; ++i) {
+            float value = widen(element<T>(x, i));
+            if (kPair) value *= widen(element<T>(y, i));
+            entries.keys[i] = key_of(value, score);
+        }
+        f(entries);
+    };
+    each_vector<kPair, kThreads>(tile, keys);
+}
+
+// Marks the entries of a tile that score `least` or more: marks[v] has a bit for each of the v-th
+// vector. Returns whether all scores that this thread has seen are finite.
+//
+// A multiprocessor multiplies and adds floats twice as fast as it compares, selects or shifts. So
+// no keys are made, and a byte's bits are added up in the fraction of a float.
+template <bool kPair, class T>
+SPEFT_DEVICE bool mark(const Tile<T>& tile, Score score, float least, uint8_t* marks) {
+    // Of one operand of 16 bits the sign is seen to in both numbers of a word at once.
+    const Score of_word = sizeof(T) == 4
+                              ? score
+                              : Score{(score.flip >> 16) * 0x10001u, (score.keep >> 16) * 0x10001u};
+    float poison = 0;  // no number, once a score is infinite or none
+    each_vector<kPair, kTileThreads>(tile, [&](int vector, int count, Bytes16 x, const Bytes16& y) {
+        SPEFT_UNROLL
+        for (int i = 0; i < 4 && !kPair; ++i)
+            x.words[i] = (x.words[i] ^ of_word.flip) & of_word.keep;
+        float bits = 0x800000;  // whose last digit is 1
+        SPEFT_UNROLL
+        for (int i = 0; i < kVector<T>; ++i) {
+            float value = widen(element<T>(x, i));
+            if (kPair) {
+                value *= widen(element<T>(y, i));
+                value = bit_cast<float>((bit_cast<uint32_t>(value) ^ score.flip) & score.keep);
+            }
+            bits += reaches(value, least) * float(1 << i);
+            poison += value * 0.0f;
+        }
+        marks[vector] = uint8_t(bit_cast<uint32_t>(bits) & ((1u << count) - 1));
     });
+    return poison == 0.0f;
 }
 
 }  // namespace cuda

@@ -31,9 +31,9 @@
 //
 // So tensor cores and L2 are as one in a tall tile; short ones would bring 4.3 GB for 8192 tokens
 // of 4096 x 4096, not 3.2, and wait 1.3 times as long for L2 as for the tensor cores. These take
-// 0.47 ms there, and 0.48 as whole waves of 132 tall tiles. Between a tile's barrier and its first
-// ldmatrix stand ten instructions; a tall tile leaves room for no second block that would fill a
-// longer wait.
+// 0.47 ms there, and 0.48 as whole waves of 132 tall tiles. A tall tile leaves room for no second
+// block that would fill a wait. So after a tile's barrier come the products whose operands were
+// loaded before it: barrier and ldmatrix take some 100 cycles by themselves.
 //
 // Short tiles are for products that would leave multiprocessors without any. A wave of them takes
 // two thirds of one of tall tiles, so they are taken where their waves are fewer than three halves
@@ -48,12 +48,15 @@
 // multiply, one a scheduler: 206 cycles of the tensor cores, and 420 of instructions, because all
 // eight bring and add. Tiles of 64 tokens would have about as many, and are left out.
 //
-// Few: q N K + 10 E bytes, and 2 M K from the L2 cache for each 32 outputs. An entry takes a warp
-// some 30 instructions for 16 tokens: 150 at 0.5 % for each 2 KB of W, beside some 60 of the
-// product, where an H200 has time for 450. What waits matters more: W and its scales, the runs and
-// the entries are asked for a turn or two ahead, x of three entries at once. The values are read
-// where they are, 32 bytes from L2 for each, because a launch that sorts them would take some 3 us
-// of the 8 in which an H200 reads 4096 x 4096 of W.
+// Few: q N K + 10 E bytes, and 2 M K from the L2 cache for each 32 outputs. For each 2 KB of W a
+// warp issues 170 instructions, and 92 for up to eight entries, four at a time of each of its
+// halves; 0.5 % are five. That makes 260 where an H200 has time for 440, and for 220 from 17 tokens
+// on, when two blocks read W. Of int8 1 KB takes 460, of int4 2 KB 1,700: twice and four times what
+// there is time for, so that neither is faster than 16 bits. What waits matters as much: W, its
+// scales, the runs and the entries are asked for a turn or two ahead, and nothing is made of them
+// before their turn, for that would wait for them. The values are read where they are, 32 bytes
+// from L2 for each, because a launch that sorts them would take some 3 us of the 8 in which an H200
+// reads 4096 x 4096 of W.
 //
 // tests/test_cuda_counts.py holds the counts of copies, shared memory and products.
 #include "bring.h"
@@ -94,9 +97,8 @@ int multiply(const DeltaProduct& product, void* stream) {
     if (across > INT32_MAX || turns > INT32_MAX / 4) return kUnsupported;
     if (few) {
         const dim3 grid(unsigned(across), unsigned(parts_of(product.tokens, kRound)));
-        const size_t shared_bytes = size_t(kWarps) * kRound * (outputs + kSumPad) * sizeof(float);
-        return launch(multiply_few<T, kBase, kTwin>, grid, kWarps * kWarp, shared_bytes, stream,
-                      product);
+        return launch(multiply_few<T, kBase, kTwin>, grid, kWarps * kWarp,
+                      kWarps * kWarpSums * sizeof(float), stream, product);
     }
     const auto waves = [&](int64_t height) {
         return parts_of(across * parts_of(product.tokens, height), product.multiprocessors);

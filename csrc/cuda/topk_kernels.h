@@ -88,74 +88,89 @@ find_bound(Work work) {
         work.states[blockIdx.x] = {0, uint64_t(segment.k), 0, bound, Source::kNone, {}};
 }
 
+// Entries of a tile that collect takes at a time: more are a cluster.
+constexpr int kListed = 2048;
+
+struct Collecting {
+    uint32_t bins[kHighBins];
+    union {
+        uint8_t marks[kTileVectors];
+        uint32_t keys[kListed];
+    };
+    uint16_t places[kListed];
+    SumsOfBlock<kThreads, uint32_t> sums;
+    uint64_t start;  // of the run, in its segment's list
+};
+constexpr uint16_t kFirst = 0x8000;  // beside a place: the first of its bin
+
 // Grid: tiles. A tile's run has the order of its entries, so that what is kept of it has, too.
 template <class T, bool kPair>
-SPEFT_KERNEL(kThreads, 2)
+SPEFT_KERNEL(kThreads, kPair ? 2 : 3)
 collect(Work work) {
-    Shared& shared = *shared_memory<Shared>();
-    uint32_t* const bins = shared.bins();
+    Collecting& shared = *shared_memory<Collecting>();
     const int64_t number = blockIdx.x;
     const int which = matrix_of_tile(work, number), ranked = segment_of(work, which);
     const Segment& segment = work.segments[ranked];
     State& state = work.states[ranked];
     const uint32_t bound = state.bound;
     const auto tile = tile_of<T, kPair>(work.matrices[which], number);
-    clear<kHighBins>(bins);
+    clear<kHighBins>(shared.bins);
+    if (!mark<kPair>(tile, work.score, score_of(bound), shared.marks))
+        atomic_min(&work.told[0], uint64_t(which));
+    sync_block();  // the tile is marked, and the bins are empty
 
-    uint32_t hits = 0, worst = 0;
-    visit<kPair, kThreads>(tile, work.score, [&](int slot, uint32_t key) {
-        hits |= uint32_t(key >= bound) << slot;
-        worst = worst > key - kLeast ? worst : key - kLeast;
-    });
-    if (worst > kSpan) atomic_min(&work.told[0], uint64_t(which));
-
-    // The hits of the threads' first vectors come first, so there is a sum for each of the four, of
-    // 16 bits.
-    constexpr int kEach = kVector<T>;
-    constexpr uint32_t kOfVector = (1u << kEach) - 1;
-    static_assert(kAhead == 4 && kTile<T> / kAhead < 1 << 16,
-                  "sums of four vectors fit one number");
-    uint64_t counts = 0, all;
-    SPEFT_UNROLL
-    for (int v = 0; v < kAhead; ++v)
-        counts |= uint64_t(count_bits((hits >> (v * kEach)) & kOfVector)) << (16 * v);
-    const uint64_t before = sum_before<kThreads>(counts, shared.sums, &all);
-    if (threadIdx.x == 0) {
-        const uint64_t total =
-            (all & 0xffff) + (all >> 16 & 0xffff) + (all >> 32 & 0xffff) + (all >> 48);
-        const uint64_t start = total > 0 ? atomic_add(&state.found, total) : 0;
-        const bool fits = start + total <= uint64_t(segment.capacity);
-        shared.found[0] = uint64_t(segment.list) + start;
-        shared.found[1] = fits;
-        work.run_start[number] = segment.list + int64_t(start);
-        work.run_length[number] = fits ? uint32_t(total) : 0;
-    }
-    sync_block();  // the run has its place, and the bins are empty
-    if (!shared.found[1]) return;
-    // One entry in a hundred: it is read again, out of a cache, rather than kept in registers.
-    const auto key_of_slot = [&](int slot) {
-        return key_at<T, kPair>(tile.x, tile.y, place_of<T, kThreads>(slot), work.score);
-    };
-    // Where in the run the hits of each of this thread's vectors begin.
-    const uint64_t begins = before + all * 0x0001000100010000u;
-    uint32_t firsts = 0;  // the slots that were the first of their bin
-    for (uint32_t left = hits; left != 0; left &= left - 1) {
-        const int slot = lowest_bit(left), v = slot / kEach;
-        const uint32_t of_vector = hits & (kOfVector << (v * kEach));
-        const uint32_t earlier = of_vector & ((1u << slot) - 1);
-        const uint64_t at =
-            shared.found[0] + (begins >> (16 * v) & 0xffff) + uint64_t(count_bits(earlier));
-        const uint32_t key = key_of_slot(slot);
-        work.keys[at] = key;
-        work.places[at] = uint16_t(place_of<T, kThreads>(slot));
-        if (atomic_add(&bins[high_digit(key - bound)], 1u) == 0) firsts |= 1u << slot;
-    }
-    sync_block();  // the bins are full
+    // A thread lists what is marked of neighbouring vectors.
+    constexpr int kOfThread = kTileVectors / kThreads;
+    static_assert(kOfThread == 8, "the marks of a thread fill two words");
+    const auto marks = reinterpret_cast<const Bytes8*>(shared.marks)[threadIdx.x];
+    uint32_t left[2] = {marks.words[0], marks.words[1]}, total;
+    uint32_t rank = sum_before<kThreads>(uint32_t(count_bits(left[0]) + count_bits(left[1])),
+                                         shared.sums, &total);
+    uint64_t start = 0;
+    if (threadIdx.x == 0 && total > 0) start = atomic_add(&state.found, uint64_t(total));
+    const auto fits = [&](uint64_t from) { return from + total <= uint64_t(segment.capacity); };
     uint32_t* const histogram = work.histograms + int64_t(ranked) * kListWords;
-    for (; firsts != 0; firsts &= firsts - 1) {
-        const uint32_t digit = high_digit(key_of_slot(lowest_bit(firsts)) - bound);
-        atomic_add(&histogram[digit], bins[digit]);
+    static_assert(kTile<T> <= kFirst, "a place leaves a bit");
+    for (uint32_t from = 0; from < total; from += kListed) {
+        SPEFT_UNROLL
+        for (int w = 0; w < 2; ++w) {
+            const uint32_t first = (threadIdx.x * kOfThread + w * 4) * kVector<T>;
+            for (; left[w] != 0 && rank < kListed; left[w] &= left[w] - 1) {
+                const auto bit = uint32_t(lowest_bit(left[w]));
+                shared.places[rank++] = uint16_t(first + bit / 8 * kVector<T> + bit % 8);
+            }
+        }
+        rank -= kListed;  // of what is left, in the next list
+        sync_block();     // what is marked is listed
+
+        // It is read again, out of a cache, by as many threads as there is of it.
+        const int here = int(smaller(total - from, kListed));
+        SPEFT_UNROLL_BY(1)
+        for (int i = int(threadIdx.x); i < here; i += kThreads) {
+            const uint32_t key = key_at<T, kPair>(tile.x, tile.y, shared.places[i], work.score);
+            shared.keys[i] = key;
+            if (atomic_add(&shared.bins[high_digit(key - bound)], 1u) == 0)
+                shared.places[i] |= kFirst;
+        }
+        if (threadIdx.x == 0) shared.start = start;
+        sync_block();  // the run has its place, and the bins are full
+        if (!fits(shared.start)) break;
+        const int64_t run = segment.list + int64_t(shared.start) + from;
+        SPEFT_UNROLL_BY(1)
+        for (int i = int(threadIdx.x); i < here; i += kThreads) {
+            const uint32_t key = shared.keys[i], place = shared.places[i];
+            work.keys[run + i] = key;
+            work.places[run + i] = uint16_t(place & ~uint32_t(kFirst));
+            if ((place & kFirst) == 0) continue;
+            const uint32_t digit = high_digit(key - bound);
+            atomic_add(&histogram[digit], shared.bins[digit]);
+            shared.bins[digit] = 0;
+        }
+        if (from + kListed < total) sync_block();  // the list is taken, and the bins are empty
     }
+    if (threadIdx.x != 0) return;
+    work.run_start[number] = segment.list + int64_t(start);
+    work.run_length[number] = fits(start) ? total : 0;
 }
 
 // The k-th largest key of each list. Each block finds its high digit for itself, and adds up the
@@ -233,11 +248,13 @@ count_digit(Work work, int level, int parts) {
     for (int64_t i = part; i < segment.tiles; i += parts) {
         const int64_t number = segment.first_tile + i;
         const int matrix = matrix_of_tile(work, number);
-        visit<kPair, kThreads>(tile_of<T, kPair>(work.matrices[matrix], number), work.score,
-                               [&](int, uint32_t key) {
-                                   if (((key ^ threshold) & digit.known) == 0)
-                                       atomic_add(&bins[digit.of(key)], 1u);
-                               });
+        visit<kPair, kThreads>(
+            tile_of<T, kPair>(work.matrices[matrix], number), work.score, [&](const auto& entries) {
+                SPEFT_UNROLL
+                for (int j = 0; j < kVector<T>; ++j)
+                    if (j < entries.count && ((entries.keys[j] ^ threshold) & digit.known) == 0)
+                        atomic_add(&bins[digit.of(entries.keys[j])], 1u);
+            });
     }
     sync_block();  // and full
     auto* const histogram =
@@ -283,8 +300,7 @@ struct OfData {
     static constexpr int kTile = cuda::kTile<T>;
     template <class F>
     static SPEFT_DEVICE void visit(const Work& work, int which, int64_t number, F&& f) {
-        visit_vectors<kPair, kWarp>(tile_of<T, kPair>(work.matrices[which], number), work.score,
-                                    [&](int, const auto& entries) { f(entries); });
+        cuda::visit<kPair, kWarp>(tile_of<T, kPair>(work.matrices[which], number), work.score, f);
     }
 };
 

@@ -77,8 +77,9 @@ struct Work {
     uint64_t* told;  // [1 + matrices]: the first bad matrix or all ones; indices of each matrix
 };
 
+// A warp's lanes come together.
 SPEFT_DEVICE int matrix_of_tile(const Work& work, int64_t tile) {
-    return matrix_with(work.matrices, int(work.sizes.matrices), &Matrix::first_tile, tile);
+    return matrix_with_for_warp(work.matrices, int(work.sizes.matrices), &Matrix::first_tile, tile);
 }
 
 SPEFT_DEVICE int segment_of(const Work& work, int matrix) {

@@ -80,8 +80,20 @@ T exchange_from(T value, int lane, int line = __builtin_LINE()) {
     return host::of_lane<T>(host::gather(value, line), lane);
 }
 
+inline uint32_t lanes_with(bool mine, int line = __builtin_LINE()) {
+    const unsigned char* const all = host::gather(mine, line);
+    uint32_t lanes = 0;
+    for (int lane = 0; lane < 32; ++lane)
+        lanes |= uint32_t(host::of_lane<bool>(all, lane)) << lane;
+    return lanes;
+}
+
 inline uint32_t afresh(uint32_t word) {
     return word;
+}
+
+inline float reaches(float value, float least) {
+    return value >= least ? 1.0f : 0.0f;
 }
 
 inline int count_bits(uint32_t bits) {

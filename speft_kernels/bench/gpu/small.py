@@ -121,9 +121,10 @@ def _product(
 
 def topk_salience(at: Place) -> Iterator[object]:
     # Several tiles, one of them whole; equal scores beyond what is set aside; an odd address; a
-    # list for several blocks, and a k-th score that is far beyond its bound.
-    apart = [at.normal(*shape) for shape in ((43, 401), (5, 9), (1, 2500))]
-    odd = at.normal(16402)[1:].view(77, 213)
+    # list for several blocks, of tiles that are listed in turns, and a k-th score that is far
+    # beyond its bound.
+    apart = [at.normal(*shape) for shape in ((83, 401), (5, 9), (1, 2500))]
+    odd = at.normal(32943)[1:].view(181, 182)
     one = torch.ones(60, 100, device=at.device, dtype=torch.bfloat16)
     long, beyond = at.normal(200, 200), 1 + at.normal(200, 200).abs()
     beyond[:17] *= 2.0**20
