@@ -71,8 +71,8 @@ def outcomes(machine: Machine) -> Iterator[Outcome]:
             if usual and uses_dot(block, tensor_cores):
                 settings = TileLaunch.default(block, size, tensor_cores)
                 yield settings, f"a block of {block} of {size} bytes"
-    for parts in range(2, 65):
-        yield AddLaunch.default(parts), f"block_grad in {parts} splits"
+    for splits in range(2, 65):
+        yield AddLaunch.default(splits), f"block_grad in {splits} splits"
     yield EntryLaunch.default(), "an entry of block_grad"
     for size, fast in ((2, True), (4, True), (4, False)):
         for groups, aligned in itertools.product((0.5, 1, 1.5, 2, 2.5, 4, 9, 40), (True, False)):

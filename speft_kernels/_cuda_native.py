@@ -65,7 +65,7 @@ def launch(backend: str, name: str, tensor: Tensor, *arguments: object) -> Any:
         return getattr(kernels(backend), name)(*arguments, stream)
 
 
-# Sums of all parts of the tokens together, at most: 8 MB.
+# Sums of all splits of the tokens together, at most: 8 MB.
 SCRATCH = 1 << 21
 # What a thread block costs beside its tokens, to start and to write its sums, in tokens.
 _START = 128
@@ -74,28 +74,28 @@ _START = 128
 def splits(
     blocks: int, tokens: int, stretch: int, entries: int, device: torch.device, resident: int = 1
 ) -> int:
-    """Return in how many parts the tokens are summed, so that the device is busy and the sums of
-    the parts take no more than SCRATCH.
+    """Return in how many splits the tokens are summed, so that the device is busy and the sums of
+    the splits take no more than SCRATCH.
 
     Args:
-        blocks: thread blocks of one part.
-        stretch: tokens that a block takes at a time; a part has eight of them at least, so that
-            what a part costs by itself stays small.
-        entries: sums of one part.
+        blocks: thread blocks of one split.
+        stretch: tokens that a block takes at a time; a split has eight of them at least, so that
+            what a split costs by itself stays small.
+        entries: sums of one split.
         resident: thread blocks that a multiprocessor holds at once.
     """
     most = min(tokens // (8 * stretch), SCRATCH // max(1, entries))
     at_once = multiprocessors(device) * resident
-    return _parts(max(1, blocks), -(-tokens // stretch), stretch, most, at_once)
+    return _filling(max(1, blocks), -(-tokens // stretch), stretch, most, at_once)
 
 
 @lru_cache(1 << 12)
-def _parts(blocks: int, stretches: int, stretch: int, most: int, at_once: int) -> int:
-    """The parts, `most` at most, after which the last wave of blocks ends first."""
+def _filling(blocks: int, stretches: int, stretch: int, most: int, at_once: int) -> int:
+    """The splits, `most` at most, after which the last wave of blocks ends first."""
 
-    def cost(parts: int) -> int:
-        waves = -(-blocks * parts // at_once)
-        return waves * (-(-stretches // parts) * stretch + _START)
+    def cost(splits: int) -> int:
+        waves = -(-blocks * splits // at_once)
+        return waves * (-(-stretches // splits) * stretch + _START)
 
     return min(range(1, max(1, most) + 1), key=cost)
 
@@ -104,5 +104,5 @@ def _parts(blocks: int, stretches: int, stretch: int, most: int, at_once: int) -
 def multiprocessors(device: torch.device) -> int:
     """Return how many the device has."""
     if device.type != "cuda":
-        return 2  # few blocks, and still several parts in the tests
+        return 2  # few blocks, and still several splits in the tests
     return torch.cuda.get_device_properties(device).multi_processor_count

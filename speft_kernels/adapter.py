@@ -373,7 +373,7 @@ def _check_finite(layers: Mapping[str, SparseDeltaLinear], file: AdapterFile) ->
 def _make_plain(model: nn.Module, layers: Mapping[str, SparseDeltaLinear], undo: ExitStack) -> None:
     """Put plain layers with the exact base back; undone, the sparse ones return as they were."""
     for layer in layers.values():
-        undo.callback(setattr, layer, "_family", layer._family)
+        undo.callback(setattr, layer, "family", layer.family)
     undo.callback(set_modes, {layer: layer.mode for layer in layers.values()})
     replacements = to_linears(layers.values(), keep_delta=False)
     undo.callback(swap_modules, model, {new: old for old, new in replacements.items()})

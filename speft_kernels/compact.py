@@ -14,6 +14,14 @@ from torch import Tensor
 PANEL_ROWS = 256
 
 
+def spread(starts: Tensor, size: int) -> Tensor:
+    """int64 `[size]`: which part each of `size` things is in, for `[parts + 1]` starts."""
+    counts = starts.long().diff()
+    parts = torch.arange(counts.shape[0], device=starts.device)
+    # Without the size, a device would be asked for the sum of the counts.
+    return torch.repeat_interleave(parts, counts, output_size=size)
+
+
 class CompactIndices(NamedTuple):
     """Entries in CSR form over the rows and columns that hold any.
 
@@ -33,21 +41,17 @@ class CompactIndices(NamedTuple):
     @property
     def compact_rows(self) -> Tensor:
         """int64 `[nnz]`: position of each entry's row in `rows`."""
-        return self._spread(torch.arange(self.rows.numel(), device=self.rows.device))
+        return spread(self.crow, self.local.numel())
 
     @property
     def entry_rows(self) -> Tensor:
         """int64 `[nnz]`: the row of each entry."""
-        return self._spread(self.rows.long())
+        return self.rows.long()[self.compact_rows]
 
     @property
     def entry_cols(self) -> Tensor:
         """int64 `[nnz]`: the column of each entry."""
         return self.columns.long()
-
-    def _spread(self, of_row: Tensor) -> Tensor:
-        # Without the size, a device would be asked for the sum of the counts.
-        return torch.repeat_interleave(of_row, self.crow.diff(), output_size=self.local.numel())
 
     def row_panels(self) -> Iterator[tuple[Tensor, slice, Tensor]]:
         """Yield, for each panel of PANEL_ROWS compact rows: the rows, the entries, and each

@@ -18,7 +18,7 @@ from .pattern import SparsePattern
 if TYPE_CHECKING:
     from .nn import SparseDeltaLinear
 
-# Of what a weight was written (`SparseDeltaLinear._state`). UNKNOWN is equal to no state.
+# Of what a weight was written (`SparseDeltaLinear.current_state`). UNKNOWN is equal to no state.
 State = tuple[Any, ...]
 UNKNOWN: State = ()
 
@@ -32,7 +32,7 @@ class Family:
     def layers(self) -> list[SparseDeltaLinear]:
         """Those that still are sparse: a layer that gave its weight away is written no more."""
         alive = (layer for ref in self._layers if (layer := ref()) is not None)
-        return [layer for layer in alive if layer._family is self]
+        return [layer for layer in alive if layer.family is self]
 
 
 def set_modes(modes: Mapping[SparseDeltaLinear, str]) -> None:
@@ -56,13 +56,13 @@ def set_modes(modes: Mapping[SparseDeltaLinear, str]) -> None:
         for layer, mode in modes.items()
         if layer.base is None
         and not layer.pattern.is_empty
-        and (mode == "resident" or layer._written is not None)
+        and (mode == "resident" or layer.written_for is not None)
     ]
     ops.check_deltas(*_operands(written, modes))
     for layer, mode in modes.items():
         layer.mode = mode
     for layer in written:
-        layer._written = UNKNOWN  # were it cut short, the next forward pass would write again
+        layer.written_for = UNKNOWN  # were it cut short, the next forward pass would write again
     write(written)
 
 
@@ -86,7 +86,7 @@ def write(layers: list[SparseDeltaLinear]) -> None:
     """Write what the modes of `layers`, none of them opaque, say into their weights."""
     ops.write_deltas(*_operands(layers, {layer: layer.mode for layer in layers}))
     for layer in layers:
-        layer._written = layer._state() if layer.mode == "resident" else None
+        layer.written_for = layer.current_state() if layer.mode == "resident" else None
 
 
 def _operands(
@@ -104,7 +104,7 @@ def _given_away(layer: SparseDeltaLinear) -> nn.Module:
     """The plain layer over the weight as it is; the sparse one leaves its family."""
     if layer.base is not None:
         return layer.base
-    layer._family = None
+    layer.family = None
     linear = nn.Linear(
         layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
     )

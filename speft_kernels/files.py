@@ -1,4 +1,6 @@
-"""Paths as users name them; writing files so that a reader, or a crash, never meets half of one."""
+"""Paths as users name them; reading JSON of unknown origin; writing files so that a reader, or a
+crash, never meets half of one.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,9 @@ from .errors import ConfigError, OutputError, SpeftError
 
 # Bytes that file systems take: of a name, and of a path on Linux less what a run adds to its own.
 NAME_LIMIT, PATH_LIMIT = 255, 4096 - 256
+
+# A study of a thousand runs needs a megabyte, a list of a million labels all of it.
+_LARGEST_JSON = 64 * 2**20
 
 
 def path_of(name: str, value: str) -> Path:
@@ -121,6 +126,34 @@ def replaced(path: Path) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def read_text(path: Path, largest: int, error: type[SpeftError] = ConfigError) -> str:
+    """The text of a file of `largest` bytes at most. Raises `error`, which names the file."""
+    try:
+        if not path.is_file():  # opening a pipe would wait for its writer
+            raise error(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        if path.stat().st_size > largest:
+            raise error(f"{path}: larger than {largest} bytes")
+        return path.read_text(encoding="utf-8")
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror or reason}") from reason
+    except UnicodeDecodeError as reason:
+        raise error(f"{path}: damaged: not UTF-8: {reason}") from reason
+
+
+def read_json(path: Path, error: type[SpeftError] = ConfigError) -> dict[str, Any]:
+    """The object in a JSON file. Raises `error`, which names the file."""
+    text = read_text(path, _LARGEST_JSON, error)
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise error(f"{path}: damaged: it is nested too deeply") from None
+    except ValueError as reason:
+        raise error(f"{path}: damaged: not JSON: {reason}") from reason
+    if not isinstance(content, dict):
+        raise error(f"{path}: damaged: it must hold an object")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:

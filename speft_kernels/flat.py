@@ -49,7 +49,7 @@ class FlatValues:
                 f"the values are of several kinds ({', '.join(sorted(map(str, kinds)))}); they "
                 "cannot share one buffer"
             )
-        if any(layer._sink is not None for layer in layers):
+        if any(layer.sink is not None for layer in layers):
             raise ConfigError("the values are flat already; release() the other FlatValues first")
         self._layers = layers
         flat = torch.cat([layer.values.detach().reshape(-1) for layer in layers])
@@ -59,7 +59,7 @@ class FlatValues:
             part = flat[start : start + layer.values.numel()].view_as(layer.values)
             layer.values.grad = None
             layer.values.data = part
-            layer._sink = self
+            layer.sink = self
             start += part.numel()
         self._held: set[int] = set()  # of the values whose parts hold a gradient
         self._take(torch.zeros_like(flat))
@@ -141,5 +141,5 @@ class FlatValues:
         for layer in self._layers:
             layer.values.data = layer.values.detach().clone()
             layer.values.grad = None
-            layer._sink = None
+            layer.sink = None
         self._layers = []

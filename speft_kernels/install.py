@@ -78,7 +78,7 @@ def install(
     layers = list(sparse_layers(model).values())
     family = Family(layers)
     for layer in layers:
-        layer._family = family
+        layer.family = family
 
     fused = _fused_paths(model)
     for module, attribute, value in fused:

@@ -1,10 +1,11 @@
-"""What this machine is called, and which commit of the sources runs on it."""
+"""What this machine is called, and what runs on it: the commit of the sources, the libraries."""
 
 from __future__ import annotations
 
 import functools
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,14 @@ def processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def installed(library: str) -> str:
+    """The version of a library, empty where it is not installed."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
 
 
 @functools.cache

@@ -21,9 +21,10 @@ from .dtypes import accumulator_dtype
 from .errors import ConfigError, PatternError, nearest
 from .pattern import SparsePattern
 from .plan import SparsityPlan, plan_of
+from .recipe import CHOICES
 from .shared_input import SharedInput
 
-MODES = ("resident", "additive")
+MODES = CHOICES["mode"]
 
 # The layers that exist, for the hooks below.
 _layers: weakref.WeakSet[SparseDeltaLinear] = weakref.WeakSet()
@@ -31,7 +32,7 @@ _layers: weakref.WeakSet[SparseDeltaLinear] = weakref.WeakSet()
 
 def _settle_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Before a step of any optimizer, let the buffers that it holds be what layers' `.grad` are."""
-    sinks = {id(s.parameter): s for layer in _layers if (s := layer._sink) is not None}
+    sinks = {id(s.parameter): s for layer in _layers if (s := layer.sink) is not None}
     if sinks:
         for group in optimizer.param_groups:
             for held in {id(p) for p in group["params"]} & sinks.keys():
@@ -46,7 +47,7 @@ def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """
     ours: dict[int, list[Tensor]] = {}
     for layer in _layers:
-        trained = layer.values if layer._sink is None else layer._sink.parameter
+        trained = layer.values if layer.sink is None else layer.sink.parameter
         ours.setdefault(id(trained), []).append(layer.values)
     for group in optimizer.param_groups:
         stepped = (p for p in group["params"] if p.grad is not None)
@@ -111,16 +112,16 @@ class SparseDeltaLinear(nn.Module):
                 )
             )
         self.mode = mode
-        # What the weight's trained entries hold now: the `_state` when they were written, or None
-        # for W0.
-        self._written: family.State | None = None
+        # Like `family`, `sink` and `current_state`, for the package's own use: the `current_state`
+        # when the weight's trained entries were written, or None where they hold W0.
+        self.written_for: family.State | None = None
         self._start()
 
     def _start(self) -> None:
         """What belongs to this object alone, not to a copy of it."""
         self._input = SharedInput(self._pattern)
-        self._family: family.Family | None = None
-        self._sink: Sink | None = None
+        self.family: family.Family | None = None
+        self.sink: Sink | None = None
         _layers.add(self)
 
     def _take_plain(self, linear: nn.Linear, pattern: SparsePattern) -> None:
@@ -220,7 +221,7 @@ class SparseDeltaLinear(nn.Module):
             if not (needs_grad and values.requires_grad):
                 return F.linear(x, weight, bias)
             kept, plan = self._keep(source, x)
-            y: Tensor = SparseLinear.apply(x, values, weight, bias, kept, plan, self._sink, True)
+            y: Tensor = SparseLinear.apply(x, values, weight, bias, kept, plan, self.sink, True)
             return y
         weight = weight.detach()  # type: ignore[assignment]
         if autocast:
@@ -228,7 +229,7 @@ class SparseDeltaLinear(nn.Module):
             bias = None if bias is None else bias.to(x.dtype)  # type: ignore[assignment]
         if needs_grad and (values.requires_grad or x.requires_grad):
             kept, plan = self._keep(source, x)
-            return SparseLinear.apply(x, values, weight, bias, kept, plan, self._sink, False)
+            return SparseLinear.apply(x, values, weight, bias, kept, plan, self.sink, False)
         return ops.sparse_delta_matmul(x, weight, values, self._pattern, bias)
 
     def _keep(self, source: Tensor, x: Tensor) -> tuple[Tensor | None, SparsityPlan]:
@@ -254,10 +255,10 @@ class SparseDeltaLinear(nn.Module):
         if not (torch.is_grad_enabled() and (values.requires_grad or x.requires_grad)):
             return y + ops.delta_matmul(x, values, self._pattern)
         kept, plan = self._keep(source, x)
-        sink = self._sink if values is self.values else None
+        sink = self.sink if values is self.values else None
         return y + SparseLinear.apply(x, values, None, None, kept, plan, sink, False)
 
-    def _state(self) -> family.State:
+    def current_state(self) -> family.State:
         """What values and weight are now: of each the tensor itself, its version and its address.
         All three, as a new tensor may come to lie where a former one was (`functional_call` with
         values of one's own), and a change of `.data` is one of the address alone.
@@ -265,15 +266,15 @@ class SparseDeltaLinear(nn.Module):
         values, weight = self._parameters["values"], self._parameters["weight"]
         assert values is not None
         assert weight is not None
-        seen = (version_of(values, self._sink), values.data_ptr(), version_of(weight))
+        seen = (version_of(values, self.sink), values.data_ptr(), version_of(weight))
         return weakref.ref(values), weakref.ref(weight), *seen, weight.data_ptr()
 
     def _holds_delta(self) -> bool:
         """Whether the weight was written for what values and weight are now."""
-        if not self._written or self.values.is_inference():  # which does not count its writes
+        if not self.written_for or self.values.is_inference():  # which does not count its writes
             return False
         # Not by ==, for which references ask what they refer to.
-        former, now = self._written, self._state()
+        former, now = self.written_for, self.current_state()
         return former[0]() is now[0]() and former[1]() is now[1]() and former[2:] == now[2:]
 
     def sync(self) -> None:
@@ -292,25 +293,25 @@ class SparseDeltaLinear(nn.Module):
     def _is_stale(self) -> bool:
         """Whether the weight does not hold what the mode says."""
         if self.mode == "additive":
-            return self._written is not None
+            return self.written_for is not None
         return not (self._pattern.is_empty or self._holds_delta())
 
     def _siblings(self) -> list[SparseDeltaLinear]:
         """This layer, and those of its family that are written like it."""
-        if self._family is None:
+        if self.family is None:
             return [self]
         like = (self.weight.device, self.weight.dtype)
         return [
             layer
-            for layer in self._family.layers()
+            for layer in self.family.layers()
             if layer.base is None and (layer.weight.device, layer.weight.dtype) == like
         ]
 
     def _restore(self) -> None:
-        if self._written is not None:
+        if self.written_for is not None:
             with torch.no_grad():
                 ops.write_delta(self.weight, self._pattern, self.base_values, None)
-            self._written = None
+            self.written_for = None
 
     def merge(self) -> None:
         """Write D into the weight: mode "resident". What the layer computes stays the same.
@@ -381,9 +382,9 @@ class SparseDeltaLinear(nn.Module):
             self.values.grad = None
             self.values.data = values.to(self.values.device, dtype)
             self.values.grad = None if grad is None else grad.to(dtype)
-        if self._written is not None:
+        if self.written_for is not None:
             # The memory is new, though its address may be an old one.
-            self._written = family.UNKNOWN
+            self.written_for = family.UNKNOWN
         if self.indices.device.type != "meta":
             self._pattern = self._pattern.to(self.indices.device)
             self.indices = self._pattern.indices
@@ -444,14 +445,14 @@ class SparseDeltaLinear(nn.Module):
             taken = self.weight.detach().view(-1)[self._pattern.entry_indices.long()]
             self.base_values.copy_(taken.reshape(self.base_values.shape))
         if new_weight or new_base_values:
-            self._written = None
+            self.written_for = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses mean nothing in a copy.
-        written = self._written is not None
-        own = ("_input", "_family", "_sink")
+        written = self.written_for is not None
+        own = ("_input", "family", "sink")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
-        return {**state, "_written": family.UNKNOWN if written else None}
+        return {**state, "written_for": family.UNKNOWN if written else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

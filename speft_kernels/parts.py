@@ -12,7 +12,6 @@ pattern is always split alike on one machine.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -42,15 +41,8 @@ def panel_lines(length: int, other: int) -> int:
     return max(lines - lines % ALIGNED_LINES, ALIGNED_LINES)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """All that `sampled_grad` reads of a plan. The operand of a plan is the matrix that stands for
-    x: x itself, or the packed columns; `position` is a column of it.
-
-    Index tensors are int32, places in a flattened panel int64. `slot` is the place of an entry
-    among the values.
-    """
-
+# Apart from Parts, as a NamedTuple itself has no room for what is cached.
+class _Tensors(NamedTuple):
     # Tiles and rest.
     rows: Tensor  # [R], sorted: rows of the weight
     cols: Tensor  # [C]: positions
@@ -71,13 +63,17 @@ class Parts:
     hot_row_slot: Tensor  # [n]
     hot_row_panels: Tensor  # likewise
 
-    def tensors(self) -> list[Tensor]:
-        """The fields in order, as an operation takes them; `Parts(*tensors)` is the inverse."""
-        return [getattr(self, name) for name in _FIELDS]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The fields alone: `native` holds addresses, which a copy has others of."""
-        return {name: getattr(self, name) for name in _FIELDS}
+class Parts(_Tensors):
+    """All that `sampled_grad` reads of a plan. The operand of a plan is the matrix that stands for
+    x: x itself, or the packed columns; `position` is a column of it.
+
+    Index tensors are int32, places in a flattened panel int64. `slot` is the place of an entry
+    among the values.
+    """
+
+    def __getstate__(self) -> None:
+        """Nothing but the tensors: `native` holds addresses, which a copy has others of."""
 
     @cached_property
     def has_panels(self) -> bool:
@@ -114,9 +110,6 @@ class Parts:
         yield at % out_features, self.hot_cols.long()[at // out_features], self.hot_col_slot.long()
         at = self.hot_row_at
         yield self.hot_rows.long()[at // width], at % width, self.hot_row_slot.long()
-
-
-_FIELDS = [field.name for field in fields(Parts)]
 
 
 def gathered(csr: CompactIndices) -> Parts:

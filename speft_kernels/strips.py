@@ -12,28 +12,24 @@ a line takes from the L2 cache, that is worth it for a single entry (see `costs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .compact import CompactIndices
+from .compact import CompactIndices, spread
 from .costs import Costs
 
 STRIP_ROWS = 128  # two tiles of wgmma, and about what balances tensor cores and the L2 cache
 GROUP_STRIPS = 64  # a tile of the kernel takes one, two or four groups
 
 
-@dataclass(frozen=True)
-class Strips:
+class Strips(NamedTuple):
     """All that the GPU kernels read of a plan. Index tensors are int32 where nothing else is said.
 
     The strips of a block of STRIP_ROWS rows stand in groups of GROUP_STRIPS, the last of a block
     filled up with position 0. `position` is a line of the packed operand.
     """
-
-    STRIP_ROWS: ClassVar[int] = STRIP_ROWS
 
     columns: Tensor  # [C]: columns of x to pack; empty where x comes packed
     block_groups: Tensor  # [blocks + 1]: where the groups of each block of rows start
@@ -46,9 +42,10 @@ class Strips:
     entry_col: Tensor  # [G]: position
     slot: Tensor  # [nnz]: place among the values, of the strips' entries and then the gathered
 
-    def tensors(self) -> list[Tensor]:
-        """The fields in order, as an operation takes them; `Strips(*tensors)` is the inverse."""
-        return [getattr(self, name) for name in _FIELDS]
+    @property
+    def strip_rows(self) -> int:
+        """For Triton's kernels, which import nothing of this package."""
+        return STRIP_ROWS
 
     def each_entry(self, out_features: int, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (row of the weight, position or column of x, slot), int64, of the entries of each
@@ -57,8 +54,8 @@ class Strips:
         Reads back from the device: for the reference and for tests.
         """
         inside = self.entry_at.shape[0]
-        group = _spread(self.group_entries, inside)
-        block = _spread(self.block_groups, self.group_cols.shape[0])
+        group = spread(self.group_entries, inside)
+        block = spread(self.block_groups, self.group_cols.shape[0])
         at, slot = self.entry_at.long(), self.slot.long()
         row = block[group] * STRIP_ROWS + at // GROUP_STRIPS
         position = self.group_cols.long()[group, at % GROUP_STRIPS]
@@ -68,16 +65,6 @@ class Strips:
 
     def _column(self, position: Tensor) -> Tensor:
         return self.columns.long()[position] if self.columns.numel() else position
-
-
-def _spread(starts: Tensor, size: int) -> Tensor:
-    """Which part each of `size` things is in, for `[parts + 1]` starts."""
-    counts = starts.long().diff()
-    parts = torch.arange(counts.shape[0], device=starts.device)
-    return torch.repeat_interleave(parts, counts, output_size=size)
-
-
-_FIELDS = [field.name for field in fields(Strips)]
 
 
 def build_strips(

@@ -10,10 +10,12 @@ of a column, one above the other, read the same line there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .compact import spread
 
 # kStripRows, kBlockStrips, kTileLines and kTileGroups of csrc/cuda/kernels.h.
 STRIP_ROWS = 32
@@ -26,8 +28,7 @@ GROUP = 8  # strips of one product, all of the same rows
 TILE_STRIPS = GROUP * TILE_GROUPS - (GROUP - 1) * BLOCK_STRIPS
 
 
-@dataclass(frozen=True)
-class ThinStrips:
+class ThinStrips(NamedTuple):
     """Index tensors are int32 where nothing else is said. `position` is a line of the packed
     operand.
     """
@@ -43,20 +44,12 @@ class ThinStrips:
     at: Tensor  # int16 [nnz]: strip of the tile, counting those that fill up, * STRIP_ROWS + row
     slot: Tensor  # [nnz]: place among the values
 
-    def tensors(self) -> list[Tensor]:
-        """The fields in order, as an operation takes them; `ThinStrips(*tensors)` is the
-        inverse.
-        """
-        return [getattr(self, name) for name in _FIELDS]
-
     def each_entry(self, out_features: int, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (row of the weight, position or column of x, slot), int64, of all entries.
 
         For gradients and for tests.
         """
-        tiles = torch.arange(self.tile_block.shape[0], device=self.slot.device)
-        counts = self.tile_entries.long().diff()
-        tile = torch.repeat_interleave(tiles, counts, output_size=self.slot.shape[0])
+        tile = spread(self.tile_entries, self.slot.shape[0])
         strip, row = self.at.long() // STRIP_ROWS, self.at.long() % STRIP_ROWS
         strip = strip + GROUP * self.tile_groups.long()[tile]
         rows = self.tile_block.long()[tile] * BLOCK_STRIPS + self.group_rows.long()[strip // GROUP]
@@ -64,9 +57,6 @@ class ThinStrips:
         position = self.line.long()[line]
         column = self.columns.long()[position] if self.columns.numel() else position
         yield rows * STRIP_ROWS + row, column, self.slot.long()
-
-
-_FIELDS = [field.name for field in fields(ThinStrips)]
 
 
 def build_thin_strips(

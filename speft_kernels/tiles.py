@@ -7,7 +7,7 @@ are the outputs of the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,23 +19,12 @@ SIDE = 32  # csrc/cuda/sparse_delta_matmul.cu
 QUARTERS = 4
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Entries sorted by tile, tiles row by row.
+class Tiles(NamedTuple):
+    """Entries sorted by tile, tiles row by row."""
 
-    Attributes:
-        starts: int32 `[tiles + 1]`: where each tile starts.
-        places: int16 `[nnz]`: row in the tile * SIDE + column in the tile.
-        order: int32 `[nnz]`: sorts values by tile that are sorted by (row, column).
-    """
-
-    starts: Tensor
-    places: Tensor
-    order: Tensor
-
-    def tensors(self) -> list[Tensor]:
-        """The fields in order, as an operation takes them; `Tiles(*tensors)` is the inverse."""
-        return [self.starts, self.places, self.order]
+    starts: Tensor  # int32 [tiles + 1]: where each tile starts
+    places: Tensor  # int16 [nnz]: row in the tile * SIDE + column in the tile
+    order: Tensor  # int32 [nnz]: sorts values by tile that are sorted by (row, column)
 
     @classmethod
     def build(cls, compact: CompactIndices, columns: int, parts: int = 1) -> Tiles:

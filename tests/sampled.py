@@ -36,7 +36,22 @@ def assert_same_sums(ours, theirs, dy, x):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=error_bound(dy, x))
 
 
+def poisoned(operand, line, poison):
+    """The operand with an element of this line replaced."""
+    operand = operand.clone()
+    operand[140, line] = poison
+    return operand
+
+
+def assert_not_finite_alone(ours, clean, own):
+    """Entries `own` are not finite, the others as without the poison."""
+    assert own.any()
+    assert not ours[own].isfinite().any()
+    assert torch.equal(ours[~own], clean[~own])
+
+
 @functools.cache
-def plan_for(part, kind, n, k):
+def plan_for(part, kind, n, k, device="cpu"):
     pattern = mixed_pattern(n, k) if kind == "mixed" else make_pattern(kind, n, k)
+    pattern = pattern.to(device)
     return SparsityPlan.build(pattern) if part == "default" else plan_with(part, pattern)

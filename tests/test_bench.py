@@ -269,14 +269,16 @@ def test_a_row_with_the_same_key_is_replaced_where_it_stands(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda text: "", "no table of benchmark results"),
-        (lambda text: text.replace("median_ms", "median"), "first line must be processor,cores"),
-        (lambda text: text.replace(",1.25,", ",fast,"), "line 2: median_ms = 'fast' is not of"),
-        (lambda text: text + "a,b\n", "line 4: 2 fields, expected 28"),
+        (lambda text: "", "no column 'processor', 'cores'"),
+        (lambda text: text.replace("median_ms", "median"), "no column 'median_ms'"),
+        (lambda text: text.replace("\n", ",more\n"), "an unknown column 'more'"),
+        (lambda text: text.replace(",1.25,", ",fast,"), "line 2: median_ms = 'fast' is no number"),
+        (lambda text: text + "a,2\n", "line 4: the line ends before column 'threads'"),
+        (lambda text: text[:-1] + ",1\n", "line 3: the line has more fields"),
         (lambda text: text.replace("=0.28125", "=low"), "and the quartiles 'peer=ratio'"),
         (lambda text: text.replace("=0.34375", ""), "and the quartiles 'peer=ratio'"),
         (lambda text: text.replace("<=0.5", "<=half"), "line 2: goals = 'peer, dense<=half'"),
-        (lambda text: text + '"', "broken CSV"),
+        (lambda text: text + '"', "cannot be read as CSV"),
         (lambda text: text.replace("a processor", "\udce9"), "cannot be read"),
     ],
 )

@@ -152,12 +152,12 @@ def test_autocast_changes_nothing_inside(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_library_contract_and_gradients(backend):
     pattern = make_pattern(6, 4, (3, 2))
-    where = (pattern.block_rows, pattern.block_cols, 3, 2)
+    where = (pattern.block_rows, pattern.block_cols)
     dy = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     if backend == "triton":  # which takes no float64, and so has no check of gradients
         dy, x = (tensor.detach().float().requires_grad_() for tensor in (dy, x))
-    torch.library.opcheck(torch.ops.speft.block_grad.default, (dy, x, *where, backend))
+    torch.library.opcheck(torch.ops.speft.block_grad.default, (dy, x, *where, 3, 2, backend))
     out = torch.zeros(pattern.num_blocks, 3, 2, dtype=dy.dtype)
     torch.library.opcheck(
         torch.ops.speft.block_grad_.default,
@@ -202,7 +202,7 @@ def launches(dy, x, pattern, out=None, arch=90):
 @pytest.mark.parametrize("block", [(16, 16), (5, 3), (1, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_are_split_where_blocks_are_few(triton_kernels, monkeypatch, dtype, block):
-    monkeypatch.setattr(triton_kernels, "splits", lambda *_: 3)
+    monkeypatch.setattr(triton_kernels, "token_splits", lambda *_: 3)
     pattern = make_pattern(2 * block[0], 3 * block[1], block, share=0.2)
     # Nothing for the others, three splits, and three of which the last is a part of a step.
     for m, stages in ((9, 1), (300, 2), (2 * 128 + 3, 2)):

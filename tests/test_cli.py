@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_text import save_bert, sentences, write_tsv
+from tiny_runs import make_place
+from tiny_text import save_bert
 
 from speft_kernels import __version__
 from speft_kernels.adapter import load_adapter, read_adapter
@@ -21,12 +22,7 @@ from speft_kernels.finetune.config import FIELDS, RunConfig, load_yaml
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    train = sentences(64, seed=1)
-    write_tsv(folder / "train.tsv", train)
-    write_tsv(folder / "eval.tsv", sentences(24, seed=2))
-    save_bert(folder / "model", [text for text, _ in train])
-    return folder
+    return make_place(tmp_path_factory.mktemp("place"), 64, 24)
 
 
 def flags(place, folder, /, *more, **replaced):

@@ -56,28 +56,28 @@ def test_a_launcher_that_cannot_serve_says_which_operation_and_sizes():
         module.block_grad(0, 4, 0, 4, 8, 0, 0, 1, 4, 4, 0, False, 0, 1, 0, 0)
 
 
-def test_the_parts_of_the_tokens_fill_waves_and_stay_within_the_scratch(monkeypatch):
+def test_the_splits_of_the_tokens_fill_waves_and_stay_within_the_scratch(monkeypatch):
     monkeypatch.setattr(_cuda_native, "multiprocessors", lambda device: 132)
 
-    def parts(blocks, tokens=8192, stretch=32, entries=1, resident=1):
+    def splits(blocks, tokens=8192, stretch=32, entries=1, resident=1):
         return _cuda_native.splits(blocks, tokens, stretch, entries, torch.device("cpu"), resident)
 
-    assert parts(66) == 2  # one wave, filled
-    assert parts(67) > 2  # a second wave for two blocks alone would be waste
-    assert parts(132) == parts(10_000) == 1  # cutting gains nothing
-    assert parts(1) == parts(0) == 8192 // (8 * 32)  # eight stretches at least
-    assert parts(1, tokens=255) == parts(1, tokens=0) == 1
-    assert parts(66, resident=4) == 8
+    assert splits(66) == 2  # one wave, filled
+    assert splits(67) > 2  # a second wave for two blocks alone would be waste
+    assert splits(132) == splits(10_000) == 1  # cutting gains nothing
+    assert splits(1) == splits(0) == 8192 // (8 * 32)  # eight stretches at least
+    assert splits(1, tokens=255) == splits(1, tokens=0) == 1
+    assert splits(66, resident=4) == 8
     for entries in (1 << 20, (1 << 20) + 1, 1 << 24):
-        found = parts(1, entries=entries)
+        found = splits(1, entries=entries)
         assert found == (2 if entries == 1 << 20 else 1)
     for blocks in range(5, 300):
-        found = parts(blocks)
+        found = splits(blocks)
         waves = -(-blocks * found // 132)
         assert blocks * found / (132 * waves) > 0.8
 
 
-def test_the_sums_of_the_parts_of_large_blocks_stay_within_the_scratch(monkeypatch):
+def test_the_sums_of_the_splits_of_large_blocks_stay_within_the_scratch(monkeypatch):
     """A block of many tiles keeps the device busy by itself, and its sums are large."""
     calls = []
     monkeypatch.setattr(_cuda_native, "multiprocessors", lambda device: 132)
@@ -86,9 +86,9 @@ def test_the_sums_of_the_parts_of_large_blocks_stay_within_the_scratch(monkeypat
         pattern = SparsePattern.from_blocks((side, side), (side, side), torch.tensor([0]))
         dy = x = torch.empty(1, 1, dtype=torch.bfloat16).expand(8192, side)
         ops.block_grad(dy, x, pattern, backend="cuda-host")
-        *_, scratch, parts, _ = calls[-1]
-        assert parts == wanted
-        assert (scratch != 0) == (parts > 1)
+        *_, scratch, splits, _ = calls[-1]
+        assert splits == wanted
+        assert (scratch != 0) == (splits > 1)
 
 
 def test_of_few_tokens_no_other_launch_sorts_the_values(monkeypatch):

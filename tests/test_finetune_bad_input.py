@@ -126,7 +126,7 @@ def test_a_models_pooling_that_cannot_be_read_is_refused(tmp_path, content):
     folder = save_bert(tmp_path / "model", ["some words of a text"])
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"1_Pooling/config.json (cannot be|holds no)"):
+    with pytest.raises(ConfigError, match=r"1_Pooling/config.json: damaged"):
         pooling_of(str(folder))
 
 
@@ -263,7 +263,7 @@ def test_a_list_of_lists_without_end_is_not_written_out():
 @pytest.mark.parametrize("settings", ["[]", '["lr"]', '""', "[" * 100_000])
 def test_a_config_without_settings_is_refused(tmp_path, settings):
     (tmp_path / "config.json").write_text(f'{{"settings": {settings}}}')
-    with pytest.raises(ConfigError, match="not the config.json of a run"):
+    with pytest.raises(ConfigError, match="config.json: (not the config.json of a run|damaged)"):
         load_json(tmp_path / "config.json")
 
 

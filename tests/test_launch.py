@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from speft_kernels.triton_kernels import launch
 from speft_kernels.triton_kernels.keep_columns import keep_columns
-from speft_kernels.triton_kernels.launch import MACHINES, Machine, recording, splits
+from speft_kernels.triton_kernels.launch import MACHINES, Machine, recording, token_splits
 
 
 @pytest.fixture
@@ -62,14 +62,14 @@ def test_an_empty_grid_launches_nothing():
 
 def test_splits_fill_the_machine_and_no_more():
     machine = Machine((9, 0), 100, 1 << 17)
-    assert splits(1, 511, 512, machine) == 1
-    assert splits(1000, 8192, 512, machine) == 1  # ten waves: cutting gains nothing
-    assert splits(50, 8192, 512, machine) == 2  # one wave, filled
-    assert splits(101, 8192, 512, machine) > 2  # a second wave for one program alone would be waste
-    assert splits(1, 1 << 20, 512, machine) == 100
-    assert splits(0, 8192, 512, machine) <= 16
+    assert token_splits(1, 511, 512, machine) == 1
+    assert token_splits(1000, 8192, 512, machine) == 1  # ten waves: cutting gains nothing
+    assert token_splits(50, 8192, 512, machine) == 2  # one wave, filled
+    assert token_splits(101, 8192, 512, machine) > 2  # else a second wave for one program
+    assert token_splits(1, 1 << 20, 512, machine) == 100
+    assert token_splits(0, 8192, 512, machine) <= 16
     for programs in (1, 7, 99, 130):
-        assert 1 <= splits(programs, 8192, 512, machine) <= 16
+        assert 1 <= token_splits(programs, 8192, 512, machine) <= 16
 
 
 @pytest.mark.parametrize("setting", TF32_SETTINGS)

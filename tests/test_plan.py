@@ -348,7 +348,7 @@ def test_autograd_may_save_the_parts_of_a_plan_made_in_inference_mode():
     with torch.inference_mode():
         plan = plan_with("mixed", pattern)
         assert plan.compiled(Parts, True).rows.numel() > 0
-    tensors = [*plan.compiled(Parts, True).tensors(), *plan.compiled(Parts, False).tensors()]
+    tensors = [*plan.compiled(Parts, True), *plan.compiled(Parts, False)]
     assert not any(tensor.is_inference() for tensor in tensors)
 
 

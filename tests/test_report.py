@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from report_folders import METHODS, write_study
-from tiny_text import save_bert, sentences, write_tsv
+from tiny_runs import make_place
 
 from speft_kernels.adapter import read_adapter
 from speft_kernels.cli import main
@@ -24,13 +24,11 @@ HOSTILE = "</script><img src=x onerror=alert(1)>\" onload='alert(2)' $\\frac{1}$
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    rows = sentences(48, seed=1)
-    save_bert(folder / "model", [text for text, _ in rows])
+    folder = make_place(tmp_path_factory.mktemp("trained"), 48, 16)
     given = {
         "--model": folder / "model",
-        "--train": write_tsv(folder / "train.tsv", rows),
-        "--eval": write_tsv(folder / "eval.tsv", sentences(16, seed=2)),
+        "--train": folder / "train.tsv",
+        "--eval": folder / "eval.tsv",
         "--output": folder / "run",
         **{"--batch-size": 8, "--scoring-examples": 16, "--scoring-batches": 2},
         **{"--pooling": "mean", "--density": 0.05, "--lr": 2e-2, "--epochs": 2},

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import tiny_studies
+from tiny_runs import make_place
 from tiny_studies import STUDY, FakeWorker, fake_workers, silent, write_result
-from tiny_text import save_bert, sentences, write_tsv
 
 from speft_kernels.cli import main
 from speft_kernels.errors import DataError
@@ -32,12 +32,7 @@ from speft_kernels.study.worker import Failure
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    train = sentences(48, seed=1)
-    write_tsv(folder / "train.tsv", train)
-    write_tsv(folder / "eval.tsv", sentences(16, seed=2))
-    save_bert(folder / "model", [text for text, _ in train])
-    return folder
+    return make_place(tmp_path_factory.mktemp("place"), 48, 16)
 
 
 @pytest.fixture
@@ -207,7 +202,7 @@ def test_a_run_that_would_fail_again_is_noted_and_the_study_is_done(
     notes = json.loads(places.failures.read_text())
     assert len(notes) == 1 + 3
     places.failures.write_text("{")
-    with pytest.raises(DataError, match=f"{places.failures}: cannot be read as JSON"):
+    with pytest.raises(DataError, match=f"{places.failures}: damaged: not JSON"):
         run_study(study, jobs=1, say=silent)
     places.failures.unlink()
     fake.outcome = staticmethod(lambda config: None)

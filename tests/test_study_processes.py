@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import PartialState
-from tiny_runs import Silent
-from tiny_text import save_bert, sentences, write_tsv
+from tiny_runs import Silent, make_place
 
 from speft_kernels.finetune import run as run_module
 from speft_kernels.finetune.inputs import digest_of
@@ -37,12 +36,8 @@ lr: 1e-2
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """The working folder, with data and a model; the processes find the model from there."""
-    train = sentences(48, seed=1)
-    write_tsv(tmp_path / "train.tsv", train)
-    write_tsv(tmp_path / "eval.tsv", sentences(16, seed=2))
-    save_bert(tmp_path / "model", [text for text, _ in train])
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return make_place(tmp_path, 48, 16)
 
 
 def study_file(place, methods):

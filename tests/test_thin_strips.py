@@ -130,7 +130,7 @@ def test_index_memory_is_stated(density):
     """
     for make in (realistic_pattern, uniform_pattern):
         strips = SparsityPlan.build(make((1024, 4096), density)).compiled(ThinStrips, True)
-        found = sum(t.numel() * t.element_size() for t in strips.tensors())
+        found = sum(t.numel() * t.element_size() for t in strips)
         tiles, groups = strips.tile_block.numel(), strips.group_rows.numel()
         packed = 4 * strips.columns.numel()
         wanted = 6 * strips.slot.numel() + 4 * strips.line.numel() + 17 * groups

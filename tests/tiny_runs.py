@@ -33,11 +33,11 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def make_place(folder):
-    """A folder with a model, 96 rows to train on and 40 others."""
-    train, held_out = sentences(96, seed=1), sentences(40, seed=2)
+def make_place(folder, rows=96, others=40):
+    """A folder with a model, `rows` to train on and others."""
+    train = sentences(rows, seed=1)
     write_tsv(folder / "train.tsv", train)
-    write_tsv(folder / "eval.tsv", held_out)
+    write_tsv(folder / "eval.tsv", sentences(others, seed=2))
     save_bert(folder / "model", [text for text, _ in train])
     return folder
 

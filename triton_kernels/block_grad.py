@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Machine, dot, launch, machine, precision, splits
+from .launch import Launch, Machine, dot, launch, machine, precision, token_splits
 
 # float32 sums of all splits together, at most: 8 MB.
 SCRATCH_ELEMENTS = 1 << 21
@@ -142,9 +142,9 @@ class AddLaunch(Launch):
     block_e: int = 1024
 
     @classmethod
-    def default(cls, parts: int) -> AddLaunch:
+    def default(cls, splits: int) -> AddLaunch:
         """32 sums a thread, all read at once."""
-        return cls(block_e=4096 // triton.next_power_of_2(parts))
+        return cls(block_e=4096 // triton.next_power_of_2(splits))
 
 
 def uses_dot(block: tuple[int, int], tensor_cores: bool) -> bool:
@@ -181,13 +181,13 @@ def block_grad(
     else:
         settings = EntryLaunch.default()
         programs, resident = triton.cdiv(nnz, settings.block_e), RESIDENT
-    parts = splits(triton.cdiv(programs, resident), tokens, SPLIT_TOKENS, here)
-    parts = min(parts, MOST_SPLITS, max(1, SCRATCH_ELEMENTS // max(nnz, 1)))
-    length = max(1, triton.cdiv(tokens, parts * settings.block_t)) * settings.block_t
-    parts = max(1, triton.cdiv(tokens, length))
+    splits = token_splits(triton.cdiv(programs, resident), tokens, SPLIT_TOKENS, here)
+    splits = min(splits, MOST_SPLITS, max(1, SCRATCH_ELEMENTS // max(nnz, 1)))
+    length = max(1, triton.cdiv(tokens, splits * settings.block_t)) * settings.block_t
+    splits = max(1, triton.cdiv(tokens, length))
     # With one split the sums go where they belong; else each split's beside the others', and a
     # second stage adds them.
-    sums = out if parts == 1 else out.new_empty(parts, nnz)
+    sums = out if splits == 1 else out.new_empty(splits, nnz)
     unit_dy, unit_x = _unit(dy.stride(0)), _unit(x.stride(0))
     arguments = {
         "dy_ptr": dy,
@@ -205,12 +205,12 @@ def block_grad(
         "BLOCK_T": settings.block_t,
         "UNIT_DY": unit_dy,
         "UNIT_X": unit_x,
-        "ACCUMULATE": accumulate and parts == 1,
+        "ACCUMULATE": accumulate and splits == 1,
     }
     if isinstance(settings, TileLaunch):
         launch(
             _tile_products,
-            (programs, parts),
+            (programs, splits),
             settings,
             **arguments,
             TILE_H=settings.tile_h,
@@ -218,9 +218,9 @@ def block_grad(
             PRECISION=mode,
         )
     else:
-        launch(_entry_products, (programs, parts), settings, **arguments, BLOCK_E=settings.block_e)
-    if parts > 1:
-        adding = AddLaunch.default(parts)
+        launch(_entry_products, (programs, splits), settings, **arguments, BLOCK_E=settings.block_e)
+    if splits > 1:
+        adding = AddLaunch.default(splits)
         launch(
             _add,
             (triton.cdiv(nnz, adding.block_e),),
@@ -228,8 +228,8 @@ def block_grad(
             sums_ptr=sums,
             stride_sums=nnz,
             out_ptr=out,
-            splits=parts,
-            SPLITS=triton.next_power_of_2(parts),
+            splits=splits,
+            SPLITS=triton.next_power_of_2(splits),
             ACCUMULATE=accumulate,
             BLOCK_E=adding.block_e,
         )

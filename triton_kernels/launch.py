@@ -131,20 +131,20 @@ def _tf32_is_allowed() -> bool:
     return setting == "tf32"
 
 
-def splits(programs: int, tokens: int, least: int, machine: Machine) -> int:
-    """Into how many parts to cut a sum over tokens, so that the programs fill the machine.
+def token_splits(programs: int, tokens: int, least: int, machine: Machine) -> int:
+    """Into how many splits to cut the tokens of a sum, so that the programs fill the machine.
 
     The multiprocessors take programs in waves; a program costs what its tokens cost and, to start
-    and to write its sums, about what half of the least part costs.
+    and to write its sums, about what half of the least split costs.
 
     Args:
-        programs: how many there are of one part.
-        least: tokens of a part, at least.
+        programs: how many there are of one split.
+        least: tokens of a split, at least.
     """
 
-    def cost(parts: int) -> float:
-        waves = triton.cdiv(max(programs, 1) * parts, machine.multiprocessors)
-        return waves * (tokens / parts + least / 2)
+    def cost(splits: int) -> float:
+        waves = triton.cdiv(max(programs, 1) * splits, machine.multiprocessors)
+        return waves * (tokens / splits + least / 2)
 
     return min(range(1, max(1, tokens // least) + 1), key=cost)
 

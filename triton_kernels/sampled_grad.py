@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .keep_columns import keep_columns
-from .launch import Launch, Machine, dot, launch, machine, precision, splits
+from .launch import Launch, Machine, dot, launch, machine, precision, token_splits
 
 # float32 sums of all splits together, at most: 8 MB.
 SCRATCH_ELEMENTS = 1 << 21
@@ -142,14 +142,15 @@ def sampled_grad(dy: Tensor, x: Tensor, strips: Any, out: Tensor, accumulate: bo
     thin = GatherLaunch.default(itemsize)
     inside, gathered = strips.entry_at.numel(), strips.entry_row.numel()
     programs = triton.cdiv(num_groups, wide.groups) + triton.cdiv(gathered, thin.block_e)
-    parts = min(splits(programs, dy.shape[0], SPLIT_TOKENS, here), max(1, SCRATCH_ELEMENTS // nnz))
+    splits = token_splits(programs, dy.shape[0], SPLIT_TOKENS, here)
+    splits = min(splits, max(1, SCRATCH_ELEMENTS // nnz))
     step = max(wide.block_t, thin.block_t)
-    tokens = triton.cdiv(triton.cdiv(dy.shape[0], parts), step) * step
-    parts = triton.cdiv(dy.shape[0], tokens)
+    tokens = triton.cdiv(triton.cdiv(dy.shape[0], splits), step) * step
+    splits = triton.cdiv(dy.shape[0], tokens)
     # With one split the sums go where they belong; else each split's into its own line, in the
     # order of the strips, and a second stage adds the lines.
-    direct = parts == 1
-    sums = out if direct else out.new_empty(parts, nnz)
+    direct = splits == 1
+    sums = out if direct else out.new_empty(splits, nnz)
     where = {
         "slot_ptr": strips.slot,
         "sums_ptr": sums,
@@ -163,7 +164,7 @@ def sampled_grad(dy: Tensor, x: Tensor, strips: Any, out: Tensor, accumulate: bo
         most = triton.cdiv(int(strips.most_groups), wide.groups)
         launch(
             _strip_products,
-            (blocks, most, parts),
+            (blocks, most, splits),
             wide,
             dy_ptr=dy,
             stride_dy=dy.stride(0),
@@ -175,7 +176,7 @@ def sampled_grad(dy: Tensor, x: Tensor, strips: Any, out: Tensor, accumulate: bo
             entry_at_ptr=strips.entry_at,
             N=dy.shape[1],
             **where,
-            ROWS=strips.STRIP_ROWS,
+            ROWS=strips.strip_rows,
             STRIPS=strip_count,
             GROUPS=wide.groups,
             BLOCK_T=wide.block_t,
@@ -186,7 +187,7 @@ def sampled_grad(dy: Tensor, x: Tensor, strips: Any, out: Tensor, accumulate: bo
         lines = _pack(dy, strips.rows)
         launch(
             _gathered_products,
-            (triton.cdiv(gathered, thin.block_e), parts),
+            (triton.cdiv(gathered, thin.block_e), splits),
             thin,
             dy_ptr=lines,
             stride_dy=lines.stride(0),
@@ -210,7 +211,7 @@ def sampled_grad(dy: Tensor, x: Tensor, strips: Any, out: Tensor, accumulate: bo
             slot_ptr=strips.slot,
             out_ptr=out,
             nnz=nnz,
-            PARTS=parts,
+            splits=splits,
             ACCUMULATE=accumulate,
             BLOCK_E=settings.block_e,
         )
@@ -257,7 +258,7 @@ def _strip_products(
     | group_entries_ptr | int32 [groups + 1]  | entries of a group |
     | entry_at_ptr      | int16               | row in the block * STRIPS + strip in the group |
     | slot_ptr          | int32 [nnz]         | place of an entry in the result |
-    | sums_ptr          | float32 [parts, nnz]; [nnz] | by entry; DIRECT: by slot |
+    | sums_ptr          | float32 [splits, nnz]; [nnz] | by entry; DIRECT: by slot |
 
     Grid: blocks of rows, tiles of GROUPS groups, splits of TOKENS tokens. Programs beyond the last
     tile of their block end at once.
@@ -345,7 +346,7 @@ def _gathered_products(
     | entry_row_ptr | int32 [E] | lines of dy, sorted: neighbours find theirs in L1 |
     | entry_col_ptr | int32 [E] | lines of x |
     | slot_ptr      | int32 [nnz] | place of an entry in the result; entry e here is `first + e` |
-    | sums_ptr      | float32 [parts, nnz]; [nnz] | by entry; DIRECT: by slot |
+    | sums_ptr      | float32 [splits, nnz]; [nnz] | by entry; DIRECT: by slot |
 
     Grid: groups of BLOCK_E entries, splits of TOKENS tokens.
     """
@@ -389,7 +390,7 @@ def _place(
     slot_ptr,
     out_ptr,
     nnz,
-    PARTS,
+    splits,
     ACCUMULATE: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """`out[slot[e]] = sum over splits of sums[split, e]`, in order; added with ACCUMULATE.
@@ -400,7 +401,7 @@ def _place(
     present = e < nnz
     value = tl.zeros((BLOCK_E,), tl.float32)
     line = sums_ptr + e
-    for _ in range(PARTS):
+    for _ in range(splits):
         value += tl.load(line, mask=present, other=0.0)
         line += nnz
     to = out_ptr + tl.load(slot_ptr + e, mask=present, other=0)

@@ -13,13 +13,12 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from .._version import __version__
-from ..machine import commit, processor
+from ..machine import commit, installed, processor
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _USUAL_CACHE = 64 << 20  # bytes, where the system does not tell
@@ -58,8 +57,8 @@ def this_machine() -> Machine:
         python=platform.python_version(),
         torch=torch.__version__,
         speft_kernels=__version__,
-        transformers=_version("transformers"),
-        peft=_version("peft"),
+        transformers=installed("transformers"),
+        peft=installed("peft"),
         commit=commit(),
     )
 
@@ -121,10 +120,3 @@ def last_cache_bytes() -> int:
         if text[:-1].isdecimal() and text[-1] in units:
             sizes.append(int(text[:-1]) * units[text[-1]])
     return max(sizes, default=_USUAL_CACHE)
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""

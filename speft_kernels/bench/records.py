@@ -6,15 +6,13 @@ committed file changes in the rows that were measured and nowhere else.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import replaced
+from ..tables import read_table, write_table
 from .harness import Result
 from .machine import Machine
 
@@ -48,6 +46,15 @@ class Record(Machine):
     lower_quartiles: str = ""
     upper_quartiles: str = ""
 
+    def __post_init__(self) -> None:
+        try:
+            _ = self.limits, self.measured, self.quartiles
+        except (ValueError, KeyError):
+            raise ValueError(
+                f"goals = {self.goals!r} must be 'peer<=ratio', and ratios = {self.ratios!r} and "
+                "the quartiles 'peer=ratio', split by '; '"
+            ) from None
+
     @property
     def key(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in KEY)
@@ -78,9 +85,6 @@ KEY = (
     *("processor", "cores", "threads", "python", "torch", "speft_kernels", "transformers", "peft"),
     *("commit", "operation", "case", "side"),
 )
-_COLUMNS = tuple(field.name for field in fields(Record))
-_OLD_COLUMNS = _COLUMNS[: _COLUMNS.index("lower_quartiles")]
-_PARSERS: dict[str, Any] = {"str": str, "int": int, "float": float}
 
 
 def records_of(result: Result, machine: Machine) -> list[Record]:
@@ -133,46 +137,11 @@ def read_records(path: Path) -> list[Record]:
         DataError: the file is not such a table; the message names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Record] = []
-    try:
-        header = tuple(next(reader, []))
-        if header not in (_COLUMNS, _OLD_COLUMNS):
-            raise DataError(
-                f"{path}: is no table of benchmark results: its first line must be "
-                f"{','.join(_COLUMNS)}; name another file, or move this one away"
-            )
-        for cells in reader:
-            rows.append(_parsed(path, reader.line_num, len(header), cells))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: broken CSV ({error})") from error
-    return rows
-
-
-def _parsed(path: Path, line: int, columns: int, cells: list[str]) -> Record:
-    if len(cells) != columns:
-        raise DataError(f"{path}, line {line}: {len(cells)} fields, expected {columns}")
-    values: dict[str, Any] = {}
-    for field, cell in zip(fields(Record)[:columns], cells, strict=True):
-        kind, _, optional = str(field.type).partition(" | ")
-        try:
-            values[field.name] = None if optional and not cell else _PARSERS[kind](cell)
-        except ValueError:
-            raise DataError(
-                f"{path}, line {line}: {field.name} = {cell!r} is not of type {kind}"
-            ) from None
-    try:
-        record = Record(**values)
-        _ = record.limits, record.measured, record.quartiles
-    except (ValueError, KeyError):
+        return read_table(path, Record)
+    except DataError as error:
         raise DataError(
-            f"{path}, line {line}: goals = {values['goals']!r} must be 'peer<=ratio', and ratios = "
-            f"{values['ratios']!r} and the quartiles 'peer=ratio', split by '; '"
-        ) from None
-    return record
+            f"{error}: no table of benchmark results; name another file, or move this one away"
+        ) from error
 
 
 def write_records(path: Path, rows: Iterable[Record]) -> list[Record]:
@@ -186,11 +155,5 @@ def write_records(path: Path, rows: Iterable[Record]) -> list[Record]:
     """
     merged = {row.key: row for row in (read_records(path) if path.exists() else [])}
     merged.update((row.key, row) for row in rows)
-    with (
-        replaced(path) as temporary,
-        open(temporary, "w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        writer.writerows(asdict(row).values() for row in merged.values())
+    write_table(path, Record, merged.values())
     return list(merged.values())

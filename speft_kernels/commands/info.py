@@ -7,7 +7,6 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,14 @@ def describe_machine() -> str:
     import torch
 
     from .. import __version__, _native
-    from ..machine import processor
+    from ..machine import installed, processor
     from ..ops import registry
 
     rows = [
         ("speft-kernels", __version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        *((name, _version(name)) for name in _LIBRARIES),
+        *((name, installed(name) or "not installed") for name in _LIBRARIES),
         ("system", f"{platform.system()} {platform.machine()}"),
         ("processor", f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),
         ("cpu kernels", _native.description()),
@@ -119,7 +118,7 @@ def _describe_run(folder: Path) -> str:
 @contextmanager
 def _contents(path: Path) -> Iterator[dict[str, Any]]:
     """The object in a JSON file; what is amiss with it becomes a ConfigError that says so."""
-    from ..report.folder import read_json
+    from ..files import read_json
 
     contents = read_json(path)
     try:
@@ -170,13 +169,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (header, *rows)
     )
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _gpus() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 from .. import recipe
 from ..errors import ConfigError, nearest, shown
-from ..files import path_of
+from ..files import path_of, read_json
 from ..recipe import CHOICES
 from .yaml_file import one_name_each, read_yaml
 
@@ -412,15 +413,12 @@ def load_json(path: Path) -> dict[str, Any]:
     """The settings that an earlier run wrote to its `config.json`. Raises ConfigError for a file
     that is missing or damaged.
     """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        if not isinstance(settings, dict):
-            raise ValueError("its settings are no keys and values")
-        check_keys(settings, f"{path}: key")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file, so there is no run to resume there") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not the config.json of a run: {error}") from error
+    if not os.path.lexists(path):
+        raise ConfigError(f"{path}: no such file, so there is no run to resume there")
+    settings = read_json(path).get("settings")
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: not the config.json of a run: it holds no settings")
+    check_keys(settings, f"{path}: key")
     return {key: coerce(key, value) for key, value in settings.items()}
 
 

@@ -225,7 +225,7 @@ def with_model(config: RunConfig, sources: Sources, mask: Mask | None, display: 
         numbers = {label: number for number, label in enumerate(labels)}
         task = Classification(tokenizer, numbers, config.max_length, sources.positive_label)
     encoded = {name: encode(task, source, display) for name, source in sources.used.items()}
-    check_fit(model, tokenizer, sources.used, encoded)
+    check_fit(model, sources.used, encoded)
     identity = {name: source.fingerprint()[:_DIGITS] for name, source in sources.given.items()}
     identity.update({name: digest_of(config, name) for name in ("model", "salience")})
     # Of what was read: another run may be writing there.
@@ -303,10 +303,7 @@ def check_weights(model: PreTrainedModel, name: str) -> None:
 
 
 def check_fit(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Mapping[str, Examples],
-    encoded: Mapping[str, list[Encoded]],
+    model: nn.Module, sources: Mapping[str, Examples], encoded: Mapping[str, list[Encoded]]
 ) -> None:
     """Raises ConfigError for an example that the model has no positions or no embeddings for, which
     would end the run where it is met.

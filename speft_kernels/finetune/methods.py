@@ -7,7 +7,6 @@ at the same rate where `head_lr` is given, so that what is compared is the rest 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -26,7 +25,7 @@ from ..atomic import new_folder
 from ..config import SpeftConfig
 from ..dynamic import MovingMask
 from ..errors import ConfigError
-from ..files import write_json
+from ..files import read_json, write_json
 from ..model import apply_patterns, score_and_select, sparse_layers
 from ..pattern import SparsePattern
 from ..salience.accumulate import LossFn
@@ -313,7 +312,6 @@ def files_of(folder: Path) -> set[str]:
     if not (folder / ABOUT).is_file():
         return {CONFIG_FILE, TENSORS_FILE}
     try:
-        files = json.loads((folder / ABOUT).read_text("utf-8"))["files"]
-        return {ABOUT, *files}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {ABOUT, *read_json(folder / ABOUT)["files"]}
+    except (ConfigError, LookupError, TypeError):
         return {ABOUT}

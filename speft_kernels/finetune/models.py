@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from ..errors import ConfigError, shown
-from ..files import path_of
+from ..files import path_of, read_json
 from ..targets import find_dense_modules
 from .config import DEFAULT_MODEL
 
@@ -263,19 +262,9 @@ def pooling_of(model: str) -> str:
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
         )
-        if found and _settings(model, Path(found)).get(key) == wanted:
+        if found and read_json(Path(found)).get(key) == wanted:
             return "mean"
     return "model"
-
-
-def _settings(model: str, path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"model {model}: {path} cannot be read as JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"model {model}: {path} holds no object of settings")
-    return settings
 
 
 @contextlib.contextmanager

@@ -5,14 +5,13 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from .._version import __version__
 from ..errors import shown
-from ..machine import commit, processor
+from ..machine import commit, installed, processor
 from ..overview import sparse_layers
 from ..peak_memory import PeakMemory
 from .checkpoint import Progress
@@ -92,12 +91,7 @@ def result_of(
 def versions() -> dict[str, str]:
     """Versions of Python, this package, and the libraries that a result depends on."""
     found = {"python": platform.python_version(), "speft_kernels": __version__}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return found | {name: known for name in _LIBRARIES if (known := installed(name))}
 
 
 def describe(result: Mapping[str, Any], output: str) -> str:

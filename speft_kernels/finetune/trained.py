@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..adapter import load_adapter
 from ..adapter_file import CONFIG_FILE, TENSORS_FILE, read_adapter
 from ..errors import AdapterError, shown
+from ..files import read_json
 from ..model import desparsify, sparse_layers
 from . import baselines
 from .config import TASKS
@@ -23,8 +23,6 @@ from .tasks import CausalLM, Classification, Task, positive_label
 
 # The weights of an adapter of PEFT, and that of a whole model.
 PEFT_FILE, WHOLE_FILE = "adapter_model.safetensors", "config.json"
-# A list of a million labels needs as much.
-_LARGEST = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def about_of(folder: Path) -> dict[str, Any]:
     Raises AdapterError for a folder that this package did not write, and for a damaged one.
     """
     if (folder / ABOUT).is_file():
-        path, about = folder / ABOUT, _read(folder / ABOUT)
+        path, about = folder / ABOUT, read_json(folder / ABOUT, AdapterError)
     elif (folder / TENSORS_FILE).is_file() or (folder / CONFIG_FILE).is_file():
         path, about = folder / CONFIG_FILE, read_adapter(folder).extra
     else:
@@ -121,18 +119,6 @@ def about_of(folder: Path) -> dict[str, Any]:
     ):
         if not fits:
             raise AdapterError(f"{path}: {key} must be {wanted}, got {shown(about.get(key))}")
-    return about
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"larger than {_LARGEST} bytes")
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(about, dict):
-            raise ValueError("it must hold an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: damaged: {error}") from error
     return about
 
 

@@ -58,9 +58,9 @@ def block_grad(
     x = _checks.tokens_of_both(dy, x, plan.kept_width if packed else pattern.shape[1])
     bh, bw = pattern.block_shape
     cols = plan.kept_block_cols if packed else pattern.block_cols
-    where = (pattern.block_rows, cols, bh, bw)
+    where = (pattern.block_rows, cols)
     if out is None and not accumulate:
-        return torch.ops.speft.block_grad(dy, x, *where, backend)
+        return torch.ops.speft.block_grad(dy, x, *where, bh, bw, backend)
     out = _checks.gradient_out(out, (pattern.num_blocks, bh, bw), dy, x)
     torch.ops.speft.block_grad_(dy, x, *where, out, accumulate, backend)
     return out
@@ -147,14 +147,14 @@ def _in_cuda(
     tiles = rows.numel() * -(-bh // _TILE) * -(-bw // _TILE)
     # Whole tiles have registers for two. Of smaller ones four ask for all that L2 gives.
     resident = 4 if min(bh, bw) <= 16 or max(bh, bw) <= 32 else 2
-    parts = _cuda_native.splits(tiles, dy.shape[0], _STRETCH, out.numel(), dy.device, resident)
-    scratch = out.new_empty(parts, *out.shape) if parts > 1 else None
+    splits = _cuda_native.splits(tiles, dy.shape[0], _STRETCH, out.numel(), dy.device, resident)
+    scratch = out.new_empty(splits, *out.shape) if splits > 1 else None
     _cuda_native.launch(
         *(backend, "block_grad", dy),
         *(dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0)),
         *(dy.shape[0], rows.data_ptr(), cols.data_ptr(), rows.numel()),
         *(bh, bw, out.data_ptr(), accumulate),
-        *(0 if scratch is None else scratch.data_ptr(), parts),
+        *(0 if scratch is None else scratch.data_ptr(), splits),
         _native.dtype_code(dy),
     )
 
@@ -169,8 +169,6 @@ def _block_grad_out(
     x: Tensor,
     rows: Tensor,
     cols: Tensor,
-    bh: int,
-    bw: int,
     out: Tensor,
     accumulate: bool,
     backend: str | None,
@@ -180,7 +178,7 @@ def _block_grad_out(
 
 
 @_block_grad_out.register_fake
-def _(dy, x, rows, cols, bh, bw, out, accumulate, backend):  # type: ignore[no-untyped-def]
+def _(dy, x, rows, cols, out, accumulate, backend):  # type: ignore[no-untyped-def]
     return None
 
 

@@ -90,9 +90,9 @@ def sampled_grad(
         serve.function(dy, x, parts, width, out, False)
         return out
     if out is None and not accumulate:
-        return torch.ops.speft.sampled_grad(dy, x, parts.tensors(), pattern.nnz, width, backend)
+        return torch.ops.speft.sampled_grad(dy, x, list(parts), pattern.nnz, width, backend)
     out = _checks.gradient_out(out, (pattern.nnz,), dy, x)
-    torch.ops.speft.sampled_grad_(dy, x, parts.tensors(), width, out, accumulate, backend)
+    torch.ops.speft.sampled_grad_(dy, x, list(parts), width, out, accumulate, backend)
     return out
 
 
@@ -108,7 +108,7 @@ def add_sampled_grad(
     if is_plain(dy):
         serve.function(dy, x, parts, width, out, accumulate)
     else:
-        torch.ops.speft.sampled_grad_(dy, x, parts.tensors(), width, out, accumulate, None)
+        torch.ops.speft.sampled_grad_(dy, x, list(parts), width, out, accumulate, None)
 
 
 def gradient_of_entries(
@@ -126,10 +126,10 @@ def gradient_of_entries(
     nnz = compact.local.shape[0]
     if serve.form is not ThinStrips:
         form = gathered_strips if serve.form is Strips else gathered
-        strips = form(compact).tensors()
+        strips = list(form(compact))
     elif not strips:
         rows, cols = compact.entry_rows, compact.entry_cols
-        strips = build_thin_strips(rows, cols, None, x.shape[1], None).tensors()
+        strips = list(build_thin_strips(rows, cols, None, x.shape[1], None))
     return torch.ops.speft.sampled_grad(dy, x, strips, nnz, BLOCK_TOKENS, backend)
 
 
@@ -262,8 +262,8 @@ def _in_cuda(
     lines = _lines(x)
     if lines.numel() > _MOST:
         raise ValueError(f"packed x of {lines.numel()} elements: the kernel takes {_MOST} at most")
-    parts = _cuda_native.splits(tiles, dy.shape[0], _STRETCH, nnz, dy.device)
-    scratch = out.new_empty(parts, nnz) if parts > 1 else None
+    splits = _cuda_native.splits(tiles, dy.shape[0], _STRETCH, nnz, dy.device)
+    scratch = out.new_empty(splits, nnz) if splits > 1 else None
     _cuda_native.launch(
         *(backend, "sampled_grad", dy),
         *(dy.data_ptr(), dy.stride(0), dy.shape[1], lines.data_ptr(), lines.stride(0)),
@@ -271,7 +271,7 @@ def _in_cuda(
         *(strips.tile_groups.data_ptr(), strips.tile_entries.data_ptr(), tiles),
         *(strips.line.data_ptr(), strips.group_rows.data_ptr(), strips.strip_line.data_ptr()),
         *(strips.at.data_ptr(), strips.slot.data_ptr(), nnz),
-        *(out.data_ptr(), accumulate, 0 if scratch is None else scratch.data_ptr(), parts),
+        *(out.data_ptr(), accumulate, 0 if scratch is None else scratch.data_ptr(), splits),
         _native.dtype_code(dy),
     )
 
@@ -348,7 +348,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     sparse = CompactIndices.build(rows[order], cols[order], dy.shape[1])
     by_column, order = sparse.transpose(x.shape[1])
     multiply = registry.resolve("sparse_delta_matmul", dy.device, dy.dtype, ctx.backend)
-    tiles = Tiles.build(sparse, x.shape[1]).tensors() if multiply.form is Tiles else []
+    tiles = list(Tiles.build(sparse, x.shape[1])) if multiply.form is Tiles else []
     # Whole activations and values sorted by row: the strips that this call was given serve, too.
     indices = list(sparse), [*by_column, order], tiles, parts if form is ThinStrips else []
     product = torch.ops.speft.sparse_delta_matmul

@@ -172,10 +172,10 @@ def delta_arguments(
     tiles: list[Tensor] = []
     if registry.resolve("sparse_delta_matmul", x.device, x.dtype, backend).form is Tiles:
         quarters = isinstance(base, QuantizedWeight) and base.bits == 4
-        tiles = (plan.tiles_of_quarters if quarters else plan.tiles).tensors()
+        tiles = list(plan.tiles_of_quarters if quarters else plan.tiles)
     strips: list[Tensor] = []
     if torch.is_grad_enabled() and values.requires_grad and _reads_thin_strips(x, backend):
-        strips = plan.thin_strips_by_row.tensors()
+        strips = list(plan.thin_strips_by_row)
     return values, (list(plan.csr), [*by_column, order], tiles, strips)
 
 

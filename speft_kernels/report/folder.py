@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
+from ..files import read_text
 from ..study.config import Run
 from ..study.rows import Row, read_rows
 from .units import number
 
-# A study of a thousand runs needs a megabyte, a run of a million steps a hundred.
-_LARGEST = 2**30
+# A run of a million steps needs a hundred megabytes.
+_LARGEST_METRICS = 2**30
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,11 @@ def is_study(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("study.json", "runs.csv"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    text = _read(path)
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        raise ConfigError(f"{path}: damaged: it is nested too deeply") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: damaged: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: damaged: it must hold an object")
-    return content
-
-
 def read_metrics(path: Path) -> Metrics:
     """A run's `metrics.jsonl`; half a line at the end is one that is being written."""
     metrics = Metrics([], [])
-    for at, line in enumerate(_read(path).split("\n"), start=1):
+    lines = read_text(path, _LARGEST_METRICS).split("\n")
+    for at, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -63,7 +51,7 @@ def read_metrics(path: Path) -> Metrics:
             if not isinstance(entry, dict):
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as error:
-            if isinstance(error, json.JSONDecodeError) and _is_last(path, at):
+            if isinstance(error, json.JSONDecodeError) and at == len(lines):
                 break
             raise ConfigError(f"{path}, line {at}: damaged: {error}") from error
         if number(entry.get("step")) is None:
@@ -122,20 +110,3 @@ def inside(folder: Path, name: str) -> Path:
     if name in ("", ".", "..") or any(letter in name for letter in "/\\\0"):
         raise ConfigError(f"{folder}: {name!r} is no name of a run's folder")
     return folder / name
-
-
-def _read(path: Path) -> str:
-    try:
-        if not path.is_file():  # opening a pipe would wait for its writer
-            raise ConfigError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-        if path.stat().st_size > _LARGEST:
-            raise ConfigError(f"{path}: larger than {_LARGEST} bytes")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: damaged: not UTF-8: {error}") from error
-
-
-def _is_last(path: Path, at: int) -> bool:
-    return _read(path).count("\n") < at

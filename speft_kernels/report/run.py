@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import read_json
 from ..finetune.config import RunConfig, without_choice
 from ..finetune.folder import Folder
 from . import cells, figures
-from .folder import Metrics, read_json, read_metrics
+from .folder import Metrics, read_metrics
 from .masks import Masks, grid_of, read_masks
 from .page import Cell, Column, Html, details, figure, notices, page, paragraph, section, table
 from .parts import facts, mask_table, pretty, smoothed, thinned
@@ -38,7 +39,7 @@ def run_page(folder: Path) -> str:
         _settings(settings, config),
         _results(result) if finished else "",
         _curves(metrics),
-        _evaluations(metrics, settings),
+        _evaluations(metrics),
         _mask(masks, folder, settings.get("dynamic") == "merge"),
     )
 
@@ -126,7 +127,7 @@ def _curves(metrics: Metrics) -> Html:
     return section("Training", figure(drawn, f"{len(steps):,} steps are recorded."))
 
 
-def _evaluations(metrics: Metrics, settings: dict[str, Any]) -> Html:
+def _evaluations(metrics: Metrics) -> Html:
     found = metrics.evaluations
     if not found:
         return section("Evaluations", paragraph("There is none yet."))

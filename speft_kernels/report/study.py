@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigError
+from ..files import read_json
 from ..finetune.folder import Folder
 from ..study.rows import Row
 from . import figures
 from .aggregate import Summary, density_groups, summarise
-from .folder import Metrics, asked_for, inside, read_json, read_metrics, read_runs
+from .folder import Metrics, asked_for, inside, read_metrics, read_runs
 from .masks import Masks, read_masks
 from .page import Html, details, figure, notices, page, paragraph, section
 from .parts import pretty, smoothed, thinned

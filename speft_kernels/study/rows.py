@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, shown
-from ..files import replaced
+from ..errors import DataError
+from ..tables import cells_of, read_table, row_of, write_table
 
 
 @dataclass(frozen=True)
@@ -124,25 +122,15 @@ class Row:
         except (AttributeError, KeyError, TypeError) as error:
             raise DataError(f"run {id}: its result.json lacks what a row needs: {error}") from error
         # What the table could not give back would end the study where the table is next read.
-        return _row(f"run {id}, result.json", dict(zip(COLUMNS, _texts(row), strict=True)))
+        return row_of(cls, cells_of(row), f"run {id}, result.json")
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
-_TYPES = typing.get_type_hints(Row)
-# A file may lack what has a default.
-_NEEDED = [f.name for f in dataclasses.fields(Row) if f.default is dataclasses.MISSING]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Replace `path` by these rows, sorted by id, as a whole."""
-    with (
-        replaced(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in sorted(rows, key=lambda row: row.id):
-            writer.writerow(_texts(row))
+    write_table(path, Row, sorted(rows, key=lambda row: row.id))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -151,35 +139,4 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: a column is missing, or a value is not of its column's kind; names the line.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
-            if missing:
-                raise DataError(f"{path}: no column {', '.join(map(repr, missing))}")
-            return [_row(f"{path}, line {reader.line_num}", record) for record in reader]
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as CSV: {error}") from error
-
-
-def _texts(row: Row) -> list[str]:
-    return ["" if value is None else str(value) for value in dataclasses.astuple(row)]
-
-
-def _row(where: str, record: Mapping[str, str | None]) -> Row:
-    """The row of these texts. Raises DataError, which names `where`."""
-    values: dict[str, Any] = {}
-    for name in [name for name in COLUMNS if name in record]:
-        text = record[name]
-        kind, *others = typing.get_args(_TYPES[name]) or (_TYPES[name],)
-        if text is None:
-            raise DataError(f"{where}: the line ends before column {name!r}")
-        try:
-            text.encode()  # halves of surrogate pairs cannot be written
-            values[name] = None if others and not text else kind(text)
-        except ValueError as error:
-            what = "text" if kind is str else "number"
-            raise DataError(f"{where}: {name} = {shown(text)} is no {what}") from error
-    return Row(**values)
+    return read_table(path, Row) if path.exists() else []

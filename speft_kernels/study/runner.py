@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -15,7 +14,7 @@ from typing import TextIO
 import torch
 
 from ..errors import ConfigError, DataError, SpeftError
-from ..files import write_json
+from ..files import read_json, write_json
 from ..finetune.folder import Folder
 from ..finetune.signals import Interrupted, StopSignals
 from .config import PATHS, Run, Study
@@ -135,15 +134,8 @@ def settled(study: Study, finished: Mapping[str, Row]) -> dict[str, str]:
 
 
 def _noted(path: Path) -> dict[str, str]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: must hold an object, run id -> why it failed")
-    return {id: str(reason) for id, reason in found.items()}
+    noted = read_json(path, DataError) if path.exists() else {}
+    return {id: str(reason) for id, reason in noted.items()}
 
 
 def collect(study: Study) -> dict[str, Row]:
@@ -246,12 +238,12 @@ def _lock_file(path: Path) -> TextIO:
 
 def _row(run: Run, folder: Path) -> Row:
     try:
-        result = json.loads(Folder(folder).result.read_text(encoding="utf-8"))
-        settings = json.loads(Folder(folder).config.read_text(encoding="utf-8"))["settings"]
+        result = read_json(Folder(folder).result)
+        settings = read_json(Folder(folder).config)["settings"]
         # Where the run and its data lay says nothing of it; the rest is needed to repeat it.
         del settings["output"]
         settings.update({key: run.settings.get(key) for key in (*PATHS, "mask")})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ConfigError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder}: not the folder of a finished run ({error}); delete it to run it again"
         ) from error

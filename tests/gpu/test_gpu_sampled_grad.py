@@ -3,9 +3,9 @@
 import functools
 
 import pytest
+import sampled as on_cpu
 import torch
-from kernels import make_pattern
-from plans import PARTS, mixed_pattern, plan_with
+from plans import PARTS
 from rig import (
     DEVICE,
     DRY,
@@ -18,11 +18,12 @@ from rig import (
     randn,
     wide_product,
 )
+from sampled import FORMS, assert_not_finite_alone, poisoned, sampled
 
-from speft_kernels import SparsePattern, SparsityPlan, ops
+from speft_kernels import SparsePattern, ops
 from speft_kernels.bench.gpu.bounds import summation_bound
 
-FORMS = ("whole", "packed")
+plan_for = functools.partial(on_cpu.plan_for, device=DEVICE)
 
 
 @functools.cache
@@ -32,19 +33,6 @@ def problem(dtype, shape):
     torch.manual_seed(1)
     dy, x = randn(m, n, dtype=dtype), randn(m, k, dtype=dtype)
     return dy, x, wide_product(dy.t(), x), dy.double().t() @ x.double()
-
-
-@functools.cache
-def plan_for(part, kind, n, k):
-    pattern = mixed_pattern(n, k) if kind == "mixed" else make_pattern(kind, n, k)
-    pattern = pattern.to(DEVICE)
-    return SparsityPlan.build(pattern) if part == "default" else plan_with(part, pattern)
-
-
-def sampled(dy, x, plan, form, **more):
-    packed = form == "packed"
-    x = ops.keep_columns(x, plan) if packed else x
-    return ops.sampled_grad(dy, x, plan.pattern, plan=plan, packed=packed, **more)
 
 
 @pytest.mark.parametrize("part", [*PARTS[: 1 if DRY else None], "default"])
@@ -117,13 +105,8 @@ def test_what_is_not_finite_reaches_its_own_entries_alone(backend, poison, form)
     pattern, (dy, x) = plan.pattern, (randn(150, 96), randn(150, 130))
     clean = sampled(dy, x, plan, form, backend=backend)
     for line in (3, 7, 129):
-        bad = x.clone()
-        bad[140, line] = poison
-        got = sampled(dy, bad, plan, form, backend=backend)
-        own = pattern.cols == line
-        assert own.any()
-        assert not got[own].isfinite().any()
-        assert torch.equal(got[~own], clean[~own])
+        got = sampled(dy, poisoned(x, line, poison), plan, form, backend=backend)
+        assert_not_finite_alone(got, clean, pattern.cols == line)
 
 
 def test_an_index_beyond_int32_has_room():

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .. import machine
+from ...machine import installed
 from ..machine import Light, this_machine
 
 # Cycles a second of `torch.cuda._sleep`, at most: a spin is then at least as long as asked for.
@@ -204,7 +204,7 @@ class Device:
         facts: dict[str, Any] = {
             **asdict(this_machine()),
             "cuda": torch.version.cuda or "",
-            "triton": machine._version("triton"),
+            "triton": installed("triton"),
         }
         facts["commit"] = os.environ.get("SPEFT_COMMIT") or facts["commit"]
         if self.is_cuda:

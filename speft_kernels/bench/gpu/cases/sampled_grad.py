@@ -33,7 +33,7 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
     exact = exact_entries(dy, x, pattern)
     bound = summation_bound(dy.shape[0], float(exact.abs().max()), dy.dtype)
     check = partial(check_entries, exact=exact, bound=bound)
-    work = _work(dy, x, pattern)
+    work = _work(dy, pattern)
     goal = GOALS.get(spec.density) if is_goal(spec) else None
     sides = []
     left_out = {}
@@ -120,7 +120,7 @@ def dense_sides(
     return sides
 
 
-def _work(dy: Tensor, x: Tensor, pattern: SparsePattern) -> Work:
+def _work(dy: Tensor, pattern: SparsePattern) -> Work:
     """The columns of dy and x that hold an entry, read once; an int32 index in, a float32 gradient
     out for each entry.
     """
