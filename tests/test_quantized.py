@@ -151,6 +151,53 @@ def test_products_are_as_exact_as_torchs(backend, dtype, bits, group, kind):
         assert y.dtype == dx.dtype == dtype
 
 
+def some_of_all_scales(dtype):
+    """Of either sign: zero, the smallest and the largest numbers, and some of each magnitude."""
+    ints = torch.int16 if dtype.itemsize == 2 else torch.int32
+    last = int(torch.tensor(torch.finfo(dtype).max, dtype=dtype).view(ints))
+    magnitudes = torch.linspace(0, last, 300, dtype=torch.float64).long()
+    ends = torch.arange(20)
+    scales = torch.cat([ends, magnitudes, last - ends]).to(ints).view(dtype)
+    return torch.cat([scales, -scales])
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("bits", LEVELS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [way for way in backends_and_dtypes(OP) if way[0] == "cuda-host"]
+)
+def test_every_number_times_any_scale_is_rounded_once(backend, dtype, bits, wide):
+    """Bit for bit: a token that is one feature alone reads a column of W."""
+    scales = some_of_all_scales(torch.float32 if wide else dtype)
+    if bits == 8:
+        some = torch.arange(-128, 128, dtype=torch.int8)
+    else:  # in each quarter of 16 words
+        some = sum((torch.arange(16) + 5 * place) % 16 << 4 * place for place in range(4))
+        some = torch.where(some < 1 << 15, some, some - (1 << 16)).to(torch.int16)
+    rows, groups = (8, 16) if bits == 8 else (1, 1)
+    down = QuantizedWeight(
+        some.view(rows, -1).repeat(len(scales), 1), scales.repeat_interleave(rows)[:, None]
+    )
+    across = QuantizedWeight(
+        some.view(groups, 16).repeat(1, len(scales) // (1 if bits == 8 else 4)),
+        scales.expand(groups, -1).contiguous(),
+    )
+    for packed, product, features in (
+        (down, ops.sparse_delta_matmul, down.shape[1]),
+        (across, ops.sparse_delta_matmul_grad_input, across.shape[0]),
+    ):
+        pattern, nothing = make_pattern("empty", *packed.shape), torch.zeros(0)
+        whole = packed.dequantize(dtype).float()
+        if features == packed.shape[1]:
+            whole = whole.t()
+        # Few tokens at a time, and many.
+        alone = torch.cat([torch.eye(features), torch.zeros(33, features)]).to(dtype)
+        for x in (*alone[:features].split(32), alone):
+            y = product(x, packed, nothing, pattern, backend=backend)
+            wanted = (x.float() @ whole).to(dtype)  # NaN where a number beside it is infinite
+            torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(OP))
 def test_odd_shapes_and_pieces(backend, dtype, monkeypatch):
     """Neither rows, nor columns or words of columns, are a multiple of anything, and the backends

@@ -17,9 +17,12 @@
 //   sync_block()                barrier of all threads of a block
 //   exchange_from(value, lane)  warp shuffle of all 32 lanes, which orders nothing
 //   lanes_with(mine)            a bit for each of a warp's 32 lanes that bring true
-//   afresh(word)                the same word; what is made of it is made where it stands, and not
+//   afresh(word), afresh(pointer)  the same; what is made of it is made where it stands, and not
 //                               kept in registers from turn to turn
 //   count_bits(bits), lowest_bit(bits), bit_cast<To>(from)
+//   bytes_of(low, high, which)  four of the eight bytes of two words, each by a digit of `which`
+//   masked(bits, mask, flip)    bits & mask ^ flip, in one instruction
+//   add_pairs<T>(a, b), multiply_pairs<T>(a, b)  of two 16-bit numbers in a word, each rounded once
 //   reaches(value, least)       1 where value >= least, else 0, in one instruction
 //   atomic_add, atomic_min(pointer, value)      on shared and global memory; the former value
 //   read_only(pointer)          what no one writes while the kernel runs: 2, 4 or 16 bytes

@@ -72,6 +72,12 @@ SPEFT_DEVICE uint32_t afresh(uint32_t word) {
     return word;
 }
 
+template <class T>
+SPEFT_DEVICE const T* afresh(const T* pointer) {
+    asm volatile("" : "+l"(pointer));
+    return pointer;
+}
+
 // Written plainly, it becomes a comparison and then a choice between numbers.
 SPEFT_DEVICE float reaches(float value, float least) {
     float one;
@@ -93,6 +99,40 @@ SPEFT_DEVICE To bit_cast(From from) {
     To to;
     memcpy(&to, &from, sizeof(to));
     return to;
+}
+
+SPEFT_DEVICE uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t which) {
+    return __byte_perm(low, high, which);
+}
+
+// Written plainly, with two constants, it becomes two.
+SPEFT_DEVICE uint32_t masked(uint32_t bits, uint32_t mask, uint32_t flip) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;\n" : "=r"(result) : "r"(bits), "r"(mask), "r"(flip));
+    return result;
+}
+
+// By the intrinsics that are never fused with what is made of their result.
+template <class T>
+SPEFT_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b);
+template <>
+SPEFT_DEVICE uint32_t add_pairs<BFloat16>(uint32_t a, uint32_t b) {
+    return bit_cast<uint32_t>(__hadd2_rn(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
+}
+template <>
+SPEFT_DEVICE uint32_t add_pairs<Float16>(uint32_t a, uint32_t b) {
+    return bit_cast<uint32_t>(__hadd2_rn(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+}
+
+template <class T>
+SPEFT_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b);
+template <>
+SPEFT_DEVICE uint32_t multiply_pairs<BFloat16>(uint32_t a, uint32_t b) {
+    return bit_cast<uint32_t>(__hmul2_rn(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
+}
+template <>
+SPEFT_DEVICE uint32_t multiply_pairs<Float16>(uint32_t a, uint32_t b) {
+    return bit_cast<uint32_t>(__hmul2_rn(bit_cast<__half2>(a), bit_cast<__half2>(b)));
 }
 
 // Of an address that comes out of a table the compiler cannot tell what memory it is in.

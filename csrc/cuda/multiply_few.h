@@ -48,18 +48,26 @@ struct Turn {
             const auto* const from = static_cast<const Element*>(product.weight) +
                                      row * product.weight_stride + span.stored + column_of();
             SPEFT_UNROLL
-            for (int i = 0; i < kLines; ++i) {
-                const bool real = across && below(i) < rows;
-                weight[i] = load<kChunk>(from + below(i) * product.weight_stride, real);
-                if constexpr (Stored<kBase>::kQuantized) {
+            for (int i = 0; i < kLines; ++i)
+                weight[i] = load<kChunk>(from + below(i) * product.weight_stride,
+                                         across && below(i) < rows);
+            if constexpr (Stored<kBase>::kQuantized)
+                by_scales<kBase>(product, [&](const auto* all) {
+                    // The address is made once, and what is added to it has 32 bits: left to the
+                    // compiler, each scale takes ten instructions.
+                    const auto* const of_row = afresh(all + row * product.groups);
                     SPEFT_UNROLL
                     for (int part = 0; part < kScaledParts; ++part) {
                         const int64_t first = span.column + part * part_width<kBase>(product);
-                        const int group = group_of(product, first + column_of());
-                        scales[part][i] = real ? scale_bits(product, row + below(i), group) : 0u;
+                        const uint32_t group = group_of(product, first + column_of());
+                        SPEFT_UNROLL
+                        for (int i = 0; i < kLines; ++i) {
+                            const bool real = across && below(i) < rows;
+                            const uint32_t at = below(i) * uint32_t(product.groups) + group;
+                            scales[part][i] = real ? read_only(of_row + at) : 0u;
+                        }
                     }
-                }
-            }
+                });
             const int64_t first = token + lane_id() / 4;
             const int tokens = int(smaller(kRound, product.tokens - first));
             const auto* const of_x = static_cast<const uint16_t*>(product.x) +
@@ -76,13 +84,17 @@ struct Turn {
         }
     }
 
-    // Row `line` of W as numbers of T, of one part of its words.
-    SPEFT_DEVICE Some<uint16_t> numbers(const DeltaProduct& product, int line, int part) const {
-        if constexpr (Stored<kBase>::kQuantized)
-            return widened<T, kBase>(weight[line], part,
-                                     scale_of<T>(product, scales[kTwin ? 0 : part][line]));
-        else
-            return weight[line];
+    // Columns 2 w and 2 w + 1 of row `line` of W, as numbers of T.
+    template <class Scale>
+    SPEFT_DEVICE uint32_t along(int line, int w, int part) const {
+        return number_pair<T, kBase, Scale>(weight[line], w, part, scales[part][line]);
+    }
+
+    // Column `column` of row `line` of W and of the next, as numbers of T.
+    template <class Scale>
+    SPEFT_DEVICE uint32_t down(int line, int column, int part) const {
+        return number_pair<T, kBase, Scale>(beside(weight[line], column, weight[line + 1], column),
+                                            part, scales[0][line], scales[0][line + 1]);
     }
 
     // Four of a piece of x, from element `from` on, as the product takes them.
@@ -176,10 +188,10 @@ SPEFT_DEVICE void add_entries(float* sums, const DeltaProduct& product, Run run,
     }
 }
 
-// 0 leaves it to ptxas how many blocks a multiprocessor holds; of the smallest kernel, that without
-// a base, it would hold so many that it spills.
+// 0 leaves it to ptxas how many blocks a multiprocessor holds; of the kernels without a base, and
+// of the twin over words, it would hold so many that it spills.
 template <class T, Base kBase, bool kTwin>
-SPEFT_KERNEL(kWarps* kWarp, kBase == Base::kNone ? 1 : 0)
+SPEFT_KERNEL(kWarps* kWarp, kBase == Base::kNone || (kBase == Base::kInt4 && kTwin) ? 1 : 0)
 multiply_few(DeltaProduct product) {
     constexpr int kParts = Stored<kBase>::kParts;
     constexpr int kWide = kFewOutputs<kTwin>, kAcross = kWide / 8;
@@ -255,37 +267,40 @@ multiply_few(DeltaProduct product) {
                 mine[r] = entry_of(product, delta.known[r]);
             if constexpr (kBase != Base::kNone && kTwin) {
                 const int part = int(blockIdx.x / in_part);
-                SPEFT_UNROLL
-                for (int step = 0; step < 2; ++step) {
-                    uint32_t rows[4];
-                    ring[i].rows_of_x(rows, step, 0);
-                    Some<uint16_t> lines[4];
-                    SPEFT_UNROLL
-                    for (int line = 0; line < 4; ++line)
-                        lines[line] = ring[i].numbers(product, 4 * step + line, part);
-                    SPEFT_UNROLL
-                    for (int j = 0; j < kAcross; ++j) {
-                        const uint32_t columns[2] = {pair_of(lines[0][j], lines[1][j]),
-                                                     pair_of(lines[2][j], lines[3][j])};
-                        mma_m16n8k16<T>(sums[j], rows, columns);
-                    }
-                }
-            }
-            if constexpr (kBase != Base::kNone && !kTwin) {
-                SPEFT_UNROLL
-                for (int part = 0; part < kParts; ++part)
-                    SPEFT_UNROLL
-                for (int j = 0; j < kAcross; ++j) {
-                    const auto line = ring[i].numbers(product, j, part);
+                by_scales<kBase>(product, [&](const auto* all) {
+                    using Scale = std::decay_t<decltype(*all)>;
                     SPEFT_UNROLL
                     for (int step = 0; step < 2; ++step) {
                         uint32_t rows[4];
-                        ring[i].rows_of_x(rows, part, 4 * step);
-                        const uint32_t columns[2] = {line.words[2 * step],
-                                                     line.words[2 * step + 1]};
-                        mma_m16n8k16<T>(sums[j], rows, columns);
+                        ring[i].rows_of_x(rows, step, 0);
+                        SPEFT_UNROLL
+                        for (int j = 0; j < kAcross; ++j) {
+                            const uint32_t columns[2] = {
+                                ring[i].template down<Scale>(4 * step, j, part),
+                                ring[i].template down<Scale>(4 * step + 2, j, part)};
+                            mma_m16n8k16<T>(sums[j], rows, columns);
+                        }
                     }
-                }
+                });
+            }
+            if constexpr (kBase != Base::kNone && !kTwin) {
+                by_scales<kBase>(product, [&](const auto* all) {
+                    using Scale = std::decay_t<decltype(*all)>;
+                    SPEFT_UNROLL
+                    for (int part = 0; part < kParts; ++part)
+                        SPEFT_UNROLL
+                    for (int step = 0; step < 2; ++step) {
+                        uint32_t rows[4];
+                        ring[i].rows_of_x(rows, part, 4 * step);
+                        SPEFT_UNROLL
+                        for (int j = 0; j < kAcross; ++j) {
+                            const uint32_t columns[2] = {
+                                ring[i].template along<Scale>(j, 2 * step, part),
+                                ring[i].template along<Scale>(j, 2 * step + 1, part)};
+                            mma_m16n8k16<T>(sums[j], rows, columns);
+                        }
+                    }
+                });
             }
             bring(ring[i], turn + kAhead * kWarps);
             SPEFT_UNROLL

@@ -141,28 +141,36 @@ multiply_many(DeltaProduct product, bool x_vectors, bool weight_vectors, bool y_
         const Span span = kTwin ? outputs : summed(turn);
         const int64_t above = (kTwin ? int64_t(turn) * kSide : row) + made_row;
         const int group = group_of(product, span.column + made_column);
-        SPEFT_UNROLL
-        for (int i = 0; i < kMade; ++i) {
-            const bool real = above + i * kApart < product.rows && made_column < span.count;
-            scales[i] = real ? scale_bits(product, above + i * kApart, group) : 0u;
-        }
+        by_scales<kBase>(product, [&](const auto* all) {
+            const auto* const from = all + above * product.groups + group;
+            SPEFT_UNROLL
+            for (int i = 0; i < kMade; ++i) {
+                const bool real = above + i * kApart < product.rows && made_column < span.count;
+                scales[i] = real ? from[i * kApart * product.groups] : 0u;
+            }
+        });
     };
 
     // Makes a turn's tile of what is stored of it.
     const auto widen_tile = [&](int turn) {
         const int part = int(kTwin ? output / in_part : unsigned(turn) % kParts);
-        SPEFT_UNROLL
-        for (int i = 0; i < kMade; ++i) {
-            const int r = made_row + i * kApart, c = made_column;
-            Some<uint16_t> numbers = {};
-            if constexpr (Stored<kBase>::kQuantized) {
-                const auto stored =
-                    load<kChunk>(stored_of(turn) + Tile::StoredLayout::at(r, c), true);
-                numbers = widened<T, kBase>(stored, part, scale_of<T>(product, scales[i]));
+        by_scales<kBase>(product, [&](const auto* all) {
+            using Scale = std::decay_t<decltype(*all)>;
+            SPEFT_UNROLL
+            for (int i = 0; i < kMade; ++i) {
+                const int r = made_row + i * kApart, c = made_column;
+                Some<uint16_t> numbers = {};
+                if constexpr (Stored<kBase>::kQuantized) {
+                    const auto stored =
+                        load<kChunk>(stored_of(turn) + Tile::StoredLayout::at(r, c), true);
+                    SPEFT_UNROLL
+                    for (int w = 0; w < kChunk / 2; ++w)
+                        numbers.words[w] = number_pair<T, kBase, Scale>(stored, w, part, scales[i]);
+                }
+                *reinterpret_cast<Bytes16*>(tile_of(turn) + Tile::Layout::at(r, c)) =
+                    bit_cast<Bytes16>(numbers);
             }
-            *reinterpret_cast<Bytes16*>(tile_of(turn) + Tile::Layout::at(r, c)) =
-                bit_cast<Bytes16>(numbers);
-        }
+        });
     };
 
     // The warps part the tiles of D beside each other among them, and the entries of each.

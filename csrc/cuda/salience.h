@@ -131,15 +131,16 @@ SPEFT_DEVICE Bytes16 vector_at(const Tile<T>& tile, const T* operand, int place)
 template <bool kPair, int kThreads, bool kWhole, class T, class F>
 SPEFT_DEVICE void each_vector(const Tile<T>& tile, F&& f) {
     constexpr int kEach = kVector<T>;
+    // Of a tile that is not whole fewer, for each takes the registers of eight loads.
+    constexpr int kSome = kWhole ? kAhead : kAhead / 2;
     SPEFT_UNROLL_BY(1)
-    for (int first = int(threadIdx.x) % kThreads; first < kTileVectors;
-         first += kAhead * kThreads) {
+    for (int first = int(threadIdx.x) % kThreads; first < kTileVectors; first += kSome * kThreads) {
         const auto here = [first](const T* operand) {
             return reinterpret_cast<const Bytes16*>(operand) + first;
         };
-        Bytes16 x[kAhead], y[kAhead] = {};  // asked for together, before the first is used
+        Bytes16 x[kSome], y[kSome] = {};  // asked for together, before the first is used
         SPEFT_UNROLL
-        for (int v = 0; v < kAhead; ++v) {
+        for (int v = 0; v < kSome; ++v) {
             if constexpr (kWhole) {
                 x[v] = read_only(here(tile.x) + v * kThreads);
                 if (kPair) y[v] = read_only(here(tile.y) + v * kThreads);
@@ -150,7 +151,7 @@ SPEFT_DEVICE void each_vector(const Tile<T>& tile, F&& f) {
             }
         }
         SPEFT_UNROLL
-        for (int v = 0; v < kAhead; ++v) {
+        for (int v = 0; v < kSome; ++v) {
             const int vector = first + v * kThreads, left = tile.size - vector * kEach;
             f(vector, kWhole || left > kEach ? kEach : left > 0 ? left : 0, x[v], y[v]);
         }

@@ -51,12 +51,19 @@
 // Few: q N K + 10 E bytes, and 2 M K from the L2 cache for each 32 outputs. For each 2 KB of W a
 // warp issues 170 instructions, and 92 for up to eight entries, four at a time of each of its
 // halves; 0.5 % are five. That makes 260 where an H200 has time for 440, and for 220 from 17 tokens
-// on, when two blocks read W. Of int8 1 KB takes 460, of int4 2 KB 1,700: twice and four times what
-// there is time for, so that neither is faster than 16 bits. What waits matters as much: W, its
-// scales, the runs and the entries are asked for a turn or two ahead, and nothing is made of them
-// before their turn, for that would wait for them. The values are read where they are, 32 bytes
-// from L2 for each, because a launch that sorts them would take some 3 us of the 8 in which an H200
-// reads 4096 x 4096 of W.
+// on, when two blocks read W. What waits matters as much: W, its scales, the runs and the entries
+// are asked for a turn or two ahead, and nothing is made of them before their turn, for that would
+// wait for them. The values are read where they are, 32 bytes from L2 for each, because a launch
+// that sorts them would take some 3 us of the 8 in which an H200 reads 4096 x 4096 of W.
+//
+// Over int8 and int4 it is bound by instructions: 370 for 1 KB of W and 1,170 for 2 KB, where there
+// is time for 220 and 440; that is 0.85 and 0.66 of the time of as many numbers of 16 bits. What
+// belongs to a tile of D takes 140 of them, however few bits W has: 560 of int4's. Numbers are made
+// two at a time in arithmetic of T (`whole_pair`): 80 of int8's instructions (64 of float16) and
+// 240 of int4's, half of these for shifts and masks; the rest are products, scales and addresses.
+// Scales of float32 make it 430 and 1,410, for with them numbers are multiplied singly. Of many
+// tokens a turn of a tall tile has 790 and 820 cycles of instructions, 860 and 900 with scales of
+// float32, beside the 825 of the tensor cores.
 //
 // tests/test_cuda_counts.py holds the counts of copies, shared memory and products.
 #include "bring.h"

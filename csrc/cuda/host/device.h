@@ -88,8 +88,9 @@ inline uint32_t lanes_with(bool mine, int line = __builtin_LINE()) {
     return lanes;
 }
 
-inline uint32_t afresh(uint32_t word) {
-    return word;
+template <class T>
+T afresh(T same) {
+    return same;
 }
 
 inline float reaches(float value, float least) {
@@ -102,6 +103,18 @@ inline int count_bits(uint32_t bits) {
 
 inline int lowest_bit(uint32_t bits) {
     return __builtin_ctz(bits);
+}
+
+inline uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t which) {
+    const uint64_t both = uint64_t(high) << 32 | low;
+    uint32_t bytes = 0;
+    for (int i = 0; i < 4; ++i)
+        bytes |= uint32_t(both >> (8 * (which >> 4 * i & 7)) & 0xff) << 8 * i;
+    return bytes;
+}
+
+inline uint32_t masked(uint32_t bits, uint32_t mask, uint32_t flip) {
+    return (bits & mask) ^ flip;
 }
 
 template <class T>
@@ -241,6 +254,29 @@ T narrow(Accumulator<T> x) {
     T result;
     speft::narrow(x, &result);
     return result;
+}
+
+namespace host {
+
+template <class T>
+uint32_t pair(float low, float high) {
+    return uint32_t(cuda::narrow<T>(low).bits) | uint32_t(cuda::narrow<T>(high).bits) << 16;
+}
+
+}  // namespace host
+
+// Float32 has more than twice the bits of T: a sum or product rounded to it and then to T is what
+// it would be rounded to T at once.
+template <class T>
+uint32_t add_pairs(uint32_t a, uint32_t b) {
+    return host::pair<T>(host::element<T>(a, 0) + host::element<T>(b, 0),
+                         host::element<T>(a, 1) + host::element<T>(b, 1));
+}
+
+template <class T>
+uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+    return host::pair<T>(host::element<T>(a, 0) * host::element<T>(b, 0),
+                         host::element<T>(a, 1) * host::element<T>(b, 1));
 }
 
 }  // namespace cuda
