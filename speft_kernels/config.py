@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from . import recipe
@@ -115,7 +116,7 @@ class SpeftConfig:
             object.__setattr__(self, "modules_to_train", names)
         object.__setattr__(self, "block_shape", _block_shape(self.block_shape))
         for name in ("head_warmup_steps", "seed"):
-            _whole(name, getattr(self, name))
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
         for name in ("head_warmup_lr", "grasp_temperature"):
             number = _number(name, getattr(self, name))
             if number <= 0:
@@ -152,7 +153,7 @@ class SpeftConfig:
 
 def _number(name: str, value: object) -> float:
     try:
-        if not isinstance(value, bool) and isinstance(value, (int, float)):
+        if not isinstance(value, bool) and isinstance(value, Real):  # numpy's scalars, too
             number = float(value)
             if math.isfinite(number):
                 return number
@@ -168,9 +169,10 @@ def _fraction(name: str, value: object) -> float:
     return number
 
 
-def _whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
         raise ConfigError(f"{name} must be a whole number of at least 0, got {shown(value)}")
+    return int(value)
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -192,8 +194,8 @@ def _block_shape(value: object) -> tuple[int, int]:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         raise ConfigError(f"block_shape must be two whole numbers, got {shown(value)}")
     for side in value:
-        if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+        if isinstance(side, bool) or not isinstance(side, Integral) or side < 1:
             raise ConfigError(
                 f"block_shape must be two whole numbers of at least 1, got {shown(value)}"
             )
-    return (value[0], value[1])
+    return (int(value[0]), int(value[1]))

@@ -445,7 +445,7 @@ def _survivors(trained: Mapping[str, Delta], share: float, scope: str) -> dict[s
     stays = {}
     for group in groups:
         size = torch.cat([sizes[name].cpu() for name in group])
-        keep = torch.ones(len(size), dtype=torch.bool)
+        keep = torch.ones(len(size), dtype=torch.bool, device=size.device)
         # A stable order: of equal deltas the first go, whatever the device.
         keep[size.argsort(stable=True)[: round(share * len(size))]] = False
         parts = keep.split([len(sizes[name]) for name in group])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from .targets import (
     Targets,
     find_dense_modules,
     find_targets,
+    note_of_left_out,
     refuse_dense,
     shared_weights,
     tensors_below,
@@ -244,7 +246,7 @@ def _score(
             )
     warmed = time.perf_counter() - start
     with borrowed(model, config.seed):
-        return select_patterns(
+        patterns, report = select_patterns(
             model,
             targets.layers,
             config,
@@ -252,3 +254,5 @@ def _score(
             loss_fn,
             head_warmup_seconds=warmed if config.head_warmup_steps else 0.0,
         )
+    notes = (*report.notes, *note_of_left_out(model, targets, config))
+    return patterns, dataclasses.replace(report, notes=notes)

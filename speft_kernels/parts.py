@@ -116,7 +116,7 @@ def gathered(csr: CompactIndices) -> Parts:
     """The parts of a sparse matrix all of whose entries are gathered, in the order of `csr`."""
     none = csr.rows[:0]
     nowhere, no_tiles = none.long(), none.reshape(0, TILE, TILE)
-    pieces = torch.zeros(2, 1, dtype=torch.int64)
+    pieces = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
     return Parts(
         *(csr.rows, csr.cols, csr.compact_rows.int(), csr.local, none, csr.panels),
         *(none, none, no_tiles, none, nowhere, none, pieces, none, nowhere, none, pieces),

@@ -270,7 +270,7 @@ def _pair(name: str, value: tuple[int, int], *, smallest: int) -> tuple[int, int
     try:
         first, second = (int(v) for v in value)
         exact = (first, second) == tuple(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of an infinity
         exact = False
     if not exact or first < smallest or second < smallest:
         raise PatternError(f"{name} must be two integers of at least {smallest}, got {value!r}")

@@ -169,7 +169,7 @@ def gathered_strips(csr: CompactIndices) -> Strips:
         torch.zeros(1, dtype=torch.int32, device=none.device),
         none.reshape(0, GROUP_STRIPS),
         torch.zeros(1, dtype=torch.int32, device=none.device),
-        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64, device="cpu"),
         none.to(torch.int16),
         *(csr.rows, csr.compact_rows.int(), csr.local),
         torch.arange(nnz, dtype=torch.int32, device=none.device),

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from .config import ALL_LINEAR, SpeftConfig
 from .errors import ConfigError, nearest
 
+# A smaller share of the weights is left out of many a model: a patch embedding, a convolution.
+_MUCH = 0.2
+_LAYER = re.compile(r".*\.\d+\.")
+_CONV1D = (
+    "transformers' Conv1D, as GPT-2 has it, holds the transposed weight; put an nn.Linear with "
+    "weight.T in its place, or take a model of nn.Linear layers"
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -37,6 +46,7 @@ def find_targets(model: nn.Module, config: SpeftConfig) -> Targets:
             sparsely, a target's weight is shared in resident mode, the blocks do not tile a weight,
             or no layer is left.
     """
+    _refuse_lazy(model)
     dense = find_dense_modules(model, config.modules_to_train)
     closed = [*dense, *_named_below(model, config.exclude_modules, "exclude_modules")]
     if config.target_modules == ALL_LINEAR:
@@ -98,12 +108,41 @@ def tensors_below(model: nn.Module, roots: Sequence[str]) -> dict[str, torch.Ten
     }
 
 
+def note_of_left_out(model: nn.Module, targets: Targets, config: SpeftConfig) -> tuple[str, ...]:
+    """Return a sentence where "all-linear" leaves out much of the model that nobody excluded.
+
+    As with mixtures of experts, whose experts transformers holds in parameters of three dimensions.
+    Embeddings and the output head are not counted.
+    """
+    if config.target_modules != ALL_LINEAR:
+        return ()
+    closed = [*targets.dense_modules, *_named_below(model, config.exclude_modules, "")]
+    head, adapted = _output_embeddings(model), set(targets.layers.values())
+    sizes: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if module in adapted or module is head or isinstance(module, nn.Embedding):
+            continue
+        for key, parameter in module.named_parameters(name, recurse=False):
+            if parameter.ndim > 1 and not is_below(key, closed):
+                sizes[_LAYER.sub("", key)] += parameter.numel()
+    left = sizes.total()
+    total = left + sum(layer.weight.numel() for layer in adapted)
+    if left <= _MUCH * total:
+        return ()
+    listed = ", ".join(key for key, _ in sizes.most_common(3)) + (", ..." if len(sizes) > 3 else "")
+    return (
+        f"{ALL_LINEAR!r} leaves out {left / total:.0%} of the weights, which are in no nn.Linear "
+        f"that can train sparsely: {listed} stay frozen",
+    )
+
+
 def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -> None:
     """Check that each of `layers` can be replaced by a sparse layer in `mode`.
 
     Raises:
         ConfigError: one cannot; the message names it, the reason and the remedy.
     """
+    _refuse_lazy(model)
     shared = shared_weights(model) if mode == "resident" else {}
     for name, layer in layers.items():
         if name == "":
@@ -150,6 +189,15 @@ def shared_weights(model: nn.Module) -> dict[str, str]:
     return shared
 
 
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, tensor in _named_tensors(model):
+        if is_lazy(tensor):
+            raise ConfigError(
+                f"{name!r} belongs to a lazy module and has no shape yet: run the model on a batch "
+                "first"
+            )
+
+
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
@@ -186,19 +234,21 @@ def _named_below(model: nn.Module, patterns: Sequence[str], setting: str) -> lis
 
 
 def _all_linear(model: nn.Module, closed: list[str]) -> dict[str, nn.Linear]:
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str] = {}  # reason -> the first such layer
     layers: dict[str, nn.Linear] = {}
     head = _output_embeddings(model)
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or module is head or is_below(name, closed):
+        if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+            continue
+        if module is head or is_below(name, closed):
             continue
         reason = _not_served(module)
-        if reason is None:
+        if isinstance(module, nn.Linear) and reason is None:
             layers[name] = module
         else:
-            skipped[name] = reason
+            skipped.setdefault(str(reason), name)
     if not layers:
-        reasons = "".join(f"; {name!r}: {reason}" for name, reason in list(skipped.items())[:3])
+        reasons = "".join(f"; {name!r}: {reason}" for reason, name in list(skipped.items())[:3])
         raise ConfigError(
             f"{ALL_LINEAR!r} found no linear layer to train in {type(model).__name__} besides its "
             f"output head and the excluded modules{reasons}"
@@ -218,10 +268,13 @@ def _listed(model: nn.Module, patterns: Sequence[str], closed: list[str]) -> dic
         if not linear:
             if matched:
                 name, module = matched[0]
+                remedy = "name the linear layers in it"
+                if not any(isinstance(below, nn.Linear) for below in module.modules()):
+                    conv1d = any(_is_conv1d(below) for below in module.modules())
+                    remedy = _CONV1D if conv1d else "there is none in it"
                 raise ConfigError(
                     f"target_modules: {pattern!r} matches {name!r}, which is a "
-                    f"{type(module).__name__}; sparse training serves nn.Linear: name the linear "
-                    "layers in it"
+                    f"{type(module).__name__}; sparse training serves nn.Linear: {remedy}"
                 )
             known = [name for name, module in modules if isinstance(module, nn.Linear)]
             raise _no_match("target_modules", pattern, known, "linear layer")
@@ -237,6 +290,8 @@ def _listed(model: nn.Module, patterns: Sequence[str], closed: list[str]) -> dic
 
 def _not_served(module: nn.Module) -> str | None:
     """Why the weight of this kind of module cannot be scored and written to; None where it can."""
+    if _is_conv1d(module):
+        return _CONV1D
     if not isinstance(module, nn.Linear):
         return f"it is a {type(module).__name__}, not an nn.Linear"
     if isinstance(module, NonDynamicallyQuantizableLinear):
@@ -252,6 +307,10 @@ def _not_served(module: nn.Module) -> str | None:
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}, not floating point"
     return None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Linear)
 
 
 def _is_opaque(module: nn.Module) -> bool:

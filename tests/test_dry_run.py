@@ -1,11 +1,13 @@
 """A dry run promises what the run then does, and refuses what the run would refuse."""
 
 import re
+import shutil
 
 import pytest
 import torch
 from tiny_runs import Silent, make_place, run, settings
 from tiny_text import save_llama, write_jsonl, write_tsv
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from speft_kernels.cli import main
 from speft_kernels.errors import ConfigError, SpeftError
@@ -64,6 +66,19 @@ def test_examples_that_the_tokenizer_cuts_off_make_no_steps(sums, tmp_path):
     }
     assert "15 rows of prompt, response" in (text := resolved(RunConfig.from_dict(own)))
     assert number(text, "steps$") == 4
+
+
+def test_experts_that_stay_frozen_are_said(sums, tmp_path):
+    model = shutil.copytree(sums / "model", tmp_path / "model")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 400, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(model)
+    data = {name: str(sums / f"{name}.jsonl") for name in ("train", "eval")}
+    own = {"model": str(model), "task": "causal-lm", "output": str(tmp_path / "run"), **data}
+    for method in ("speft", "lora"):
+        text = resolved(RunConfig.from_dict({**own, "method": method, "lora_rank": 2}))
+        assert "'all-linear' leaves out 8" in text
+        assert "mlp.experts.gate_up_proj, mlp.experts.down_proj" in text
 
 
 BAD = [

@@ -104,6 +104,25 @@ def test_yaml_that_python_cannot_hold_is_refused(tmp_path, content):
         load_yaml(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1:30", "90"), ("010", "8"), ("-010", "-8"), ("1_0", "10"), ("1:30.5", "90.5")],
+)
+@pytest.mark.parametrize("place", ["epochs: {}", "epochs: [1, {}]", "{}: 1"])
+def test_numbers_that_yaml_reads_in_its_own_way_are_refused(tmp_path, text, number, place):
+    path = tmp_path / "a.yaml"
+    path.write_text(place.format(text))
+    with pytest.raises(ConfigError, match=f"'{text}' is the number {number} to YAML: write that"):
+        load_yaml(path)
+
+
+def test_other_numbers_of_yaml_are_read_as_they_are(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("seed: 0x10\nepochs: 0\nclip: 0.50\nlr: 1.0e-4\npositive_label: '010'\n")
+    wanted = {"seed": 16, "epochs": 0, "clip": 0.5, "lr": 1e-4, "positive_label": "010"}
+    assert load_yaml(path) == wanted
+
+
 def test_an_endless_number_is_not_shown(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("seed: 0x" + "f" * 5000)

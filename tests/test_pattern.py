@@ -33,6 +33,8 @@ def indices(*values, dtype=torch.int64):
         ((4,), indices(0), (1, 1), "shape must be two integers"),
         ((4, -5), indices(0), (1, 1), "shape must be two integers"),
         ((4, 2.5), indices(0), (1, 1), "shape must be two integers"),
+        ((float("inf"), 3), indices(0), (1, 1), "shape must be two integers"),
+        ((4, 6), indices(0), (1, float("inf")), "block_shape must be two integers"),
     ],
 )
 def test_wrong_indices_are_refused_with_the_fact(shape, ind, block, fact):

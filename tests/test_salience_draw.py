@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +16,29 @@ from speft_kernels.errors import ConfigError, SalienceError
 from speft_kernels.model import SpeftConfig, score_and_select
 from speft_kernels.salience.draw import sampling_keys, uniform
 
+
+@pytest.fixture(params=["meta", torch.float64, torch.bfloat16], ids=str)
+def default(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Torch's default device or dtype is another."""
+    if request.param == "meta":
+        with torch.device("meta"):
+            yield
+        return
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(usual)
+
+
 # Uniformly
+
+
+@pytest.mark.usefixtures("default")
+def test_random_masks_are_known_whatever_torchs_defaults_are() -> None:
+    found = uniform({"b": 400, "a": 20}, 0.01, "global", 3)
+    assert {name: t.tolist() for name, t in found.items()} == {"a": [], "b": [49, 84, 182, 272]}
+    assert uniform({"b": 400}, 0.01, "layer", 3)["b"].tolist() == [35, 40, 217, 272]
+    assert uniform({"b": 12}, 0.5, "layer", 3)["b"].tolist() == [5, 6, 7, 8, 9, 10]
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -101,6 +124,16 @@ def test_keys_depend_on_seed_and_name_and_keep_the_dtype() -> None:
 
 def absolute(w: Tensor, g: Tensor) -> Tensor:
     return (w * g).abs()
+
+
+SCORES = torch.rand(30, 40, generator=torch.Generator().manual_seed(0)) ** 4
+USUAL = {columns: sampling_keys(SCORES, 7, "a", columns) for columns in (1.0, 0.3)}
+
+
+@pytest.mark.usefixtures("default")
+@pytest.mark.parametrize("columns", USUAL)
+def test_keys_do_not_depend_on_torchs_defaults(columns: float) -> None:
+    assert torch.equal(sampling_keys(SCORES, 7, "a", columns), USUAL[columns])
 
 
 @pytest.mark.parametrize("salience", ["magnitude", "snip", "fisher", "synflow", absolute])

@@ -17,6 +17,7 @@ from tiny_models import (
     token_batches,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from speft_kernels.errors import ConfigError, SalienceError
 from speft_kernels.model import SpeftConfig, score_and_select, sparsify
@@ -228,3 +229,16 @@ def test_a_layer_whose_weight_is_read_past_it_is_refused(metric: str) -> None:
     config = SpeftConfig(density=0.2, salience=metric, exclude_modules=["read", "read_too"])
     assert set(score_and_select(model, config, [None], loss)[0]) == {"called"}
     assert not model.called._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_loss_that_reentrant_checkpointing_cut_off_is_said_to_be() -> None:
+    """Where no input requires a gradient, as a vision model's pixels do not."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return checkpoint(model, torch.ones(3, 6), use_reentrant=True).square().sum()
+
+    with pytest.raises(
+        SalienceError, match="reentrant gradient checkpointing.*use_reentrant=False"
+    ):
+        score_and_select(nn.Sequential(nn.Linear(6, 6)), SpeftConfig(), [None], loss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +76,18 @@ def test_config_round_trip() -> None:
     assert SpeftConfig(target_modules="query").target_modules == ("query",)
     with pytest.raises(ConfigError, match="unknown setting 'densty'. Did you mean 'density'"):
         SpeftConfig.from_dict({"densty": 0.1})
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    found = SpeftConfig(
+        density=numpy.float32(0.25), seed=numpy.int64(3), block_shape=(numpy.int32(2), 4)
+    )
+    assert found == SpeftConfig(density=0.25, seed=3, block_shape=(2, 4))
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+    for number in (numpy.float32("nan"), numpy.bool_(True), numpy.array([0.1])):
+        with pytest.raises(ConfigError, match="finite number"):
+            SpeftConfig(density=number)
 
 
 # Which modules are meant
@@ -253,6 +267,61 @@ def test_all_linear_passes_over_layers_with_a_way_of_their_own() -> None:
 def test_the_model_itself_cannot_be_the_layer() -> None:
     with pytest.raises(ConfigError, match="wrap it in an nn.Sequential"):
         sparsify(nn.Linear(4, 4), DATA_FREE)
+
+
+# Layers that are not served
+
+
+def gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 32}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["c_attn"], ["attn"]])
+def test_conv1d_is_said_not_to_be_served(targets: Any) -> None:
+    with pytest.raises(ConfigError, match=r"transformers' Conv1D.*an nn.Linear with weight.T") as e:
+        find_targets(gpt2(), config(target_modules=targets))
+    assert str(e.value).count("Conv1D, as GPT-2") == 1
+
+
+def test_a_module_without_linear_layers_is_no_target() -> None:
+    with pytest.raises(ConfigError, match="a BatchNorm1d; .*: there is none in it"):
+        find_targets(mlp(), config(target_modules=["norm"]))
+
+
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+def test_a_lazy_layer_is_to_be_given_its_shape_first(mode: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LazyLinear(3))
+    with pytest.raises(
+        ConfigError, match="'1.weight' .*has no shape yet: run the model on a batch"
+    ):
+        find_targets(model, config(mode=mode))
+    model(torch.randn(2, 4))
+    assert list(find_targets(model, config(mode=mode)).layers) == ["0", "1"]
+
+
+def mixtral() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 50, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads))
+
+
+def test_experts_that_are_no_linear_layers_are_said_to_be_left_out() -> None:
+    """Those of a layer are parameters of three dimensions in transformers."""
+    (note,) = sparsify(mixtral(), DATA_FREE).notes
+    assert re.search(
+        r"leaves out 8\d% of .*: mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.gate", note
+    )
+    excluded = config(exclude_modules=["mlp"])
+    for model, named in (
+        (mixtral(), excluded),
+        (llama(), DATA_FREE),
+        (bert_classifier(), DATA_FREE),
+    ):
+        assert sparsify(model, named).notes == ()
+    assert sparsify(mixtral(), config(target_modules=["q_proj"])).notes == ()
 
 
 # Shared weights

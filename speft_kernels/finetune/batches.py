@@ -36,7 +36,7 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
     shuffled again. A function of its arguments alone, so a resumed run finds its place.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
+    order = torch.randperm(len(lengths), generator=generator, device="cpu").tolist()
     pool = batch_size * _POOL
     batches = []
     for start in range(0, len(order), pool):
@@ -44,7 +44,8 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
         batches += [
             by_length[first : first + batch_size] for first in range(0, len(by_length), batch_size)
         ]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    shuffled = torch.randperm(len(batches), generator=generator, device="cpu").tolist()
+    return [batches[i] for i in shuffled]
 
 
 def length_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -112,7 +112,8 @@ def split_off(train: Examples, share: float) -> tuple[Examples, Examples]:
         raise DataError(
             f"{train.source}: validation = {share} of its {len(train)} rows leaves one side empty"
         )
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(train), generator=generator, device="cpu").tolist()
     held_out = set(order[:count])
     parts = [
         tuple(row for i, row in enumerate(train.rows) if (i in held_out) == side)

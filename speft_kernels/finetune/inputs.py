@@ -116,7 +116,8 @@ class ScoringBatches:
         # The seed of the training's first order, too: with the 0 the first pool of batches has the
         # examples of the first choice. Another one would draw other examples than recorded runs.
         generator = torch.Generator().manual_seed((config.seed + 1_000_003 * count) % 2**63)
-        chosen = torch.randperm(len(train), generator=generator)[: config.scoring_examples]
+        order = torch.randperm(len(train), generator=generator, device="cpu")
+        chosen = order[: config.scoring_examples]
         parts = min(config.scoring_batches, len(chosen))
         if parts < len(chosen) < 2 * parts:
             # A batch counts by its mean: of one example and of two, the one would count twice.

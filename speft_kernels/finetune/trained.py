@@ -65,7 +65,7 @@ def load_trained(
     task: Task
     if about["task"] == "causal-lm":
         task = CausalLM(tokenizer, length)
-        network = load_causal_lm(where, whole=whole)
+        network = load_causal_lm(where)
     else:
         numbers = {label: i for i, label in enumerate(labels)}
         task = Classification(tokenizer, numbers, length, positive)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, shown
+
+# To the base of 60, with a leading zero to that of 8, or in groups; 0x1F is no surprise.
+_ODD_NUMBER = re.compile(r"[:_]|^[-+]?0\d+$")
 
 
 def read_yaml(path: Path) -> Any:
@@ -24,10 +28,18 @@ def read_yaml(path: Path) -> Any:
 
 
 def _loader() -> Any:
-    """PyYAML's safe loader, which takes the last of two entries with one key, refusing them."""
+    """PyYAML's safe loader without what it takes in silence: the last of two entries with one key,
+    and YAML 1.1's numbers that read otherwise elsewhere (1:30 is 90 in it, 010 is 8, 1_0 is 10).
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def construct_yaml_int(self, node: Any) -> Any:
+            return _plain(node, super().construct_yaml_int(node))
+
+        def construct_yaml_float(self, node: Any) -> Any:
+            return _plain(node, super().construct_yaml_float(node))
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             known: set[tuple[str, str]] = set()
             for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -38,6 +50,19 @@ def _loader() -> Any:
                 known.add((key.tag, key.value))
             return super().construct_mapping(node, deep)
 
+    def _plain(node: Any, number: Any) -> Any:
+        if _ODD_NUMBER.search(node.value):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{shown(node.value)} is the number {shown(number)} to YAML: write that, or put "
+                "quotes around a text",
+                node.start_mark,
+            )
+        return number
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+    Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
     return Loader
 
 

@@ -223,7 +223,8 @@ def evaluate_loss(
     if not loss.requires_grad:
         raise SalienceError(
             f"the loss of {label} does not depend on any layer that is to train: loss_fn must not "
-            "detach, nor run under no_grad"
+            "detach, nor run under no_grad; reentrant gradient checkpointing of a frozen model "
+            "detaches too: use_reentrant=False does not"
         )
     return loss
 

