@@ -2,9 +2,9 @@
 
 The tensors are `sparse.<layer>.indices` (int32, int64 only for weights of 2^31 entries or more),
 `sparse.<layer>.values` (float32, float64 for a float64 base) and `dense.<name>` for what trains
-densely, such as a task head. So a single entry takes 8 bytes. The JSON gives each layer's shape,
-block shape and the fingerprint of the base weight under it, and the SHA-256 of the tensor file.
-Names are looked up in the model and never used as paths.
+densely, such as a task head, or the bias of a sparse layer. So a single entry takes 8 bytes. The
+JSON gives each layer's shape, block shape and the fingerprint of the base weight under it, and the
+SHA-256 of the tensor file. Names are looked up in the model and never used as paths.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .files import writing
 from .install import install, is_sparse, state_of, swap_modules
 from .model import refuse_delta_in_shared
 from .nn import SparseDeltaLinear
-from .overview import sparse_layers
+from .overview import sparse_layers, unwrapped
 from .pattern import SparsePattern
 from .targets import is_below
 
@@ -76,8 +76,9 @@ def save_adapter(
     """Write what `model` learned into `folder`, in one step: it is there as a whole or not at all.
 
     That is each sparse layer's pattern and values, and the tensors that train densely
-    (`modules_to_train` and whatever else requires grad, with the buffers beside it). Every base
-    weight is read once, for its fingerprint.
+    (`modules_to_train` and whatever else requires grad, with the buffers beside it; of a sparse
+    layer its bias). Every base weight is read once, for its fingerprint. Names are those in the
+    model itself, also where it comes in a wrapper (see `overview.unwrapped`).
 
     Args:
         config: kept with the adapter, for people.
@@ -86,12 +87,13 @@ def save_adapter(
 
     Raises:
         AdapterError: the folder exists, or holds something else than an adapter; there is nothing
-            to save, a value is not finite, or `extra` is not JSON.
+            to save, a value is not finite or makes a weight so, a parameter within an opaque base
+            trains, or `extra` is not JSON.
         OutputError: the folder cannot be written; it is as it was.
     """
     _check_destination(Path(folder), overwrite)
     stored = {
-        name: StoredLayer(layer.pattern, layer.values, fingerprint(layer))
+        name: StoredLayer(layer.pattern, layer.values, layer.base_values, fingerprint(layer))
         for name, layer in sparse_layers(model).items()
     }
     write_adapter(model, stored, folder, config=config, extra=extra, overwrite=overwrite)
@@ -99,10 +101,13 @@ def save_adapter(
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """What an adapter holds of a layer: pattern, values, and the SHA-256 of the base under them."""
+    """What an adapter holds of a layer: pattern, values, and the SHA-256 of the base under them.
+    `base_values`: what the base's weight holds at the entries; None of an opaque base.
+    """
 
     pattern: SparsePattern
     values: Tensor
+    base_values: Tensor | None
     base_sha256: str
 
 
@@ -120,7 +125,9 @@ def write_adapter(
     """
     folder = Path(folder)
     _check_destination(folder, overwrite)
+    model = unwrapped(model)
     dense = _dense_tensors(model)
+    _refuse_trained_bases(model, dense)
     if not layers and not dense:
         raise AdapterError(
             "nothing to save: the model has no sparse layers and nothing that trains"
@@ -134,6 +141,13 @@ def write_adapter(
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(
                 f"{name} holds NaN or infinite values: training went wrong, not saved"
+            )
+    for name, layer in layers.items():
+        held = _held(layer.values, layer.base_values)
+        if not bool(torch.isfinite(held).all()):
+            raise AdapterError(
+                f"layer {shown(name)}: with its values the weight is infinite in {held.dtype}: "
+                "training went wrong, not saved"
             )
     described = {
         "format": FORMAT,
@@ -175,7 +189,9 @@ def load_adapter(
 
     A plain model is made sparse and frozen as by `apply_patterns`. In a model with sparse layers of
     the same patterns the values are replaced, and all weights are written at once; with other
-    patterns, its base is restored first and the layers are replaced.
+    patterns, its base is restored first and the layers are replaced. Of what trains densely only
+    the tensors that the adapter brings are changed. A model in a wrapper is loaded into as it is
+    within (see `overview.unwrapped`).
 
     Args:
         mode: "resident" or "additive". None means resident, or what a sparse layer of the same
@@ -189,6 +205,7 @@ def load_adapter(
             Likewise.
     """
     file = read_adapter(folder)
+    model = unwrapped(model)
     present = sparse_layers(model)
     if mode not in (None, "resident", "additive"):
         raise ConfigError(f"mode must be 'resident' or 'additive', got {mode!r}")
@@ -270,12 +287,14 @@ def _check_destination(folder: Path, overwrite: bool) -> None:
 
 
 def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what trains outside the sparse layers, and the persistent buffers beside it."""
-    sparse = list(sparse_layers(model))
+    """Return what trains outside the sparse layers, the persistent buffers beside it, and those
+    layers' biases that train.
+    """
+    sparse = sparse_layers(model)
     stored = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and not is_below(name, sparse)
+        if isinstance(tensor, Tensor) and (_is_bias(name, sparse) or not is_below(name, sparse))
     }
     owners = {name.rpartition(".")[0] for name, tensor in stored.items() if tensor.requires_grad}
     named = set(state_of(model).dense_tensors)
@@ -287,6 +306,25 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))  # a tied tensor is stored once
             dense[name] = tensor
     return dense
+
+
+def _is_bias(name: str, layers: Iterable[str]) -> bool:
+    """Whether this is the bias of one of the layers itself, not one within its opaque base."""
+    layer, _, last = name.rpartition(".")
+    return last == "bias" and layer in layers
+
+
+def _refuse_trained_bases(model: nn.Module, dense: Mapping[str, Tensor]) -> None:
+    saved = {id(tensor) for tensor in dense.values()}
+    for layer, module in sparse_layers(model).items():
+        inside = [] if module.base is None else module.base.named_parameters()
+        for name, parameter in inside:
+            if parameter.requires_grad and id(parameter) not in saved:
+                raise AdapterError(
+                    f"{shown(f'{layer}.base.{name}')} trains, but it is part of a sparse layer's "
+                    f"base ({type(module.base).__name__}), which an adapter does not hold: freeze "
+                    "it with requires_grad_(False), or save the model's state_dict()"
+                )
 
 
 def check_shapes(model: nn.Module, patterns: Mapping[str, SparsePattern]) -> None:
@@ -336,7 +374,9 @@ def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
                 f"the model has no tensor {shown(name)}, which the adapter "
                 f"brings.{nearest(name, stored)}"
             )
-        if is_below(name, file.layers):
+        if is_below(name, file.layers) and not (
+            _is_bias(name, file.layers) and _has_plain_base(model.get_submodule(name[:-5]))
+        ):
             raise AdapterError(f"the adapter brings {shown(name)}, which is part of a sparse layer")
         if target.shape != tensor.shape:
             raise AdapterError(
@@ -355,14 +395,25 @@ def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
     return {name: stored[name] for name in file.dense}
 
 
+def _has_plain_base(layer: nn.Module) -> bool:
+    if isinstance(layer, SparseDeltaLinear):
+        return layer.base is None
+    return type(layer) is nn.Linear
+
+
 @torch.no_grad()
+def _held(values: Tensor, base_values: Tensor | None) -> Tensor:
+    """What a weight holds at the entries with the values; beside an opaque base those alone."""
+    if base_values is None:
+        return values
+    return (base_values.to(values) + values).to(base_values.dtype)
+
+
 def _check_finite(layers: Mapping[str, SparseDeltaLinear], file: AdapterFile) -> None:
     """Refuse values that would make a weight infinite, each layer's in the dtypes of the model."""
     for name, stored in file.layers.items():
         layer = layers[name]
-        held = stored.values.to(layer.values)
-        if layer.base is None:
-            held = (layer.base_values.to(held) + held).to(layer.weight.dtype)
+        held = _held(stored.values.to(layer.values), layer.base_values)
         if not bool(torch.isfinite(held).all()):
             raise AdapterError(
                 f"layer {shown(name)}: with the adapter's values its weight would be NaN or "

@@ -35,20 +35,38 @@ class Sink(Protocol):
         """Called before an optimizer changes the parameter."""
 
 
+def _accumulates(ctx: Any) -> bool | None:
+    """Whether this backward pass adds to the `.grad` of `values`. False where it is for others
+    alone (`autograd.grad`, `backward(inputs=...)`); None where it returns their gradient.
+    """
+    # torch has no public way to ask. Without this one every pass adds.
+    ask = getattr(torch._C, "_will_engine_execute_node", None)
+    node = ctx.next_functions[1][0]  # of `values`
+    if ask is None or node is None:
+        return True
+    try:
+        return bool(ask(node))
+    except RuntimeError:  # a leaf that `autograd.grad` asks for
+        return None
+
+
 def _values_gradient(ctx: Any, dy: Tensor, kept: Tensor) -> Tensor | None:
     plan, pattern = ctx.plan, ctx.plan.pattern
     if dy.dim() != 2:
         dy = dy.reshape(-1, dy.shape[-1])
-    if ctx.sink is None:
+    into_sink = _accumulates(ctx) if ctx.sink is not None else None
+    if into_sink is False:
+        return None
+    if into_sink:
+        out, accumulate = ctx.sink.place(ctx.values)
+    else:
         dtype = accumulator_dtype(dy.dtype)
         out, accumulate = dy.new_empty(pattern.values_shape, dtype=dtype), False
-    else:
-        out, accumulate = ctx.sink.place(ctx.values)
     if pattern.is_block:
         ops.block_grad(dy, kept, pattern, plan=plan, packed=True, out=out, accumulate=accumulate)
     else:
         add_sampled_grad(dy, kept, plan, out, accumulate)
-    return out if ctx.sink is None else None
+    return None if into_sink else out
 
 
 def version_of(tensor: Tensor, sink: Sink | None = None) -> int:

@@ -30,6 +30,7 @@ from .errors import ConfigError
 from .family import sync
 from .model import apply_patterns, desparsify, score_and_select, sparse_layers
 from .nn import SparseDeltaLinear
+from .overview import unwrapped
 from .pattern import SparsePattern
 from .salience import LossFn, SalienceReport, processes
 from .salience.accumulate import (
@@ -177,6 +178,7 @@ class MovingMask:
             SalienceError: as for `sparsify`. On any error, one out of `loss_fn` among them, the
                 model computes what it did, with the patterns it had.
         """
+        model = unwrapped(model)
         layers = sparse_layers(model)
         trained = {name: Delta.of(layer) for name, layer in layers.items()}
         patterns = {name: delta.pattern for name, delta in trained.items()}
@@ -221,7 +223,8 @@ class MovingMask:
         stored = {}
         for name, layer in sparse_layers(model).items():
             delta = Delta.of(layer).joined(self._left[name])
-            stored[name] = StoredLayer(delta.pattern, delta.values, self._bases[name])
+            held = delta.pattern, delta.values, delta.base_values
+            stored[name] = StoredLayer(*held, self._bases[name])
         write_adapter(model, stored, folder, **arguments)
 
     def release(self, model: nn.Module) -> None:
@@ -487,6 +490,6 @@ def _held(model: nn.Module, deltas: Mapping[str, Delta]) -> tuple[list[Tensor], 
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
+    weight = unwrapped(model).get_submodule(name).weight
     assert isinstance(weight, Tensor)
     return weight.detach()

@@ -7,6 +7,8 @@ buffer, and no gradient of a layer is ever allocated.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor, nn
 
@@ -18,29 +20,36 @@ class FlatValues:
     """One buffer for the values of a model's sparse layers, and one for their gradients.
 
     Build it when the model is where it trains, and give `parameter` to the optimizer in place of
-    the layers' `values`, which become views of it. Everything else stays as it was: each layer has
-    its `values` and their `.grad`, in state dicts, adapters and gradient clipping alike. DDP finds
+    the layers' `values`, which become views of it; values that do not require grad are left out.
+    Everything else stays as it was: each layer has its `values` and their `.grad`, in state dicts
+    (which hold copies of them), adapters and gradient clipping alike. DDP finds
     the layers' values, not `parameter`, and reduces them in buckets: the first closes at 1 MB, the
     others at 25 MB, while one of all values is made by
     `DistributedDataParallel(model, bucket_cap_mb=...)` with more megabytes than the trained
     parameters have.
 
-    Gradients come by `backward()` alone: they are added to the buffer, past autograd, so
-    `torch.autograd.grad` sees none, nor do hooks on `values`; and they are there on the stream that
-    the forward pass ran on, which another stream must wait for. A layer without a gradient in a
-    step counts as one whose gradient is zero.
+    Where a backward pass accumulates the gradient of `values`, it is added to the buffer, past
+    autograd: hooks on `values` see none, and it is there on the stream that the forward pass ran
+    on, which another stream must wait for. `torch.autograd.grad` and `backward(inputs=...)` do what
+    they do without a buffer, of the layers' `values`: autograd does not know `parameter`. A layer
+    without a gradient in a step counts as one whose gradient is zero.
 
     Attributes:
         parameter: `[total]`, of the values' dtype and device; requires grad. Its `.grad` is the
             buffer, from the first backward pass after `zero_grad` on.
 
     Raises:
-        ConfigError: the model has no sparse layer with entries, its values are of several dtypes or
-            on several devices, or they are flat already.
+        ConfigError: the model has no sparse layer with entries that train, its values are of
+            several dtypes or on several devices, they have hooks, or they are flat already.
+            Likewise on copying or pickling it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [layer for layer in sparse_layers(model).values() if layer.values.numel()]
+        layers = [
+            layer
+            for layer in sparse_layers(model).values()
+            if layer.values.numel() and layer.values.requires_grad
+        ]
         if not layers:
             raise ConfigError("the model has no sparse layer with values to train")
         kinds = {(layer.values.dtype, layer.values.device) for layer in layers}
@@ -51,6 +60,11 @@ class FlatValues:
             )
         if any(layer.sink is not None for layer in layers):
             raise ConfigError("the values are flat already; release() the other FlatValues first")
+        if any(_has_hooks(layer.values) for layer in layers):
+            raise ConfigError(
+                "a layer's values have hooks, which would see no gradient: remove them, or give "
+                "the optimizer the layers' values"
+            )
         self._layers = layers
         flat = torch.cat([layer.values.detach().reshape(-1) for layer in layers])
         self.parameter = nn.Parameter(flat)
@@ -63,6 +77,13 @@ class FlatValues:
             start += part.numel()
         self._held: set[int] = set()  # of the values whose parts hold a gradient
         self._take(torch.zeros_like(flat))
+
+    def __reduce__(self) -> NoReturn:
+        # Also for the copy module: the layers that it would hold are copied without their sink.
+        raise ConfigError(
+            "a copy of FlatValues would train no layer: copy the model, and build FlatValues of "
+            "that"
+        )
 
     def _take(self, grad: Tensor) -> None:
         """Make `grad` the gradients' buffer."""
@@ -143,3 +164,10 @@ class FlatValues:
             layer.values.grad = None
             layer.sink = None
         self._layers = []
+
+
+def _has_hooks(values: Tensor) -> bool:
+    # torch has no public way to ask.
+    return any(
+        getattr(values, hooks, None) for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks")
+    )

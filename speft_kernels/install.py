@@ -12,7 +12,7 @@ from torch import nn
 from .errors import ConfigError, PatternError, nearest
 from .family import Family
 from .nn import SparseDeltaLinear
-from .overview import sparse_layers
+from .overview import sparse_layers, unwrapped
 from .pattern import SparsePattern
 from .targets import check_layers
 
@@ -41,7 +41,7 @@ def state_of(model: nn.Module) -> SparseState:
 
 def is_sparse(model: nn.Module) -> bool:
     """Return whether `model` has sparse layers, or was prepared for an adapter without any."""
-    return _STATE in vars(model) or bool(sparse_layers(model))
+    return _STATE in vars(unwrapped(model)) or bool(sparse_layers(model))
 
 
 def install(

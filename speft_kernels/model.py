@@ -1,4 +1,6 @@
-"""Making a whole model sparse, and plain again."""
+"""Making a whole model sparse, and plain again. What wraps it, as `torch.compile` does, is looked
+through (`overview.unwrapped`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from .errors import ConfigError
 from .family import set_modes, to_linears
 from .install import forget, install, swap_modules
 from .nn import SparseDeltaLinear
-from .overview import Summary, SummaryRow, sparse_layers, summary, trainable_parameters
+from .overview import (
+    Summary,
+    SummaryRow,
+    sparse_layers,
+    summary,
+    trainable_parameters,
+    unwrapped,
+)
 from .pattern import SparsePattern
 from .salience import METRICS, LossFn, SalienceReport, metric_named
 from .salience.borrow import borrowed, undone_on_error
@@ -73,6 +82,7 @@ def sparsify(
         SalienceError: a loss or gradient is not finite, or a layer received no gradient.
         On any error, also one out of `loss_fn`, the model is as it was.
     """
+    model = unwrapped(model)
     targets = _targets_to_score(model, config, batches)
     with undone_on_error(_head(model, config, targets)):
         patterns, report = _score(model, config, targets, batches, loss_fn)
@@ -90,6 +100,7 @@ def score_and_select(
 
     With `head_warmup_steps` the task head stays warmed up. Arguments and errors as for `sparsify`.
     """
+    model = unwrapped(model)
     targets = _targets_to_score(model, config, batches)
     with undone_on_error(_head(model, config, targets)):
         return _score(model, config, targets, batches, loss_fn)
@@ -106,6 +117,7 @@ def apply_patterns(
         ConfigError: a name is not a layer of the model or cannot train sparsely, a pattern is for
             another shape, or the model has sparse layers already. The model is as it was.
     """
+    model = unwrapped(model)
     _refuse_sparse(model)
     dense = find_dense_modules(model, config.modules_to_train)
     refuse_dense(patterns, dense)
@@ -123,6 +135,7 @@ def merge(model: nn.Module) -> None:
     Raises:
         ConfigError: no sparse layers, or one whose weight is shared or cannot hold a delta.
     """
+    model = unwrapped(model)
     layers = _require_sparse(model)
     refuse_delta_in_shared(model, layers)
     set_modes(dict.fromkeys(layers.values(), "resident"))
@@ -148,6 +161,7 @@ def desparsify(model: nn.Module, keep_delta: bool = True) -> None:
         ConfigError: no sparse layers; with `keep_delta`, one whose weight is shared or cannot hold
             a delta. Nothing is changed.
     """
+    model = unwrapped(model)
     layers = _require_sparse(model)
     if keep_delta:
         refuse_delta_in_shared(model, layers)

@@ -26,13 +26,18 @@ from .shared_input import SharedInput
 
 MODES = CHOICES["mode"]
 
-# The layers that exist, for the hooks below.
-_layers: weakref.WeakSet[SparseDeltaLinear] = weakref.WeakSet()
+# The layers that exist, by their id, for the hooks below.
+_layers: weakref.WeakValueDictionary[int, SparseDeltaLinear] = weakref.WeakValueDictionary()
+
+
+def _alive() -> list[SparseDeltaLinear]:
+    # The references are taken at once: other threads make layers, and drop them, meanwhile.
+    return [layer for ref in _layers.valuerefs() if (layer := ref()) is not None]
 
 
 def _settle_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Before a step of any optimizer, let the buffers that it holds be what layers' `.grad` are."""
-    sinks = {id(s.parameter): s for layer in _layers if (s := layer.sink) is not None}
+    sinks = {id(s.parameter): s for layer in _alive() if (s := layer.sink) is not None}
     if sinks:
         for group in optimizer.param_groups:
             for held in {id(p) for p in group["params"]} & sinks.keys():
@@ -46,7 +51,7 @@ def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     fused optimizers, torch's own among them, write past it.
     """
     ours: dict[int, list[Tensor]] = {}
-    for layer in _layers:
+    for layer in _alive():
         trained = layer.values if layer.sink is None else layer.sink.parameter
         ours.setdefault(id(trained), []).append(layer.values)
     for group in optimizer.param_groups:
@@ -122,7 +127,7 @@ class SparseDeltaLinear(nn.Module):
         self._input = SharedInput(self._pattern)
         self.family: family.Family | None = None
         self.sink: Sink | None = None
-        _layers.add(self)
+        _layers[id(self)] = self
 
     def _take_plain(self, linear: nn.Linear, pattern: SparsePattern) -> None:
         weight = linear.weight
@@ -199,6 +204,12 @@ class SparseDeltaLinear(nn.Module):
             ConfigError: `requires_grad` was set on the weight.
             StaleWeightError: in the backward pass, where `values` changed since this one.
         """
+        if torch.compiler.is_compiling():
+            # What a layer knows by versions and identities would be as old as the graph.
+            return _untraced(self, x)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         if self.base is not None:
             return self._forward_over_base(x)
         device, source = x.device.type, x
@@ -239,9 +250,6 @@ class SparseDeltaLinear(nn.Module):
         values = self._parameters["values"]
         if values is None or not values.requires_grad:
             return None, plan_of(self._pattern)
-        if torch.compiler.is_compiling():  # a graph has no identity of inputs to go by
-            plan = plan_of(self._pattern)
-            return ops.keep_columns(x, plan), plan
         self._input = self._input.group()
         return self._input.keep(source, x, self._pattern)
 
@@ -391,12 +399,17 @@ class SparseDeltaLinear(nn.Module):
             self._input = SharedInput(self._pattern)
         return self
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         self._sync_if_changed()  # or `weight` would be one optimizer step behind `values`
         # Averaging a model with its buffers (AveragedModel) truncates what it makes of integers.
         # What the layer computes follows the pattern, and so must what is loaded from this.
         self.indices = self._pattern.indices
-        super()._save_to_state_dict(*args, **kwargs)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.sink is not None and not keep_vars:
+            # Of tensors that share a storage safetensors' `save_model`, say, keeps a single one.
+            destination[prefix + "values"] = self.values.detach().clone()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -466,6 +479,10 @@ class SparseDeltaLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, "
             f"nnz={pattern.nnz}, density={pattern.density:.4%}{block}, mode={self.mode}"
         )
+
+
+# This way of torch's own imports the compiler with the first call, its public one at once: seconds.
+_untraced = getattr(torch, "_disable_dynamo", torch.compiler.disable)(SparseDeltaLinear._compute)
 
 
 def _features(linear: nn.Module) -> tuple[int, int]:

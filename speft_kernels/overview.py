@@ -5,15 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from .nn import SparseDeltaLinear
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model within what compiles, replicates or averages it as a whole (torch.compile,
+    DataParallel, DistributedDataParallel, AveragedModel). Names of layers and what a model
+    remembers are of it: an adapter is for the model, wrapped or not.
+    """
+    wrappers = (nn.DataParallel, DistributedDataParallel, AveragedModel)
+    while True:
+        # By its one child: to ask for the class would import the compiler.
+        inner = model.module if isinstance(model, wrappers) else model._modules.get("_orig_mod")
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def sparse_layers(model: nn.Module) -> dict[str, SparseDeltaLinear]:
-    """Return name -> sparse layer in the model's order; registered twice, it has its first name."""
+    """Return name -> sparse layer in the model's order; registered twice, it has its first name.
+    The names are those in the model itself, also where it comes in a wrapper (`unwrapped`).
+    """
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in unwrapped(model).named_modules()
         if isinstance(module, SparseDeltaLinear)
     }
 

@@ -295,15 +295,15 @@ def test_a_different_base_is_named_and_can_be_accepted(saved: Path) -> None:
 
 @pytest.mark.parametrize("start", ["plain", "same patterns", "other patterns"])
 def test_values_that_overflow_with_the_base_are_refused(tmp_path: Path, start: str) -> None:
-    def build(config: SpeftConfig | None) -> nn.Module:
+    def build(config: SpeftConfig | None, weight: float = 4e4) -> nn.Module:
         model = mlp(dtype=torch.float16)
         with torch.no_grad():
-            model.first.weight.fill_(4e4)
+            model.first.weight.fill_(weight)
         if config is not None:
             sparsify(model, config)
         return model
 
-    trained = build(CONFIG)
+    trained = build(CONFIG, weight=1.0)
     with torch.no_grad():
         trained.first.values.fill_(4e4)
     save_adapter(trained, tmp_path / "a")
@@ -311,7 +311,7 @@ def test_values_that_overflow_with_the_base_are_refused(tmp_path: Path, start: s
     model = build({"plain": None, "same patterns": CONFIG, "other patterns": other}[start])
     before = Snapshot(model)
     with pytest.raises(AdapterError, match=r"layer 'first'.*infinite in torch\.float16"):
-        load_adapter(model, tmp_path / "a")
+        load_adapter(model, tmp_path / "a", check_base=False)
     before.assert_untouched()
 
 

@@ -293,7 +293,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "another base: the weight of layer 'first'.*check_base=False",
     ),
     "unknown dense": (rename_dense("head.bais"), "no tensor 'head.bais'.*Did you mean 'head.bias'"),
-    "dense of another shape": (rename_dense("first.bias"), "part of a sparse layer"),
+    "dense into a sparse weight": (rename_dense("first.weight"), "part of a sparse layer"),
+    "dense of another shape": (rename_dense("first.bias"), r"shape \(10,\) in the model, \(3,\)"),
     "dense into the norm": (rename_dense("norm.weight"), r"shape \(10,\) in the model, \(3,\)"),
     "dense into values": (rename_dense("head.values"), "no tensor 'head.values'"),
     "dense integers": (

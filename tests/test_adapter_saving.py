@@ -22,15 +22,19 @@ from adapters import (
     trained_mlp,
 )
 from tiny_models import (
+    Int8Linear,
     mlp,
 )
 
-from speft_kernels import atomic
-from speft_kernels.adapter import load_adapter, save_adapter
+from speft_kernels import SparsePattern, atomic
+from speft_kernels.adapter import load_adapter, read_adapter, save_adapter
+from speft_kernels.dynamic import MovingMask
 from speft_kernels.errors import AdapterError, OutputError
 from speft_kernels.model import (
     SpeftConfig,
+    apply_patterns,
     merge,
+    sparsify,
 )
 
 
@@ -59,6 +63,70 @@ def test_values_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"sparse\.second\.values holds NaN or infinite"):
         save_adapter(model, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("by", ["save_adapter", "MovingMask"])
+def test_values_that_make_a_weight_infinite_are_not_saved(tmp_path: Path, by: str) -> None:
+    model = mlp(dtype=torch.float16)
+    sparsify(model, CONFIG)
+    moving = MovingMask(model, CONFIG, "rigl")
+    with torch.no_grad():
+        model.second.values[0] = 1e6  # finite in float32
+    save = save_adapter if by == "save_adapter" else moving.save
+    with pytest.raises(AdapterError, match=r"layer 'second'.*infinite in torch\.float16"):
+        save(model, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+# What trains of a sparse layer beside its values
+
+
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+@pytest.mark.parametrize("start", ["plain", "same patterns", "bias trains"])
+def test_a_bias_that_trains_is_saved(tmp_path: Path, mode: str, start: str) -> None:
+    model = mlp()
+    sparsify(model, CONFIG)
+    model.first.bias.requires_grad_(True)
+    save_adapter(filled(model), tmp_path / "a")
+    assert list(read_adapter(tmp_path / "a").dense) == ["first.bias", "head.weight", "head.bias"]
+    loaded = mlp()
+    if start != "plain":
+        sparsify(loaded, CONFIG)
+        loaded.first.bias.requires_grad_(start == "bias trains")
+        filled(loaded, seed=2)
+    info = load_adapter(loaded, tmp_path / "a", mode=mode)
+    assert info.dense == ("first.bias", "head.weight", "head.bias")
+    if mode == "resident":
+        assert_same_contents(loaded, contents(model))
+    assert torch.equal(loaded.first.bias, model.first.bias)
+    assert loaded.first.bias.requires_grad
+    save_adapter(loaded, tmp_path / "b")
+    assert (tmp_path / "a" / TENSORS).read_bytes() == (tmp_path / "b" / TENSORS).read_bytes()
+
+
+def test_what_trains_within_an_opaque_base_is_refused(tmp_path: Path) -> None:
+    model = mlp().requires_grad_(False)
+    model.second = Int8Linear(model.second)
+    pattern = SparsePattern((8, 10), torch.tensor([0, 33, 79]))
+    apply_patterns(model, {"second": pattern}, SpeftConfig(mode="additive"))
+    model.second.base.bias = torch.nn.Parameter(torch.zeros(8))
+    with pytest.raises(AdapterError, match=r"'second\.base\.bias' trains.*Int8Linear.*freeze it"):
+        save_adapter(model, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+    model.second.base.bias.requires_grad_(False)
+    save_adapter(model, tmp_path / "a")
+
+
+def test_the_bias_of_an_opaque_base_is_not_loaded(tmp_path: Path) -> None:
+    model = mlp()
+    sparsify(model, CONFIG)
+    model.first.bias.requires_grad_(True)
+    save_adapter(model, tmp_path / "a")
+    other = mlp()
+    other.first = Int8Linear(other.first)
+    other.first.bias = torch.nn.Parameter(torch.zeros(10))
+    with pytest.raises(AdapterError, match=r"'first\.bias', which is part of a sparse layer"):
+        load_adapter(other, tmp_path / "a", mode="additive", check_base=False)
 
 
 def test_an_existing_folder_is_kept_unless_told(saved: Path) -> None:

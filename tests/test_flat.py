@@ -1,11 +1,14 @@
 """FlatValues: one parameter for all layers, which trains as many do."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_model, save_model
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from speft_kernels import FlatValues, SparsePattern, SpeftConfig, apply_patterns
 from speft_kernels.errors import ConfigError, StaleWeightError
@@ -343,3 +346,107 @@ def test_values_that_are_not_the_layers_own_are_refused():
     model.load_state_dict(model.state_dict(), assign=True)
     with pytest.raises(ConfigError, match="given other values"):
         model(torch.randn(5, 48)).sum().backward()
+
+
+def backward_for(kind, model, x, y):
+    """Gradients of y by one of the ways to ask for some alone; what it returns."""
+    of = values(model)
+    if kind == "grad of x":
+        return torch.autograd.grad(y, [x])
+    if kind == "grad of values":
+        return torch.autograd.grad(y, [x, of[1], of[3]])
+    inputs = {
+        "into all": None,
+        "into x": [x],
+        "into the head": [*model.head.parameters()],
+        "into some values": [of[0], of[3]],
+    }
+    y.backward(inputs=inputs[kind])
+    return ()
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["kept", "checkpoint", "reentrant"])
+@pytest.mark.parametrize(
+    "kind",
+    ["into all", "into x", "into the head", "into some values", "grad of x", "grad of values"],
+)
+def test_only_the_gradients_that_are_asked_for_are_added(kind, reentrant):
+    if reentrant and kind not in ("into all", "into the head"):
+        pytest.skip("torch refuses it, or finds no values in it")
+    found = []
+    for flat in (False, True):
+        model = sparse_model()
+        parameter = FlatValues(model).parameter if flat else None
+        torch.manual_seed(3)
+        x = torch.randn(5, 48, requires_grad=True)
+        for what in ("into all", kind):  # added to a gradient that is there, or not
+            y = model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)
+            returned = backward_for(what, model, x, y.square().sum())
+        found.append([*returned, x.grad, *(v.grad.clone() for v in values(model))])
+        if parameter is not None:
+            apart = torch.cat([v.grad.flatten() for v in values(model)])
+            assert torch.equal(parameter.grad, apart)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_for_others_leave_no_buffer_behind():
+    model = sparse_model()
+    flat = FlatValues(model)
+    x = torch.randn(5, 48, requires_grad=True)
+    torch.autograd.grad(model(x).sum(), x)
+    assert flat.parameter.grad is None
+    assert all(v.grad is None for v in values(model))
+
+
+def test_values_that_do_not_train_are_left_out():
+    model = sparse_model()
+    with torch.no_grad():
+        for v in values(model):
+            v.fill_(1.0)
+    model.k.values.requires_grad_(False)
+    flat = FlatValues(model)
+    optimizer = torch.optim.AdamW([flat.parameter], lr=0.1, weight_decay=0.5)
+    for _ in range(2):
+        model(torch.randn(5, 48)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert bool((model.k.values == 1.0).all())
+    assert not bool((model.q.values == 1.0).any())
+    for v in values(model):
+        v.requires_grad_(False)
+    flat.release()
+    with pytest.raises(ConfigError, match="no sparse layer with values to train"):
+        FlatValues(model)
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_it_is_not_copied_without_its_layers(copier):
+    model = sparse_model()
+    flat = FlatValues(model)
+    with pytest.raises(ConfigError, match="copy the model, and build FlatValues of that"):
+        copier(flat)
+    copier(model)
+
+
+@pytest.mark.parametrize("how", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_values_with_hooks_are_refused(how):
+    model = sparse_model()
+    hook = getattr(model.k.values, how)(lambda _: None)
+    with pytest.raises(ConfigError, match="have hooks, which would see no gradient"):
+        FlatValues(model)
+    assert model.q.values.grad is None
+    hook.remove()
+    FlatValues(model)
+
+
+def test_safetensors_keep_the_values_of_every_layer(tmp_path):
+    model, fresh = sparse_model(), sparse_model(seed=2)
+    flat = FlatValues(model)
+    with torch.no_grad():
+        flat.parameter.normal_(std=0.1)
+    save_model(model, tmp_path / "model.safetensors")
+    FlatValues(fresh)
+    assert load_model(fresh, tmp_path / "model.safetensors") == (set(), [])
+    x = torch.randn(5, 48)
+    assert torch.equal(fresh(x), model(x))

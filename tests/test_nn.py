@@ -140,6 +140,27 @@ def test_inference_mode_before_training(mode):
     assert layer.values.grad is not None
 
 
+def test_layers_that_are_made_during_a_step_do_not_disturb_it():
+    """As another thread makes them, while it is seen what the optimizer holds."""
+
+    class Busy(SparseDeltaLinear):
+        @property
+        def sink(self):
+            made.append(make_layer())
+
+        @sink.setter
+        def sink(self, value):
+            pass
+
+    made = []
+    layers = [Busy(nn.Linear(48, 32), make_pattern("realistic", 32, 48)) for _ in range(3)]
+    linear = nn.Linear(4, 4)
+    linear(torch.randn(2, 4)).sum().backward()
+    made.clear()
+    torch.optim.SGD(linear.parameters(), lr=0.1).step()
+    assert len(made) >= len(layers)
+
+
 def test_other_models_are_left_alone():
     make_layer()
     linear = nn.Linear(4, 4)
