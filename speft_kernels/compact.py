@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Rows of dW or of the delta that the torch backend makes dense at a time, over the used columns
-# only: at most 14 MB in float32 for K = 14336.
-PANEL_ROWS = 256
+# Whoever takes some rows of the matrix at a time takes a multiple of so many, for which the host
+# knows where their entries start.
+ROW_STEP = 64
 
 
 def spread(starts: Tensor, size: int) -> Tensor:
@@ -33,7 +32,7 @@ class CompactIndices(NamedTuple):
     crow: Tensor  # int64 [R + 1]
     cols: Tensor  # int32 [C], sorted: the columns that hold an entry
     local: Tensor  # int32 [nnz]: position of each entry's column in `cols`
-    panels: Tensor  # int64, on the host: where each panel of PANEL_ROWS rows starts in the entries
+    steps: Tensor  # int64, on the host: where each ROW_STEP rows of the matrix start in the entries
     # For kernels that go through all rows of the matrix, used or not:
     starts: Tensor  # int32 [rows of the matrix + 1]: where each row starts in the entries
     columns: Tensor  # int32 [nnz]: the column of each entry
@@ -53,15 +52,19 @@ class CompactIndices(NamedTuple):
         """int64 `[nnz]`: the column of each entry."""
         return self.columns.long()
 
-    def row_panels(self) -> Iterator[tuple[Tensor, slice, Tensor]]:
-        """Yield, for each panel of PANEL_ROWS compact rows: the rows, the entries, and each
-        entry's row within the panel. Nothing is read back from the device.
+    def rows_at_a_time(self, most: int) -> int:
+        """The multiple of ROW_STEP up to `most` and to the size of the matrix, but one step."""
+        all_steps = -(-(self.starts.numel() - 1) // ROW_STEP)
+        return max(1, min(most // ROW_STEP, all_steps)) * ROW_STEP
+
+    def panels(self, rows: int) -> Iterator[tuple[slice, slice]]:
+        """Yield so many rows of the matrix at a time, a multiple of ROW_STEP, and their entries.
+        Nothing is read back from the device.
         """
-        row_of_entry = self.compact_rows
-        for i, (start, stop) in enumerate(itertools.pairwise(self.panels.tolist())):
-            first = i * PANEL_ROWS
-            entries = slice(start, stop)
-            yield self.rows[first : first + PANEL_ROWS], entries, row_of_entry[entries] - first
+        size, starts = self.starts.numel() - 1, self.steps.tolist()
+        for first in range(0, size, rows):
+            last = min(first + rows, size)
+            yield slice(first, last), slice(starts[first // ROW_STEP], starts[-(-last // ROW_STEP)])
 
     @classmethod
     def build(cls, rows: Tensor, cols: Tensor, size: int) -> CompactIndices:
@@ -72,15 +75,16 @@ class CompactIndices(NamedTuple):
         crow = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=rows.device)
         torch.cumsum(counts, 0, out=crow[1:])
         used_cols, local = torch.unique(cols, return_inverse=True)
-        panels = torch.cat([crow[:-1:PANEL_ROWS], crow[-1:]]).cpu()
         every = torch.arange(size + 1, dtype=rows.dtype, device=rows.device)
+        starts = torch.searchsorted(rows.contiguous(), every, out_int32=True)
+        steps = torch.cat([starts[:-1:ROW_STEP], starts[-1:]]).long().cpu()
         return cls(
             used_rows.to(torch.int32),
             crow,
             used_cols.to(torch.int32),
             local.to(torch.int32),
-            panels,
-            torch.searchsorted(rows.contiguous(), every, out_int32=True),
+            steps,
+            starts,
             cols.to(torch.int32),
         )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .compact import PANEL_ROWS, CompactIndices
+from .compact import CompactIndices
 from .costs import Costs
 
 TILE = 16
@@ -49,7 +49,6 @@ class _Tensors(NamedTuple):
     entry_row: Tensor  # [E], sorted: index into `rows`
     entry_col: Tensor  # [E]: index into `cols`
     entry_slot: Tensor  # [E]; empty where entry e is value e
-    entry_panels: Tensor  # int64, on the host: where each PANEL_ROWS of `rows` start in the entries
     tile_row: Tensor  # [T], sorted: rows TILE * tile_row and on, as indices into `rows`
     tile_col: Tensor  # [T]: likewise into `cols`
     tile_slot: Tensor  # [T, TILE, TILE], -1 where nothing trains
@@ -118,7 +117,7 @@ def gathered(csr: CompactIndices) -> Parts:
     nowhere, no_tiles = none.long(), none.reshape(0, TILE, TILE)
     pieces = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
     return Parts(
-        *(csr.rows, csr.cols, csr.compact_rows.int(), csr.local, none, csr.panels),
+        *(csr.rows, csr.cols, csr.compact_rows.int(), csr.local, none),
         *(none, none, no_tiles, none, nowhere, none, pieces, none, nowhere, none, pieces),
     )
 
@@ -199,7 +198,6 @@ def build_parts(
     slot = slot[rest]
     tiles, in_tile = _tiles(entry_row, entry_col, slot, used_cols.numel(), costs)
     entry_row, entry_col, slot = entry_row[~in_tile], entry_col[~in_tile], slot[~in_tile]
-    starts = torch.arange(0, used_rows.numel() + PANEL_ROWS, PANEL_ROWS, device=device)
     identity = slots is None and slot.numel() == rows.numel()
     return Parts(
         used_rows.int(),
@@ -207,7 +205,6 @@ def build_parts(
         entry_row.int(),
         entry_col.int(),
         slot[:0].int() if identity else slot.int(),
-        torch.searchsorted(entry_row, starts).cpu(),
         *tiles,
         hot_cols.int(),
         *column_panel,

@@ -19,17 +19,15 @@ from .costs import Costs, costs_of
 from .errors import PatternError
 from .parts import TILE, HotLines, Parts, build_parts, choose_hot_lines
 from .pattern import SparsePattern, lazy_tensor
+from .row_panels import KEEP_COLUMNS_SHARE, RowPanels
 from .strips import Strips, build_strips
 from .thin_strips import ThinStrips, build_thin_strips
 from .tiles import QUARTERS, Tiles
 
-# What a backend reads of a plan: Triton's kernels strips, CUDA's thin ones, the others parts.
-Form = type[Parts] | type[Strips] | type[ThinStrips]
-F = TypeVar("F", Parts, Strips, ThinStrips)
-
-# A copy of more columns than this share of all saves too little memory to be worth its traffic: x
-# is kept itself.
-KEEP_COLUMNS_SHARE = 0.9
+# What a backend reads of a plan: the CPU's kernels parts, torch's own operators panels of rows,
+# Triton's kernels strips, CUDA's thin ones.
+Form = type[Parts] | type[RowPanels] | type[Strips] | type[ThinStrips]
+F = TypeVar("F", Parts, RowPanels, Strips, ThinStrips)
 
 # Tokens for which parts are weighed where the caller gives no hint.
 DEFAULT_TOKENS = 2048
@@ -192,6 +190,8 @@ class SparsityPlan:
 
     def _compile(self, form: Form, packed: bool) -> Any:
         operand = self.kept_columns if packed else None
+        if form is RowPanels:
+            return RowPanels.build(self.csr, self.pattern.shape[1], operand)
         entries, shape = (*self._coordinates, self.row_order), self.pattern.shape
         if form is ThinStrips:
             return build_thin_strips(*entries, shape[1], operand)
@@ -216,13 +216,18 @@ class SparsityPlan:
     def _parts(self) -> Parts:
         return self.compiled(Parts, self.kept_columns is not None)
 
+    @property
+    def _in_panels(self) -> bool:
+        """Whether torch's own operators serve the device, as they do all but CPUs by default."""
+        return self.pattern.device.type != "cpu"
+
     def shares(self) -> dict[str, float]:
-        """Return which share of the entries each part serves: columns, rows, tiles, gather; for a
-        block pattern all are in blocks.
+        """Return which share of the entries each part serves, by default: on a CPU columns, rows,
+        tiles, gather; elsewhere panels of rows serve all; and blocks those of a block pattern.
         """
         total = max(self.pattern.nnz, 1)
-        if self.pattern.is_block:
-            return {"blocks": self.pattern.nnz / total}
+        if self.pattern.is_block or self._in_panels:
+            return {"blocks" if self.pattern.is_block else "panels": self.pattern.nnz / total}
         parts = self._parts
         counts = {
             "columns": parts.hot_col_at.numel(),
@@ -240,8 +245,15 @@ class SparsityPlan:
         costs, out_features = self.costs, self.pattern.shape[0]
         if self.pattern.is_block:
             return {"blocks": self.pattern.nnz * costs.tile * tokens}
-        whole, parts = self.kept_columns is None, self._parts
-        width = self.pattern.shape[1] if whole else self.kept_width
+        whole = self.kept_columns is None
+        width = self.kept_width
+        keep = {"keep": 0.0 if whole else width * costs.pack * tokens}
+        if self._in_panels:
+            first, last, begin, end = self.compiled(RowPanels, not whole).panels.t()
+            taken = begin < end
+            products = int((last - first)[taken].sum()) * width * tokens
+            return {"panels": products * costs.panel + int(taken.sum()) * costs.call, **keep}
+        parts = self._parts
         lines = parts.rows.numel() + (parts.cols.numel() if whole else 0)
 
         def panel(hot: Tensor, length: int) -> float:
@@ -255,7 +267,7 @@ class SparsityPlan:
             "tiles": parts.tile_row.numel() * TILE * TILE * costs.tile * tokens,
             "gather": parts.entry_row.numel() * costs.gather * tokens,
             "pack": lines * costs.pack * tokens,
-            "keep": 0.0 if whole else self.kept_width * costs.pack * tokens,
+            **keep,
         }
 
     def summary(self, tokens: int | None = None) -> str:

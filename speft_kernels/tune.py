@@ -1,9 +1,9 @@
 """Measuring the constants of the plan's cost model on this machine (`costs.py`), and on a GPU where
 `sparse_delta_matmul` changes its way.
 
-Each cost is the slope between two patterns that differ in one kind of work alone, on the
-backend that serves the device: the least of alternating calls (other processes only add to a
-time), with a pass over other memory before each, because in a training step nothing finds its
+Each cost is the slope between two patterns that differ in one kind of work alone, on the backend
+whose plans weigh it, on a GPU Triton's: the least of alternating calls (other processes only add to
+a time), with a pass over other memory before each, because in a training step nothing finds its
 operands in the nearest cache. A slope that noise has turned around says nothing: the default holds.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _triton, ops
 from .costs import CROSSOVER_TOKENS, DEFAULTS, Costs
+from .errors import BackendError
 from .ops.ways import triton_ways
 from .pattern import SparsePattern
 from .plan import SparsityPlan
@@ -37,12 +38,13 @@ class _Scale:
     tokens: int
     lines: int  # columns of the weight for one of the cases below
     dtype: torch.dtype
+    backend: str | None  # whose plans weigh the costs; None: that which serves the device
 
 
 _SCALES = {
-    "cpu": _Scale(2048, 1, torch.float32),
-    # A GPU computes strips of a panel by 64 at a time.
-    "cuda": _Scale(8192, 8, torch.bfloat16),
+    "cpu": _Scale(2048, 1, torch.float32, None),
+    # Strips of a panel are computed by 64 at a time. Torch's own operators weigh nothing.
+    "cuda": _Scale(8192, 8, torch.bfloat16, "triton"),
 }
 
 # What makes a plan gather all entries, and what makes it put all into tiles or into columns.
@@ -55,9 +57,14 @@ def calibrate(device: torch.device | str = "cpu", rounds: int = ROUNDS) -> Costs
     """Measure the costs on `device` with the threads that torch uses now; some seconds.
 
     Raises:
-        BackendError: no backend serves the device.
+        BackendError: no backend serves the device; on a GPU, Triton is missing.
     """
     device = torch.device(device)
+    if device.type == "cuda" and (reason := _triton.missing()) is not None:
+        raise BackendError(
+            f"on a GPU only Triton's kernels have costs that are measured, and they cannot run: "
+            f"{reason}"
+        )
     scale = _SCALES.get(device.type, _SCALES["cpu"])
     tokens, wide = scale.tokens, scale.lines
 
@@ -92,7 +99,7 @@ def calibrate(device: torch.device | str = "cpu", rounds: int = ROUNDS) -> Costs
     }
     default = DEFAULTS.get(device.type, DEFAULTS["cpu"])
     kept: dict[str, Any] = {name: value for name, value in found.items() if value > 0}
-    if device.type == "cuda" and _triton.missing() is None:
+    if device.type == "cuda":
         kept["fused_tokens"] = crossover(ways_at(device, rounds))
     return replace(default, **kept)
 
@@ -154,7 +161,9 @@ def _case(
 
     dy, kept = operand(pattern.shape[0]), ops.keep_columns(operand(pattern.shape[1]), plan)
     out = torch.empty(pattern.nnz, device=device)
-    return lambda: ops.sampled_grad(dy, kept, plan.pattern, plan=plan, packed=True, out=out)
+    return lambda: ops.sampled_grad(
+        dy, kept, plan.pattern, plan=plan, packed=True, out=out, backend=scale.backend
+    )
 
 
 def _alternate(

@@ -39,6 +39,13 @@ def make_pattern(kind: str, n: int, k: int) -> SparsePattern:
     return SparsePattern.from_mask(mask)
 
 
+def uniform_blocks(
+    shape: tuple[int, int], blocks: tuple[int, int], density: float
+) -> SparsePattern:
+    grid = (shape[0] // blocks[0]) * (shape[1] // blocks[1])
+    return SparsePattern.from_blocks(shape, blocks, torch.randperm(grid)[: round(density * grid)])
+
+
 def backends(op: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """The backends that serve `op` for `dtype` on this machine's CPU."""
     name = str(dtype).removeprefix("torch.")

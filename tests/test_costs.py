@@ -14,6 +14,7 @@ import torch
 from speft_kernels import SparsityPlan, _triton, costs, ops, tune
 from speft_kernels.cli import main
 from speft_kernels.costs import CROSSOVER_TOKENS, DEFAULTS, Costs, costs_of, machine_key, remember
+from speft_kernels.errors import BackendError
 from speft_kernels.machine import processor
 from speft_kernels.ops.ways import triton_ways
 from speft_kernels.testing import uniform_pattern
@@ -181,6 +182,14 @@ def test_calibrate_forces_the_work_that_it_measures(monkeypatch):
     assert all(plan.kept_columns is not None for plan in plans)
 
 
+def test_what_is_measured_on_a_gpu_is_the_backend_that_weighs_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tune.ops, "sampled_grad", lambda *_, backend, **__: asked.append(backend))
+    monkeypatch.setitem(tune._SCALES, "cpu", replace(tune._SCALES["cuda"], tokens=16))
+    tune.calibrate("cpu", rounds=1)
+    assert asked == ["triton"] * 9
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """`speft tune` measures for two rounds."""
@@ -297,7 +306,8 @@ def test_a_gpus_calibration_has_the_measured_crossover(monkeypatch):
     monkeypatch.setattr(tune._triton, "missing", lambda: None)
     assert tune.calibrate(gpu).fused_tokens == 64
     monkeypatch.setattr(tune._triton, "missing", lambda: "no Triton")
-    assert tune.calibrate(gpu).fused_tokens == DEFAULTS["cuda"].fused_tokens == 128
+    with pytest.raises(BackendError, match="they cannot run: no Triton"):
+        tune.calibrate(gpu)
 
 
 def test_the_measured_crossover_decides_the_way(monkeypatch):

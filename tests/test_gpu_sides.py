@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import sys
 import time
 from functools import partial
@@ -21,7 +20,6 @@ from speft_kernels.bench.gpu.problems import MOST_TOKENS, TINY, Spec, Workbench
 from speft_kernels.bench.gpu.timing import Floor, GpuCase, GpuSide, measure
 from speft_kernels.bench.machine import Light
 from speft_kernels.costs import CROSSOVER_TOKENS, DEFAULTS
-from speft_kernels.ops import panels
 from speft_kernels.ops.ways import cuda_ways
 
 
@@ -64,14 +62,6 @@ def test_a_step_is_a_case_for_each_backend_and_one_that_is_missing_says_so(tmp_p
     (entry,) = record.build(tmp_path, "cpu", lambda stage: "abc")["cases"]
     assert entry["case"].endswith(", cuda")
     assert entry["error"].startswith("BackendError")
-
-
-def test_panels_on_a_gpu_take_few_stretches_of_bounded_size():
-    """Of gate's 8192 x 14336 gradient, where the CPU takes 113."""
-    tokens = panels.stretch(14336, on_cuda=True)
-    assert tokens * 14336 * 4 <= 128 << 20
-    assert math.ceil(8192 / tokens) == 4
-    assert math.ceil(8192 / panels.stretch(14336, on_cuda=False)) == 113
 
 
 def test_both_ways_of_few_tokens_are_timed_around_the_crossover(tmp_path):

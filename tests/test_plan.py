@@ -133,7 +133,6 @@ def test_what_the_kernels_binary_search_is_sorted(made):
             assert torch.equal(lines, lines.sort().values)
         for at in (parts.hot_col_at, parts.hot_row_at):
             assert torch.equal(at, at.sort().values)
-        assert parts.entry_panels[-1] == parts.entry_row.numel()
 
 
 def check_pieces(pieces, lines, count, length, other):
@@ -293,6 +292,23 @@ def test_the_summary_says_what_serves_what():
     assert "2048 tokens; kept: x whole" in whole.summary()
     blocks = SparsityPlan.build(SparsePattern.from_blocks((4, 6), (2, 3), torch.tensor([1])))
     assert "100.0% of the entries" in blocks.summary()
+
+
+def test_what_serves_on_other_devices(monkeypatch):
+    monkeypatch.setattr(SparsityPlan, "_in_panels", True)
+    mask = mixed_pattern(96, 130).mask()
+    mask[64:] = False  # the second panel has no entry, and is not computed
+    plan = plan_with("mixed", SparsePattern.from_mask(mask))
+    assert plan.shares() == {"panels": 1}
+    costs, width = plan.costs, plan.kept_width
+    assert plan.predicted_seconds(1000) == {
+        "panels": pytest.approx(64 * width * 1000 * costs.panel + costs.call),
+        "keep": pytest.approx(width * 1000 * costs.pack),
+    }
+    assert "100.0% of the entries" in plan.summary()
+    none = plan_with("mixed", make_pattern("empty", 96, 130))
+    assert none.shares() == {"panels": 0}
+    assert none.predicted_seconds(1000)["panels"] == 0
 
 
 @settings(max_examples=300, deadline=None)

@@ -12,6 +12,7 @@ from plans import STRIP_PARTS, mixed_pattern, plan_with
 from speft_kernels import SparsePattern, SparsityPlan
 from speft_kernels.costs import DEFAULTS
 from speft_kernels.parts import Parts
+from speft_kernels.row_panels import RowPanels
 from speft_kernels.strips import GROUP_STRIPS, STRIP_ROWS, Strips
 from speft_kernels.testing import realistic_pattern, uniform_pattern
 from speft_kernels.thin_strips import ThinStrips
@@ -122,7 +123,7 @@ def test_index_memory_is_stated(density):
         )
 
 
-@pytest.mark.parametrize("form", [Parts, Strips, ThinStrips])
+@pytest.mark.parametrize("form", [Parts, RowPanels, Strips, ThinStrips])
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_plan_compiles_each_form_once(form, packed):
     plan = plan_with("mixed", mixed_pattern(96, 130))

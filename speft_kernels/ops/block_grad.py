@@ -17,7 +17,7 @@ from .. import _cuda_native, _native, _triton
 from ..dtypes import accumulator_dtype
 from ..pattern import SparsePattern
 from ..plan import SparsityPlan
-from . import _checks, registry
+from . import _checks, registry, wide
 from ._library import operation
 
 # Elements that the torch backend gathers at a time, of dy and of x together: 64 MB in float32.
@@ -90,22 +90,22 @@ def _torch(
     step = max(1, GATHER_ELEMENTS // max(1, dy.shape[0] * (bh + bw)))
     for start in range(0, out.shape[0], step):
         part = slice(start, start + step)
-        product = _product(
-            _blocks(dy, bh, rows[part]).to(out.dtype), _blocks(x, bw, cols[part]).to(out.dtype)
-        )
+        product = _product(_blocks(dy, bh, rows[part]), _blocks(x, bw, cols[part]), out.dtype)
         if accumulate:
             out[part] += product
         else:
             out[part] = product
 
 
-def _product(dy: Tensor, x: Tensor) -> Tensor:
-    """`[M, b, bh]` and `[M, b, bw]` -> `[b, bh, bw]`; for blocks of one row or column as a
-    pairwise sum, see sampled_grad.
+def _product(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[M, b, bh]` and `[M, b, bw]` -> `[b, bh, bw]` of `dtype`; on a CPU for blocks of one row or
+    column as a pairwise sum, see sampled_grad.
     """
-    if 1 in (dy.shape[2], x.shape[2]):
-        return (dy.unsqueeze(3) * x.unsqueeze(2)).sum(0)
-    return torch.einsum("mbi,mbj->bij", dy, x)
+    if not wide.served(dy):
+        dy, x = dy.to(dtype), x.to(dtype)
+        if 1 in (dy.shape[2], x.shape[2]):
+            return (dy.unsqueeze(3) * x.unsqueeze(2)).sum(0)
+    return wide.bmm(dy.permute(1, 2, 0), x.transpose(0, 1), dtype)
 
 
 @registry.implement("block_grad", "cpu")

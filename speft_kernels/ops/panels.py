@@ -1,8 +1,8 @@
 """The panels of `sampled_grad`: thin products by the vendor's GEMM, sampled into the values.
 
-Every backend without a kernel of its own for them calls this. A panel never exceeds
-what `parts.panel_lines` allows; dy and x are read in stretches of tokens, so that what is copied
-and widened of them is small as well, however many tokens there are.
+The CPU's kernel leaves them to this. A panel never exceeds what `parts.panel_lines` allows; dy and
+x are read in stretches of tokens, so that what is copied and widened of them is small as well,
+however many tokens there are.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from ..parts import ALIGNED_LENGTH, ALIGNED_LINES, Parts
 # parts as there are threads (float32, 512 tokens: other bits with 1, 2 and 3; float64 on an AMD
 # EPYC, 193 of a transposed operand: with 1 and 16); and what is widened stays small.
 STRETCH_TOKENS, STRETCH_ELEMENTS = 192, 1 << 20
-# On a GPU, where each stretch is a launch that the host pays for: 128 MiB of float32 at most.
-CUDA_STRETCH = (1 << 20, 1 << 25)
 
 # Elements of the hot lines copied at a time; as many as the panel has where that is more, and three
 # times as many at most, so fewer than the weight has. A copy serves several stretches: one for each
@@ -119,16 +117,15 @@ def _add_gemm(panel: Tensor, left: Tensor, right: Tensor) -> None:
 def _widened(right: Tensor, panel: Tensor) -> Tensor:
     """`right` `[t, length]` in the dtype of `panel`, with zeros up to the panel's length.
 
-    On a CPU its rows are contiguous. Where its columns are, as those of packed operands, MKL cuts a
-    thin product's sums among the threads from 52 tokens on (an Intel Xeon with AVX-512 and AMX: 86
-    of 3,024 products; of those with contiguous rows, none).
+    Its rows are contiguous. Where its columns are, as those of packed operands, MKL cuts a thin
+    product's sums among the threads from 52 tokens on (an Intel Xeon with AVX-512 and AMX: 86 of
+    3,024 products; of those with contiguous rows, none).
     """
     if right.shape[1] != panel.shape[1]:
         padded = panel.new_zeros(right.shape[0], panel.shape[1])
         padded[:, : right.shape[1]] = right
         return padded
-    right = right.to(panel.dtype)
-    return right if panel.is_cuda else right.contiguous()
+    return right.to(panel.dtype).contiguous()
 
 
 def columns_of(operand: Tensor, positions: Tensor, tokens: slice) -> Tensor:
@@ -146,17 +143,16 @@ def columns_of(operand: Tensor, positions: Tensor, tokens: slice) -> Tensor:
     return blocks.index_select(0, positions).flatten(1)[:, inside]
 
 
-def stretch(width: int, on_cuda: bool) -> int:
+def stretch(width: int) -> int:
     """Tokens multiplied at a time where the widest operand has `width` columns."""
-    tokens, elements = CUDA_STRETCH if on_cuda else (STRETCH_TOKENS, STRETCH_ELEMENTS)
-    return max(16, min(tokens, elements // width))
+    return max(16, min(STRETCH_TOKENS, STRETCH_ELEMENTS // width))
 
 
 def _stretches(matrix: Tensor, tokens: int, width: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield stretches of tokens, and `[tokens, C]`, what `matrix`, which may be packed, holds of
     them; `width` is of the widest operand.
     """
-    step = stretch(width, matrix.is_cuda)
+    step = stretch(width)
     if matrix.dim() == 2:
         for start in range(0, tokens, step):
             some = slice(start, min(start + step, tokens))

@@ -9,30 +9,31 @@ what a panel or the torch backend makes dense is a bounded piece.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import _cuda_native, _native, _triton
-from ..compact import PANEL_ROWS, CompactIndices
+from ..compact import CompactIndices
 from ..dtypes import accumulator_dtype
-from ..parts import TILE, Parts, gathered
+from ..parts import Parts, gathered
 from ..pattern import SparsePattern
 from ..plan import BLOCK_TOKENS, TOKEN_STEP, SparsityPlan
+from ..row_panels import RowPanels
 from ..strips import Strips, gathered_strips
 from ..thin_strips import ThinStrips, build_thin_strips
 from ..tiles import Tiles
-from . import _checks, registry
+from . import _checks, registry, wide
 from ._library import is_plain, operation
 from .keep_columns import in_cuda as keep_columns_in_cuda
 from .keep_columns import unpack
-from .panels import STRETCH_TOKENS, add_panels, columns_of
+from .panels import add_panels
 
-# Tiles that the torch backend multiplies at a time; and elements of what it copies of the used
-# columns, or of the lines of these tiles: 16 MB in float32.
-TILES_AT_ONCE, GATHER_ELEMENTS = 64, 1 << 22
+# Elements that the torch backend copies of used columns at a time, and of either operand widens:
+# 64 and 16 MB in float32.
+COPIED_ELEMENTS, WIDENED_ELEMENTS = 1 << 24, 1 << 22
 
 
 def sampled_grad(
@@ -121,12 +122,13 @@ def gradient_of_entries(
         strips: the tensors of the entries' ThinStrips for a backend that reads those, from a plan;
             empty, they are made here, for which the device is asked how many there are.
     """
-    serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
+    form = registry.resolve("sampled_grad", dy.device, dy.dtype, backend).form
     compact = CompactIndices(*csr)
     nnz = compact.local.shape[0]
-    if serve.form is not ThinStrips:
-        form = gathered_strips if serve.form is Strips else gathered
-        strips = list(form(compact))
+    if form is RowPanels:
+        strips = list(RowPanels.build(compact, x.shape[1]))
+    elif form is not ThinStrips:
+        strips = list((gathered_strips if form is Strips else gathered)(compact))
     elif not strips:
         rows, cols = compact.entry_rows, compact.entry_cols
         strips = list(build_thin_strips(rows, cols, None, x.shape[1], None))
@@ -149,65 +151,58 @@ def _reference(
         out[slot] += dense[row, position]
 
 
-@registry.implement("sampled_grad", "torch", form=Parts)
-def _torch(dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumulate: bool) -> None:
+@registry.implement("sampled_grad", "torch", form=RowPanels)
+def _torch(
+    dy: Tensor, x: Tensor, panels: RowPanels, width: int, out: Tensor, accumulate: bool
+) -> None:
     if not accumulate:
         out.zero_()
-    add_panels(dy, x, parts, out)
-    if not parts.rows.numel():
-        return
-    widest = max(parts.cols.numel(), TILES_AT_ONCE * TILE)
-    step = max(STRETCH_TOKENS, GATHER_ELEMENTS // widest)
-    for start in range(0, dy.shape[0], step):
-        _add_stretch(dy, x, slice(start, min(start + step, dy.shape[0])), parts, out)
+    for some, used in _used_columns(x, panels.columns, dy.shape[0]):
+        for first, last, begin, end in panels.panels.tolist():
+            if begin < end:
+                product = _product(dy[some, first:last], used, out.dtype)
+                out[begin:end] += product.view(-1).index_select(0, panels.at[begin:end])
 
 
-def _add_stretch(dy: Tensor, x: Tensor, tokens: slice, parts: Parts, out: Tensor) -> None:
-    """Add what tiles and gathering serve, of some tokens."""
-    dy, used = dy[tokens], columns_of(x, parts.cols, tokens).t().contiguous()
-    # Products accumulate in float32 inside the GEMM, but its result has the operands' dtype: widen
-    # them first, on the used rows and columns alone.
-    used = used.to(out.dtype)
-    _add_tiles(dy, used, parts, out)
-    for i, (start, stop) in enumerate(itertools.pairwise(parts.entry_panels.tolist())):
-        if start == stop:
-            continue
-        first = i * PANEL_ROWS
-        rows = parts.rows[first : first + PANEL_ROWS]
-        product = _product(dy.index_select(1, rows).to(out.dtype), used)
-        entries = slice(start, stop)
-        place = (parts.entry_row[entries].long() - first) * used.shape[1] + parts.entry_col[entries]
-        values = product.reshape(-1).index_select(0, place)
-        if parts.entry_slot.numel():
-            out.index_add_(0, parts.entry_slot[entries], values)
-        else:
-            out[entries] += values
-
-
-def _add_tiles(dy: Tensor, used: Tensor, parts: Parts, out: Tensor) -> None:
-    # A tile at the edge repeats the last line: those products have no slot.
-    side = torch.arange(TILE, dtype=torch.int32, device=dy.device)
-    for start in range(0, parts.tile_row.numel(), TILES_AT_ONCE):
-        some = slice(start, start + TILES_AT_ONCE)
-        row = (parts.tile_row[some, None] * TILE + side).clamp(max=parts.rows.numel() - 1)
-        col = (parts.tile_col[some, None] * TILE + side).clamp(max=used.shape[1] - 1)
-        left = dy.index_select(1, parts.rows[row.long().flatten()]).to(out.dtype)
-        right = used.index_select(1, col.flatten())
-        tall, wide = (side.unflatten(1, (-1, TILE)).transpose(0, 1) for side in (left, right))
-        products = torch.bmm(tall.transpose(1, 2), wide)
-        # Where nothing trains, zero is added to the first value.
-        slot = parts.tile_slot[some]
-        products = torch.where(slot >= 0, products, 0)
-        out.index_add_(0, slot.clamp(min=0).flatten(), products.flatten())
-
-
-def _product(dy: Tensor, x: Tensor) -> Tensor:
-    """`dy^T @ x`. Products of one column go to BLAS's gemv or dot, which may sum the tokens one
-    after the other in float32; torch's own sum is pairwise and an order of magnitude closer.
+def _used_columns(x: Tensor, columns: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield tokens, and `[C, tokens]`, what is used of them of x `[M, K]` or its packed columns
+    `[B, C, T]`: all at once, but where they are copied.
     """
-    if 1 in (dy.shape[1], x.shape[1]):
-        return (dy.unsqueeze(2) * x.unsqueeze(1)).sum(0)
-    return dy.t() @ x
+    if x.dim() == 2 and columns.numel() == 0:
+        yield slice(0, tokens), x.t()
+    elif x.dim() == 2:
+        step = max(1, COPIED_ELEMENTS // columns.numel())
+        for start in range(0, tokens, step):
+            some = slice(start, min(start + step, tokens))
+            yield some, x[some].index_select(1, columns).t()
+    elif x.shape[0] == 1:
+        yield slice(0, tokens), x[0, :, :tokens]
+    else:
+        size = x.shape[2]
+        step = max(1, COPIED_ELEMENTS // max(1, x.shape[1] * size))
+        for first in range(0, x.shape[0], step):
+            some = slice(first * size, min((first + step) * size, tokens))
+            lines = x[first : first + step].transpose(0, 1).flatten(1)
+            yield some, lines[:, : some.stop - some.start]
+
+
+def _product(dy: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dy^T @ used^T` `[R, C]` in `dtype`, for dy `[M, R]` and used `[C, M]`."""
+    rows, columns = dy.shape[1], used.shape[0]
+    # Products of one line go to BLAS's gemv or dot on a CPU, which may sum the tokens one after the
+    # other in float32; torch's own sum is pairwise and an order of magnitude closer.
+    thin = 1 in (rows, columns)
+    if wide.served(dy) or (dy.dtype == dtype and not thin):
+        return wide.mm(dy.t(), used.t(), dtype)
+    product = dy.new_zeros(rows, columns, dtype=dtype)
+    step = max(1, WIDENED_ELEMENTS // max(rows, columns))
+    for left, right in zip(dy.split(step), used.split(step, 1), strict=True):
+        left, right = left.to(dtype), right.to(dtype)
+        if thin:
+            product += (left.unsqueeze(2) * right.t().unsqueeze(1)).sum(0)
+        else:
+            product.addmm_(left.t(), right.t())
+    return product
 
 
 @registry.implement("sampled_grad", "cpu", form=Parts)

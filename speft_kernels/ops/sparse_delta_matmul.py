@@ -3,8 +3,10 @@
     y[m, n]  = sum over k of x[m, k] * (W + D)[n, k] + b[n]
     dx[m, k] = sum over n of dy[m, n] * (W + D)[n, k]            (the input-gradient twin)
 
-W is a matrix or a `QuantizedWeight`. Accumulated in float32 (float64 for float64 inputs). Most
-backends add the sparse part to the vendor's GEMM, and round twice: after the one and the other.
+W is a matrix or a `QuantizedWeight`. Accumulated in float32 (float64 for float64 inputs). The CPU's
+kernel adds the sparse part to the vendor's GEMM, and rounds twice: after the one and the other. The
+other backends do so with few tokens, or add it to unrounded sums; many are multiplied by W + D
+rounded to x's dtype.
 """
 
 from __future__ import annotations
@@ -152,6 +154,12 @@ def _check_values(flat: Tensor, name: str, values: Tensor, pattern: SparsePatter
     _checks.check_pattern_device(pattern, name, flat)
 
 
+# What the torch backend makes of W + D at a time: for a large GPU a wave of tiles, or more.
+DENSE_BYTES = 16 << 20
+# Tokens up to which it multiplies D by itself, in float32: on an H200 the products take less time
+# than writing W + D does.
+TORCH_FEW_TOKENS = 128
+
 # The entries of D as an operation takes them: by row; by column, with the permutation; by tile,
 # empty where the backend reads no tiles; and by thin strip, for the gradient of the values, empty
 # where none is asked for or the backend reads none.
@@ -293,15 +301,61 @@ def _reference(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> 
     y += (x.to(values.dtype) @ dense.t()).to(y.dtype)
 
 
-@registry.implement("sparse_delta_matmul", "torch")
 @_beside_torchs_product
-def _torch(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> None:
+def _of_few_tokens(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> None:
     x_used = x.index_select(1, sparse.cols).to(values.dtype)
-    for rows, entries, row in sparse.row_panels():
-        dense = values.new_zeros(rows.numel(), sparse.cols.numel())
-        dense[row, sparse.local[entries].long()] = values[entries]
-        update = (x_used @ dense.t()).add_(y.index_select(1, rows))
-        y.index_copy_(1, rows.long(), update.to(y.dtype))
+    output, column = sparse.entry_rows, sparse.local.long()
+    rows = _outputs_at_a_time(sparse, x_used.shape[1] * values.element_size(), PIECE_BYTES)
+    for some, part in sparse.panels(rows):
+        dense = values.new_zeros(some.stop - some.start, sparse.cols.numel())
+        dense[output[part] - some.start, column[part]] = values[part]
+        y[:, some] = (x_used @ dense.t()).add_(y[:, some])
+
+
+def _of_many_tokens(
+    x: Tensor, base: Base, delta: Delta, bias: Tensor | None, out_features: int, twin: bool
+) -> Tensor:
+    """W + D for some outputs at a time, rounded to x's dtype, which torch's product reads."""
+    entries = delta.by_column if twin else delta.by_row
+    values = delta.values[delta.order] if twin else delta.values
+    output, summed = entries.entry_rows, entries.entry_cols
+    if base is None:  # D alone has the columns that it uses
+        x, summed = x.index_select(1, entries.cols), entries.local.long()
+    y = x.new_empty(x.shape[0], out_features)
+    # A quantized weight is widened first.
+    size = 4 if isinstance(base, QuantizedWeight) else x.element_size()
+    for some, part in entries.panels(_outputs_at_a_time(entries, x.shape[1] * size, DENSE_BYTES)):
+        lines = _lines(x, base, some, twin)
+        at = output[part] - some.start, summed[part]
+        lines[at] = (lines[at] + values[part]).to(lines.dtype)  # summed in float32
+        if bias is None:
+            torch.mm(x, lines.t(), out=y[:, some])
+        else:
+            torch.addmm(bias[some], x, lines.t(), out=y[:, some])
+    return y
+
+
+@registry.implement("sparse_delta_matmul", "torch")
+def _torch(
+    x: Tensor, base: Base, delta: Delta, bias: Tensor | None, out_features: int, twin: bool
+) -> Tensor:
+    serve = _of_few_tokens if x.shape[0] <= TORCH_FEW_TOKENS else _of_many_tokens
+    return serve(x, base, delta, bias, out_features, twin)
+
+
+def _outputs_at_a_time(entries: CompactIndices, line_bytes: int, most_bytes: int) -> int:
+    """How many lines may exist at a time: never all that there are."""
+    half = entries.starts.numel() // 2
+    return entries.rows_at_a_time(min(most_bytes // max(line_bytes, 1), half))
+
+
+def _lines(x: Tensor, base: Base, some: slice, twin: bool) -> Tensor:
+    """`[outputs, summed]`: some rows of W, copied, or for the twin some columns, transposed."""
+    if base is None:
+        return x.new_zeros(some.stop - some.start, x.shape[1])
+    if isinstance(base, QuantizedWeight):
+        return base.columns(some, x.dtype).t() if twin else base.rows(some, x.dtype)
+    return base[:, some].clone().t() if twin else base[some].clone()
 
 
 @registry.implement("sparse_delta_matmul", "cpu")
