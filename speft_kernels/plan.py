@@ -249,9 +249,11 @@ class SparsityPlan:
         width = self.kept_width
         keep = {"keep": 0.0 if whole else width * costs.pack * tokens}
         if self._in_panels:
-            first, last, begin, end = self.compiled(RowPanels, not whole).panels.t()
+            panels = self.compiled(RowPanels, not whole)
+            first, last, begin, end = panels.panels.t()
             taken = begin < end
-            products = int((last - first)[taken].sum()) * width * tokens
+            columns = panels.positions.numel() or width
+            products = int((last - first)[taken].sum()) * columns * tokens
             return {"panels": products * costs.panel + int(taken.sum()) * costs.call, **keep}
         parts = self._parts
         lines = parts.rows.numel() + (parts.cols.numel() if whole else 0)

@@ -27,13 +27,13 @@ KEEP_COLUMNS_SHARE = 0.9
 
 
 class RowPanels(NamedTuple):
-    """All that the torch backend reads of a plan. Entry e is value e. `position` is a column of the
-    operand, which is x's columns `columns`, or where that is empty what a call is given.
+    """All that the torch backend reads of a plan. Entry e is value e. `position` is a column of x,
+    or of its packed columns.
     """
 
-    columns: Tensor  # int32 [C]: columns of x to pick
+    positions: Tensor  # int32 [C]: those to pick for the products; empty where all are multiplied
     panels: Tensor  # int64 [P, 4], on the host: first and last row, first and last entry (beyond)
-    at: Tensor  # int32 [nnz]: row within its panel * width of the operand + position
+    at: Tensor  # int32 [nnz]: row within its panel * columns that are multiplied + column of them
 
     @classmethod
     def build(
@@ -42,19 +42,19 @@ class RowPanels(NamedTuple):
         """Part the entries of `csr`. Nothing is read back from the device.
 
         Args:
-            operand: int32 `[C]`, the columns of x behind each position of the packed operand; None
-                where x comes whole.
+            operand: int32 `[C]`, the columns of x behind each position where x comes packed, which
+                may be more than this pattern uses; None where it comes whole.
         """
+        width, used, column = in_features, csr.cols, csr.columns
         if operand is not None:
-            place = csr.local.new_empty(in_features)
-            place[operand.long()] = torch.arange(
-                operand.numel(), dtype=place.dtype, device=place.device
-            )
-            picked, position, width = csr.cols[:0], place[csr.entry_cols], operand.numel()
-        elif csr.cols.numel() > KEEP_COLUMNS_SHARE * in_features:
-            picked, position, width = csr.cols[:0], csr.columns, in_features
+            width = operand.numel()
+            place = csr.cols.new_empty(in_features)
+            place[operand.long()] = torch.arange(width, dtype=place.dtype, device=place.device)
+            used, column = place[used.long()], place[column.long()]
+        if used.numel() <= KEEP_COLUMNS_SHARE * width:
+            width, column = used.numel(), csr.local
         else:
-            picked, position, width = csr.cols, csr.local, csr.cols.numel()
+            used = used[:0]
         size = csr.starts.numel() - 1
         step = csr.rows_at_a_time(min(PRODUCTS, size * in_features // 2) // max(width, 1))
         # By operations on tensors alone, for these may be fakes.
@@ -62,18 +62,18 @@ class RowPanels(NamedTuple):
         last = (first + step).clamp(max=size)
         end = torch.cat([begin[1:], csr.steps[-1:]])
         return cls(
-            picked,
+            used,
             torch.stack([first, last, begin[: first.numel()], end[: first.numel()]], 1),
-            (csr.entry_rows % step * width + position).int(),
+            (csr.entry_rows % step * width + column).int(),
         )
 
     def each_entry(self, out_features: int, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (row of the weight, position or column of x, slot), int64, of the entries of each
         part in turn.
         """
-        columns, at = self.columns.long(), self.at.long()
-        width = columns.numel() or width
+        positions, at = self.positions.long(), self.at.long()
+        width = positions.numel() or width
         for first, _, begin, end in self.panels.tolist():
             row, column = first + at[begin:end] // width, at[begin:end] % width
             slot = torch.arange(begin, end, device=at.device)
-            yield row, columns[column] if columns.numel() else column, slot
+            yield row, positions[column] if positions.numel() else column, slot

@@ -14,7 +14,7 @@ from kernels import (
 from plans import mixed_pattern, plan_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speft_kernels import SparsePattern, ops
+from speft_kernels import SparsePattern, SparsityPlan, ops
 from speft_kernels.compact import ROW_STEP
 from speft_kernels.ops import registry, wide
 from speft_kernels.plan import plan_of
@@ -44,7 +44,12 @@ def test_each_entry_is_in_one_panel_of_bounded_size(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     mask = torch.rand(n, k, generator=generator) < data.draw(st.floats(0, 1))
     mask[:, torch.rand(k, generator=generator) < data.draw(st.floats(0, 1))] = False
-    plan = plan_of(SparsePattern.from_mask(mask))
+    pattern, keep = SparsePattern.from_mask(mask), None
+    if data.draw(st.booleans()):  # as one of the layers that share a copy
+        kept = torch.rand(k, generator=generator) < 0.5
+        kept[pattern.used_cols.long()] = True
+        keep = kept.nonzero().flatten().int()
+    plan = SparsityPlan.build(pattern, keep=keep)
     for packed in (False, True):
         panels = plan.compiled(RowPanels, packed)
         width = plan.kept_width if packed else k
@@ -59,7 +64,7 @@ def test_each_entry_is_in_one_panel_of_bounded_size(data):
         assert (first[0], last[-1], begin[0], end[-1]) == (0, n, 0, plan.pattern.nnz)
         assert (first[1:], begin[1:]) == (last[:-1], end[:-1])
         tallest = max(b - a for a, b in zip(first, last, strict=True))
-        width = panels.columns.numel() or width
+        width = panels.positions.numel() or width
         if plan.pattern.nnz:
             assert tallest <= ROW_STEP or tallest * width <= n * k // 2
 
@@ -133,7 +138,7 @@ def test_a_gpu_is_asked_for_unrounded_products_in_few_launches(monkeypatch):
     monkeypatch.setattr(wide, "served", lambda operand: True)
     pattern = realistic_pattern((4096, 4096), 0.005)
     panels = plan_of(pattern).compiled(RowPanels, False)
-    on_meta = panels._replace(columns=panels.columns.to("meta"), at=panels.at.to("meta"))
+    on_meta = panels._replace(positions=panels.positions.to("meta"), at=panels.at.to("meta"))
     calls, largest = of_8192_tokens("sampled_grad", pattern, (on_meta, 0), (pattern.nnz,))
     number = panels.panels.shape[0]
     assert calls.count(aten.mm.dtype) == number == 1
@@ -143,6 +148,16 @@ def test_a_gpu_is_asked_for_unrounded_products_in_few_launches(monkeypatch):
     used = pattern.used_cols.numel() * 8192
     assert {dtype for made, dtype in calls.made if made is aten._to_copy.default} <= {torch.int64}
     assert largest.numel <= used
+
+
+def test_of_a_shared_copy_a_layers_own_columns_are_multiplied():
+    pattern = realistic_pattern((1024, 1024), 0.005)
+    own = pattern.used_cols
+    others = torch.arange(1024, dtype=torch.int32)[::2]
+    plan = SparsityPlan.build(pattern, keep=torch.unique(torch.cat([own, others])))
+    assert plan.kept_width > 1.5 * own.numel()
+    positions = plan.compiled(RowPanels, True).positions
+    assert torch.equal(plan.kept_columns[positions.long()], own)
 
 
 def test_a_gpu_multiplies_blocks_unrounded(monkeypatch):

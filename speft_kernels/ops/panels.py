@@ -128,19 +128,23 @@ def _widened(right: Tensor, panel: Tensor) -> Tensor:
     return right.to(panel.dtype).contiguous()
 
 
-def columns_of(operand: Tensor, positions: Tensor, tokens: slice) -> Tensor:
-    """`[columns, tokens]`: some columns, for some tokens, of x `[M, K]` or of the packed ones
+def columns_of(operand: Tensor, positions: Tensor | None, tokens: slice) -> Tensor:
+    """`[columns, tokens]`: some columns, or all, for some tokens, of x `[M, K]` or the packed ones
     `[B, C, T]`.
     """
     if operand.dim() == 2:
-        return operand[tokens].index_select(1, positions).t()
+        some = operand[tokens]
+        return (some if positions is None else some.index_select(1, positions)).t()
     size = operand.shape[2]
     first, last = tokens.start // size, (tokens.stop - 1) // size
     inside = slice(tokens.start - first * size, tokens.stop - first * size)
     if first == last:  # a block may hold all tokens: copy no more than is wanted of it
-        return operand[first, :, inside].index_select(0, positions)
+        lines = operand[first, :, inside]
+        return lines if positions is None else lines.index_select(0, positions)
     blocks = operand[first : last + 1].transpose(0, 1)
-    return blocks.index_select(0, positions).flatten(1)[:, inside]
+    if positions is not None:
+        blocks = blocks.index_select(0, positions)
+    return blocks.flatten(1)[:, inside]
 
 
 def stretch(width: int) -> int:

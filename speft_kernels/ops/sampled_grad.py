@@ -29,7 +29,7 @@ from . import _checks, registry, wide
 from ._library import is_plain, operation
 from .keep_columns import in_cuda as keep_columns_in_cuda
 from .keep_columns import unpack
-from .panels import add_panels
+from .panels import add_panels, columns_of
 
 # Elements that the torch backend copies of used columns at a time, and of either operand widens:
 # 64 and 16 MB in float32.
@@ -157,33 +157,25 @@ def _torch(
 ) -> None:
     if not accumulate:
         out.zero_()
-    for some, used in _used_columns(x, panels.columns, dy.shape[0]):
+    for some, used in _used_columns(x, panels.positions, dy.shape[0]):
         for first, last, begin, end in panels.panels.tolist():
             if begin < end:
                 product = _product(dy[some, first:last], used, out.dtype)
                 out[begin:end] += product.view(-1).index_select(0, panels.at[begin:end])
 
 
-def _used_columns(x: Tensor, columns: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield tokens, and `[C, tokens]`, what is used of them of x `[M, K]` or its packed columns
-    `[B, C, T]`: all at once, but where they are copied.
+def _used_columns(x: Tensor, positions: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield tokens, and `[C, tokens]`, what is multiplied of them of x `[M, K]` or of its packed
+    columns `[B, C, T]`: all at once, but where it is copied.
     """
-    if x.dim() == 2 and columns.numel() == 0:
-        yield slice(0, tokens), x.t()
-    elif x.dim() == 2:
-        step = max(1, COPIED_ELEMENTS // columns.numel())
-        for start in range(0, tokens, step):
-            some = slice(start, min(start + step, tokens))
-            yield some, x[some].index_select(1, columns).t()
-    elif x.shape[0] == 1:
-        yield slice(0, tokens), x[0, :, :tokens]
-    else:
-        size = x.shape[2]
-        step = max(1, COPIED_ELEMENTS // max(1, x.shape[1] * size))
-        for first in range(0, x.shape[0], step):
-            some = slice(first * size, min((first + step) * size, tokens))
-            lines = x[first : first + step].transpose(0, 1).flatten(1)
-            yield some, lines[:, : some.stop - some.start]
+    every = positions.numel() == 0
+    if every and (x.dim() == 2 or x.shape[0] == 1):
+        yield slice(0, tokens), x.t() if x.dim() == 2 else x[0, :, :tokens]
+        return
+    step = max(1, COPIED_ELEMENTS // max(1, x.shape[1] if every else positions.numel()))
+    for start in range(0, tokens, step):
+        some = slice(start, min(start + step, tokens))
+        yield some, columns_of(x, None if every else positions, some)
 
 
 def _product(dy: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
