@@ -34,7 +34,7 @@ from .adapter_file import (
 from .atomic import new_folder
 from .config import SpeftConfig
 from .errors import AdapterError, ConfigError, nearest, shown
-from .family import set_modes, to_linears
+from .family import refuse_sharded, set_modes, to_linears
 from .files import writing
 from .install import install, is_sparse, state_of, swap_modules
 from .model import refuse_delta_in_shared
@@ -89,8 +89,10 @@ def save_adapter(
         AdapterError: the folder exists, or holds something else than an adapter; there is nothing
             to save, a value is not finite or makes a weight so, a parameter within an opaque base
             trains, or `extra` is not JSON.
+        ConfigError: a parameter is sharded.
         OutputError: the folder cannot be written; it is as it was.
     """
+    refuse_sharded(unwrapped(model).named_parameters())
     _check_destination(Path(folder), overwrite)
     stored = {
         name: StoredLayer(layer.pattern, layer.values, layer.base_values, fingerprint(layer))
@@ -201,11 +203,12 @@ def load_adapter(
     Raises:
         AdapterError: a file is missing, damaged or hostile, or does not fit the model. The model is
             as it was.
-        ConfigError: the mode is unknown or does not fit, as for a shared weight in resident mode.
-            Likewise.
+        ConfigError: the mode is unknown or does not fit, as for a shared weight in resident mode; a
+            parameter is sharded. Likewise.
     """
     file = read_adapter(folder)
     model = unwrapped(model)
+    refuse_sharded(model.named_parameters())
     present = sparse_layers(model)
     if mode not in (None, "resident", "additive"):
         raise ConfigError(f"mode must be 'resident' or 'additive', got {mode!r}")

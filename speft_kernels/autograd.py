@@ -114,10 +114,14 @@ class SparseLinear(torch.autograd.Function):
         if resident:
             # Under autocast x arrives in the lower precision, and the product casts the weight.
             assert weight is not None
-            return F.linear(x, weight, bias)
-        if weight is None:
-            return ops.delta_matmul(x, values, plan.pattern)
-        return ops.sparse_delta_matmul(x, weight, values, plan.pattern, bias)
+            y = F.linear(x, weight, bias)
+        elif weight is None:
+            y = ops.delta_matmul(x, values, plan.pattern)
+        else:
+            y = ops.sparse_delta_matmul(x, weight, values, plan.pattern, bias)
+        # Not the view of a matrix that it may be: autograd would refuse to let such an output be
+        # written to in place, as nn.ReLU(inplace=True) does.
+        return y.data
 
     @staticmethod
     @once_differentiable

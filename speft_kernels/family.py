@@ -23,6 +23,18 @@ State = tuple[Any, ...]
 UNKNOWN: State = ()
 
 
+def refuse_sharded(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ConfigError where a process holds but a part of one of these named tensors."""
+    for name, tensor in tensors:
+        if hasattr(tensor, "full_tensor"):  # a DTensor; to ask for the class would import it
+            raise ConfigError(
+                f"{name!r} is sharded, as by FSDP2, and cannot be read or written as a whole: make "
+                'the model sparse, with mode="additive", and load adapters before it is sharded; '
+                "to save or merge, gather its state dict (get_model_state_dict with "
+                "full_state_dict=True) and load it into a sparse model that is not"
+            )
+
+
 class Family:
     """The sparse layers of one model; they are not kept alive."""
 
@@ -83,7 +95,12 @@ def to_linears(layers: Iterable[SparseDeltaLinear], keep_delta: bool) -> dict[nn
 
 @torch.no_grad()
 def write(layers: list[SparseDeltaLinear]) -> None:
-    """Write what the modes of `layers`, none of them opaque, say into their weights."""
+    """Write what the modes of `layers`, none of them opaque, say into their weights.
+
+    Raises:
+        ConfigError: a weight is sharded.
+    """
+    refuse_sharded(("weight", layer.weight) for layer in layers)
     ops.write_deltas(*_operands(layers, {layer: layer.mode for layer in layers}))
     for layer in layers:
         layer.written_for = layer.current_state() if layer.mode == "resident" else None

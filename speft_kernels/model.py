@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import SpeftConfig
 from .errors import ConfigError
-from .family import set_modes, to_linears
+from .family import refuse_sharded, set_modes, to_linears
 from .install import forget, install, swap_modules
 from .nn import SparseDeltaLinear
 from .overview import (
@@ -179,6 +179,7 @@ def _refuse_sparse(model: nn.Module) -> None:
 
 
 def _require_sparse(model: nn.Module) -> dict[str, SparseDeltaLinear]:
+    refuse_sharded(model.named_parameters())
     layers = sparse_layers(model)
     if not layers:
         raise ConfigError(

@@ -234,13 +234,16 @@ class SparseDeltaLinear(nn.Module):
             kept, plan = self._keep(source, x)
             y: Tensor = SparseLinear.apply(x, values, weight, bias, kept, plan, self.sink, True)
             return y
+        # FSDP2's mixed precision hands out the values in the dtype of the weight.
+        values = values.to(accumulator_dtype(x.dtype))  # type: ignore[assignment]
+        sink = self.sink if values is parameters["values"] else None
         weight = weight.detach()  # type: ignore[assignment]
         if autocast:
             weight = weight.to(x.dtype)  # type: ignore[assignment]
             bias = None if bias is None else bias.to(x.dtype)  # type: ignore[assignment]
         if needs_grad and (values.requires_grad or x.requires_grad):
             kept, plan = self._keep(source, x)
-            return SparseLinear.apply(x, values, weight, bias, kept, plan, self.sink, False)
+            return SparseLinear.apply(x, values, weight, bias, kept, plan, sink, False)
         return ops.sparse_delta_matmul(x, weight, values, self._pattern, bias)
 
     def _keep(self, source: Tensor, x: Tensor) -> tuple[Tensor | None, SparsityPlan]:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .config import ALL_LINEAR, SpeftConfig
 from .errors import ConfigError, nearest
+from .family import refuse_sharded
 
 # A smaller share of the weights is left out of many a model: a patch embedding, a convolution.
 _MUCH = 0.2
@@ -21,6 +22,9 @@ _LAYER = re.compile(r".*\.\d+\.")
 _CONV1D = (
     "transformers' Conv1D, as GPT-2 has it, holds the transposed weight; put an nn.Linear with "
     "weight.T in its place, or take a model of nn.Linear layers"
+)
+_ELSEWHERE = (
+    'a mask that was chosen elsewhere trains in it through apply_patterns and mode="additive"'
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -46,7 +50,7 @@ def find_targets(model: nn.Module, config: SpeftConfig) -> Targets:
             sparsely, a target's weight is shared in resident mode, the blocks do not tile a weight,
             or no layer is left.
     """
-    _refuse_lazy(model)
+    _refuse_unready(model)
     dense = find_dense_modules(model, config.modules_to_train)
     closed = [*dense, *_named_below(model, config.exclude_modules, "exclude_modules")]
     if config.target_modules == ALL_LINEAR:
@@ -56,7 +60,8 @@ def find_targets(model: nn.Module, config: SpeftConfig) -> Targets:
     for name, layer in wanted.items():
         reason = _not_served(layer)
         if reason is not None:
-            raise ConfigError(f"layer {name!r} cannot train sparsely: {reason}")
+            remedy = f"; {_ELSEWHERE}" if _is_opaque(layer) else ""
+            raise ConfigError(f"layer {name!r} cannot train sparsely: {reason}{remedy}")
     check_layers(model, wanted, config.mode)
     bh, bw = config.block_shape
     for name, layer in wanted.items():
@@ -142,7 +147,7 @@ def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -
     Raises:
         ConfigError: one cannot; the message names it, the reason and the remedy.
     """
-    _refuse_lazy(model)
+    _refuse_unready(model)
     shared = shared_weights(model) if mode == "resident" else {}
     for name, layer in layers.items():
         if name == "":
@@ -189,7 +194,8 @@ def shared_weights(model: nn.Module) -> dict[str, str]:
     return shared
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def _refuse_unready(model: nn.Module) -> None:
+    refuse_sharded(model.named_parameters())
     for name, tensor in _named_tensors(model):
         if is_lazy(tensor):
             raise ConfigError(
@@ -238,7 +244,8 @@ def _all_linear(model: nn.Module, closed: list[str]) -> dict[str, nn.Linear]:
     layers: dict[str, nn.Linear] = {}
     head = _output_embeddings(model)
     for name, module in model.named_modules():
-        if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+        opaque = _is_opaque(module)
+        if not (isinstance(module, nn.Linear) or opaque or _is_conv1d(module)):
             continue
         if module is head or is_below(name, closed):
             continue
@@ -246,7 +253,7 @@ def _all_linear(model: nn.Module, closed: list[str]) -> dict[str, nn.Linear]:
         if isinstance(module, nn.Linear) and reason is None:
             layers[name] = module
         else:
-            skipped.setdefault(str(reason), name)
+            skipped.setdefault(f"{reason}; {_ELSEWHERE}" if opaque else str(reason), name)
     if not layers:
         reasons = "".join(f"; {name!r}: {reason}" for reason, name in list(skipped.items())[:3])
         raise ConfigError(
@@ -269,12 +276,14 @@ def _listed(model: nn.Module, patterns: Sequence[str], closed: list[str]) -> dic
             if matched:
                 name, module = matched[0]
                 remedy = "name the linear layers in it"
-                if not any(isinstance(below, nn.Linear) for below in module.modules()):
+                if _is_opaque(module):
+                    remedy = _ELSEWHERE
+                elif not any(isinstance(below, nn.Linear) for below in module.modules()):
                     conv1d = any(_is_conv1d(below) for below in module.modules())
                     remedy = _CONV1D if conv1d else "there is none in it"
                 raise ConfigError(
                     f"target_modules: {pattern!r} matches {name!r}, which is a "
-                    f"{type(module).__name__}; sparse training serves nn.Linear: {remedy}"
+                    f"{_kind(module)}; sparse training serves nn.Linear: {remedy}"
                 )
             known = [name for name, module in modules if isinstance(module, nn.Linear)]
             raise _no_match("target_modules", pattern, known, "linear layer")
@@ -293,7 +302,7 @@ def _not_served(module: nn.Module) -> str | None:
     if _is_conv1d(module):
         return _CONV1D
     if not isinstance(module, nn.Linear):
-        return f"it is a {type(module).__name__}, not an nn.Linear"
+        return f"it is a {_kind(module)}, not an nn.Linear"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
@@ -307,6 +316,12 @@ def _not_served(module: nn.Module) -> str | None:
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}, not floating point"
     return None
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of a module's class; in full where others are called Linear, too."""
+    kind = type(module)
+    return f"{kind.__module__}.Linear" if kind.__name__ == "Linear" else kind.__name__
 
 
 def _is_conv1d(module: nn.Module) -> bool:

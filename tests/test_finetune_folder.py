@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import Silent, make_place, run, tensors, terminate
 from tiny_text import write_tsv
+from transformers import AutoTokenizer
 
 from speft_kernels.errors import ConfigError, OutputError, SpeftError
 from speft_kernels.files import alone, write_json
@@ -114,6 +115,16 @@ def test_tokens_that_the_model_has_no_embeddings_for_are_refused(own, tmp_path):
     (own / "model" / "config.json").write_text(json.dumps(described))
     with pytest.raises(ConfigError, match="embeddings for 8: they do not belong together"):
         run(own, tmp_path / "run")
+
+
+def test_a_padding_token_that_the_model_has_no_embedding_for_is_refused(own, tmp_path):
+    """One that was added to the tokenizer alone."""
+    tokenizer = AutoTokenizer.from_pretrained(own / "model")
+    tokenizer.add_special_tokens({"pad_token": "<more>"})
+    tokenizer.save_pretrained(own / "model")
+    with pytest.raises(ConfigError, match=r"pads with token (\d+) and .* embeddings for \1: save"):
+        run(own, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_output_that_links_back_to_itself_is_refused(place, tmp_path):

@@ -6,11 +6,21 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, llama
 from tiny_runs import make_place, run
 from tiny_text import save_bert, save_llama, write_jsonl
-from transformers import BertConfig, BertLMHeadModel, LlamaModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    LlamaModel,
+    T5Config,
+    T5Model,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from speft_kernels.cli import main
 from speft_kernels.errors import ConfigError
 from speft_kernels.finetune import load_causal_lm, load_classifier, load_trained
+from speft_kernels.finetune.models import load_tokenizer
 
 
 @pytest.fixture
@@ -63,6 +73,19 @@ def test_a_head_that_is_missing_or_of_another_size_is_new(place, tmp_path):
         model.save_pretrained(place / "model")
 
 
+def test_what_a_head_would_read_of_another_architecture_is_refused(tmp_path):
+    """XLNet's own head reads the last position; a T5 does not run without tokens to decode."""
+    sizes = {"d_model": 16, "vocab_size": VOCABULARY}
+    XLNetModel(XLNetConfig(n_layer=1, n_head=2, d_inner=24, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="xlnet reads the last position.*--pooling mean"):
+        load_classifier(str(tmp_path), "ab", pooling="model")
+    load_classifier(str(tmp_path), "ab", pooling="mean")
+    T5Model(T5Config(num_layers=1, num_heads=2, d_kv=8, d_ff=24, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="a t5 has a decoder, too; use --pooling model"):
+        load_classifier(str(tmp_path), "ab", pooling="mean")
+    load_classifier(str(tmp_path), "ab", pooling="model")
+
+
 def test_a_language_model_without_its_head_is_refused(tmp_path):
     model = llama()
     model.model.save_pretrained(tmp_path / "base")
@@ -87,6 +110,13 @@ def test_a_language_model_has_to_read_from_left_to_right(tmp_path, causal):
         return
     with pytest.raises(ConfigError, match="reads the tokens that it is to predict.*give --model"):
         load_causal_lm(str(tmp_path / "model"))
+
+
+def test_a_tokenizer_keeps_the_side_that_it_pads(tmp_path):
+    """A merged language model is to generate for a padded batch as its base does."""
+    folder = save_llama(tmp_path / "model", ["some words"])
+    AutoTokenizer.from_pretrained(folder, padding_side="left").save_pretrained(folder)
+    assert load_tokenizer(str(folder)).padding_side == "left"
 
 
 def test_the_default_model_is_no_language_model(tmp_path, capsys):

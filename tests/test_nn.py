@@ -37,6 +37,20 @@ def test_output_and_gradients_equal_the_dense_layers(pattern, mode, bias):
     assert layer.bias is None or layer.bias.grad is None
 
 
+@pytest.mark.parametrize("shape", [(7, 48), (2, 7, 48)])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_output_may_be_written_to_in_place(mode, shape):
+    """nn.ReLU(inplace=True) does, and attention that scales a view of its queries (DeBERTa)."""
+    layer, x = make_layer(mode=mode), torch.randn(shape)
+    (layer(x).relu() * 2).sum().backward()
+    expected, layer.values.grad = layer.values.grad, None
+    y = layer(x)
+    halves = y.view(*shape[:-1], 2, -1).transpose(-1, -2)
+    halves *= 2
+    y.relu_().sum().backward()
+    assert torch.equal(layer.values.grad, expected)
+
+
 @pytest.mark.parametrize("function", ["resident", "additive", "delta"])
 @pytest.mark.parametrize("blocks", [False, True])
 def test_gradcheck_of_the_autograd_functions(function, blocks):

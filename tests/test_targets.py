@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import (
+    Int8Linear,
     Snapshot,
     Twins,
     bert_classifier,
@@ -262,6 +264,16 @@ def test_all_linear_passes_over_layers_with_a_way_of_their_own() -> None:
     assert list(find_targets(attention, DATA_FREE).layers) == ["1"]
     with pytest.raises(ConfigError, match="MultiheadAttention reads its weight"):
         find_targets(attention, config(target_modules=["0.out_proj"]))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["second"], ["net"]])
+def test_a_quantised_layer_needs_a_mask_from_elsewhere(targets: Any) -> None:
+    """Nothing can be scored of it; `apply_patterns` takes a mask that the float model gave."""
+    model = mlp()
+    model.second = Int8Linear(model.second)
+    net = nn.Sequential(OrderedDict(net=model.second))
+    with pytest.raises(ConfigError, match='Int8Linear.*apply_patterns and mode="additive"'):
+        find_targets(net if targets != ["second"] else model, config(target_modules=targets))
 
 
 def test_the_model_itself_cannot_be_the_layer() -> None:

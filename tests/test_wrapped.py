@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from adapters import CONFIG, assert_same_contents, contents, filled, trained_mlp
 from tiny_models import Snapshot, mlp, pair_batches, pair_loss
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from speft_kernels import FlatValues
 from speft_kernels.adapter import load_adapter, read_adapter, save_adapter
 from speft_kernels.dynamic import MovingMask
+from speft_kernels.errors import ConfigError
 from speft_kernels.install import is_sparse
 from speft_kernels.model import (
+    SpeftConfig,
     apply_patterns,
     desparsify,
     merge,
@@ -32,23 +39,28 @@ from speft_kernels.overview import unwrapped
 Wrap = Callable[[nn.Module], nn.Module]
 
 
+@pytest.fixture
+def meeting(tmp_path: Path) -> Iterator[None]:
+    method = f"file://{tmp_path}/meeting"
+    distributed.init_process_group("gloo", init_method=method, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
 @pytest.fixture(params=["compile", "data parallel", "processes", "average", "both"])
-def wrap(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Wrap]:
+def wrap(request: pytest.FixtureRequest) -> Wrap:
     def compiled(model: nn.Module) -> nn.Module:
         return torch.compile(model, backend="eager")  # type: ignore[return-value]
 
     if request.param == "processes":
-        method = f"file://{tmp_path}/meeting"
-        distributed.init_process_group("gloo", init_method=method, rank=0, world_size=1)
-    yield {
+        request.getfixturevalue("meeting")
+    return {
         "compile": compiled,
         "data parallel": nn.DataParallel,
         "processes": DistributedDataParallel,
         "average": AveragedModel,
         "both": lambda model: compiled(nn.DataParallel(model)),
     }[request.param]
-    if request.param == "processes":
-        distributed.destroy_process_group()
 
 
 def test_an_adapter_is_of_the_model_within(wrap: Wrap, tmp_path: Path) -> None:
@@ -106,3 +118,54 @@ def test_an_adapter_that_does_not_fit_leaves_the_wrapped_model(wrap: Wrap, tmp_p
     with pytest.raises(ValueError, match="another base"):
         load_adapter(wrapper, tmp_path / "a")
     before.assert_untouched()
+
+
+def sharded(model: nn.Module, **settings: Any) -> nn.Module:
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (*model.children(), model):
+        fully_shard(part, mesh=mesh, **settings)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sharded_model_trains_in_additive_mode(meeting: None, dtype: torch.dtype) -> None:
+    """Mixed precision of FSDP2 hands out the values, too, in the dtype of the weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 3))
+    sparsify(model, SpeftConfig(density=0.2, salience="random", mode="additive"))
+    twin = copy.deepcopy(model)
+    sharded(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    for part in (model, twin):
+        pair_loss(part, pair_batches(1)[0]).backward()
+    found, expected = sparse_layers(model), sparse_layers(twin)
+    for name, layer in expected.items():
+        gradient = found[name].values.grad.full_tensor()  # type: ignore[union-attr]
+        assert gradient.dtype == torch.float32
+        # bfloat16 rounds each product by 2^-9, and the values and their gradient.
+        close = {"rtol": 0.0, "atol": 0.02} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(gradient, layer.values.grad, **close)
+
+
+def test_what_needs_whole_weights_is_refused_of_a_sharded_model(
+    meeting: None, tmp_path: Path
+) -> None:
+    save_adapter(trained_mlp(), tmp_path / "a")
+    patterns, _ = score_and_select(mlp(), CONFIG)
+    plain, model, resident = mlp(), mlp(), mlp()
+    apply_patterns(model, patterns, dataclasses.replace(CONFIG, mode="additive"))
+    apply_patterns(resident, patterns, CONFIG)
+    for part in (plain, model, resident):
+        sharded(part)
+    for refused in (
+        lambda: save_adapter(model, tmp_path / "b"),
+        lambda: load_adapter(model, tmp_path / "a"),
+        lambda: load_adapter(plain, tmp_path / "a", mode="additive"),
+        lambda: apply_patterns(plain, patterns, CONFIG),
+        lambda: sparsify(plain, CONFIG),
+        lambda: merge(model),
+        lambda: desparsify(model, keep_delta=False),
+        lambda: resident(pair_batches(1)[0][0]),
+    ):
+        with pytest.raises(ConfigError, match='is sharded, as by FSDP2.*mode="additive".*gather'):
+            refused()
+    assert not (tmp_path / "b").exists()

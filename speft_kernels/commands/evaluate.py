@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         if labels:
             check_labels(examples, {label: i for i, label in enumerate(labels)})
         encoded = encode(task, examples, Display())
-        check_fit(trained.model, {"data": examples}, {"data": encoded})
+        check_fit(trained.model, trained.tokenizer, {"data": examples}, {"data": encoded})
         model = trained.model.to(accelerator.device)
         try:
             metrics, predicted = evaluate(

@@ -226,7 +226,7 @@ def with_model(config: RunConfig, sources: Sources, mask: Mask | None, display: 
         numbers = {label: number for number, label in enumerate(labels)}
         task = Classification(tokenizer, numbers, config.max_length, sources.positive_label)
     encoded = {name: encode(task, source, display) for name, source in sources.used.items()}
-    check_fit(model, sources.used, encoded)
+    check_fit(model, tokenizer, sources.used, encoded)
     identity = {name: source.fingerprint()[:_DIGITS] for name, source in sources.given.items()}
     identity.update({name: digest_of(config, name) for name in ("model", "salience")})
     # Of what was read: another run may be writing there.
@@ -304,13 +304,23 @@ def check_weights(model: PreTrainedModel, name: str) -> None:
 
 
 def check_fit(
-    model: nn.Module, sources: Mapping[str, Examples], encoded: Mapping[str, list[Encoded]]
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Mapping[str, Examples],
+    encoded: Mapping[str, list[Encoded]],
 ) -> None:
-    """Raises ConfigError for an example that the model has no positions or no embeddings for, which
-    would end the run where it is met.
+    """Raises ConfigError for an example that the model has no positions or no embeddings for, or a
+    padding token of that kind, which would end the run where it is met.
     """
     network: Any = model
     rows, positions = network.get_input_embeddings().weight.shape[0], positions_of(model)
+    padding: Any = tokenizer.pad_token_id
+    if padding >= rows:
+        raise ConfigError(
+            f"the tokenizer pads with token {padding} and the model has embeddings for {rows}: "
+            "save the model after resize_token_embeddings, or give the tokenizer a pad_token that "
+            "the model knows, such as its end token"
+        )
     for name, items in encoded.items():
         longest = max((item.length for item in items), default=0)
         if positions is not None and longest > positions:

@@ -129,7 +129,6 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
                 f"model {model}: its tokenizer has neither a padding nor an end token"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
     return tokenizer
 
 
@@ -147,8 +146,8 @@ def load_classifier(
     A head of that size that the folder already holds is kept, unless a `new_head` is asked for;
     otherwise it is new (drawn from torch's global generator). `pooling` "mean" gives a
     `MeanPoolClassifier`, "model" the architecture's own class, and "auto" what the folder asks for
-    (see `pooling_of`). Other weights that the folder lacks are a ConfigError; of a `whole` model,
-    those of the head too.
+    (see `pooling_of`); one that does not suit the architecture is a ConfigError. So are other
+    weights that the folder lacks; of a `whole` model, those of the head too.
     """
     where = resolve(model)
     names = dict(enumerate(labels))
@@ -163,6 +162,7 @@ def load_classifier(
         config = AutoConfig.from_pretrained(where, **settings)
         config.problem_type = "single_label_classification"
         own = config.architectures == [MeanPoolClassifier.__name__]
+        _check_pooling(model, config, "mean" if own else pooling)
         if pooling == "model" or own or whole:
             kind = MeanPoolClassifier if own else AutoModelForSequenceClassification
             classifier, told = kind.from_pretrained(where, config=config, **_TOLD)
@@ -212,6 +212,22 @@ def labels_of_head(
         f"model {model}: its classification head is for the labels {shown(names)} and the data has "
         f"{shown(list(labels))}, so a new one takes its place"
     )
+
+
+def _check_pooling(model: str, config: Any, pooling: str) -> None:
+    """Raises ConfigError where the architecture has no such states to pool, or where its own head
+    would read the padding.
+    """
+    if pooling == "mean" and config.is_encoder_decoder:
+        raise ConfigError(
+            f"model {model}: pooling 'mean' is of an encoder's states, and a {config.model_type} "
+            "has a decoder, too; use --pooling model"
+        )
+    if pooling == "model" and getattr(config, "summary_type", None) == "last":
+        raise ConfigError(
+            f"model {model}: the head of a {config.model_type} reads the last position, which in "
+            "all but the longest text of a batch is padding; use --pooling mean"
+        )
 
 
 def _draw_head(classifier: PreTrainedModel) -> None:
