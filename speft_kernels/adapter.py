@@ -88,7 +88,7 @@ def save_adapter(
     Raises:
         AdapterError: the folder exists, or holds something else than an adapter; there is nothing
             to save, a value is not finite or makes a weight so, a parameter within an opaque base
-            trains, or `extra` is not JSON.
+            trains, or one of which a bias is computed, or `extra` is not JSON.
         ConfigError: a parameter is sharded.
         OutputError: the folder cannot be written; it is as it was.
     """
@@ -129,7 +129,7 @@ def write_adapter(
     _check_destination(folder, overwrite)
     model = unwrapped(model)
     dense = _dense_tensors(model)
-    _refuse_trained_bases(model, dense)
+    _refuse_left_out(model, dense)
     if not layers and not dense:
         raise AdapterError(
             "nothing to save: the model has no sparse layers and nothing that trains"
@@ -317,16 +317,17 @@ def _is_bias(name: str, layers: Iterable[str]) -> bool:
     return last == "bias" and layer in layers
 
 
-def _refuse_trained_bases(model: nn.Module, dense: Mapping[str, Tensor]) -> None:
+def _refuse_left_out(model: nn.Module, dense: Mapping[str, Tensor]) -> None:
     saved = {id(tensor) for tensor in dense.values()}
     for layer, module in sparse_layers(model).items():
-        inside = [] if module.base is None else module.base.named_parameters()
-        for name, parameter in inside:
+        saved.add(id(module.values))
+        for name, parameter in module.named_parameters():
             if parameter.requires_grad and id(parameter) not in saved:
+                part = "" if module.base is None else f"'s base ({type(module.base).__name__})"
                 raise AdapterError(
-                    f"{shown(f'{layer}.base.{name}')} trains, but it is part of a sparse layer's "
-                    f"base ({type(module.base).__name__}), which an adapter does not hold: freeze "
-                    "it with requires_grad_(False), or save the model's state_dict()"
+                    f"{shown(f'{layer}.{name}')} trains, but it is part of a sparse layer{part}, "
+                    "which an adapter does not hold: freeze it with requires_grad_(False), or save "
+                    "the model's state_dict()"
                 )
 
 

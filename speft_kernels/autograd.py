@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import ops
@@ -35,14 +34,14 @@ class Sink(Protocol):
         """Called before an optimizer changes the parameter."""
 
 
-def _accumulates(ctx: Any) -> bool | None:
-    """Whether this backward pass adds to the `.grad` of `values`. False where it is for others
-    alone (`autograd.grad`, `backward(inputs=...)`); None where it returns their gradient.
+def accumulates(leaf: Any) -> bool | None:
+    """Whether the backward pass that is running adds to the `.grad` of a leaf, given by its node.
+    False where it is for others alone (`autograd.grad`, `backward(inputs=...)`); None where it
+    returns the leaf's gradient.
     """
-    of_values = ctx.next_functions[1][0]
     try:
         # torch has no public way to ask.
-        return bool(torch._C._will_engine_execute_node(of_values))
+        return bool(torch._C._will_engine_execute_node(leaf))
     except RuntimeError as error:
         if "autograd.grad" not in str(error):
             raise
@@ -53,7 +52,7 @@ def _values_gradient(ctx: Any, dy: Tensor, kept: Tensor) -> Tensor | None:
     plan, pattern = ctx.plan, ctx.plan.pattern
     if dy.dim() != 2:
         dy = dy.reshape(-1, dy.shape[-1])
-    into_sink = _accumulates(ctx) if ctx.sink is not None else None
+    into_sink = accumulates(ctx.next_functions[1][0]) if ctx.sink is not None else None
     if into_sink is False:
         return None
     if into_sink:
@@ -82,6 +81,16 @@ def _refuse_changed_values(ctx: Any) -> None:
             "the values of a SparseDeltaLinear changed between its forward and its backward pass, "
             "so the weight no longer matches this graph; call backward() before optimizer.step(), "
             "and run a new forward after it"
+        )
+
+
+def _refuse_a_graph() -> None:
+    # Torch's `once_differentiable` raises only where a later pass runs through what it returned.
+    # `autograd.grad`, and all of `autograd.functional`, take a path that ends there for a zero.
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "a SparseDeltaLinear has no second derivative, and create_graph=True asks for one; "
+            "desparsify the model first"
         )
 
 
@@ -119,13 +128,13 @@ class SparseLinear(torch.autograd.Function):
             y = ops.delta_matmul(x, values, plan.pattern)
         else:
             y = ops.sparse_delta_matmul(x, weight, values, plan.pattern, bias)
-        # Not the view of a matrix that it may be: autograd would refuse to let such an output be
-        # written to in place, as nn.ReLU(inplace=True) does.
-        return y.data
+        # Torch lets nobody write into a view that a Function returns, as `relu_` and `+=` do; and
+        # products of more than two dimensions are views.
+        return y.detach() if y._is_view() else y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_a_graph()
         _refuse_changed_values(ctx)
         kept, weight = ctx.saved_tensors
         d_values = None if kept is None else _values_gradient(ctx, dy, kept)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from .adapter import StoredLayer, fingerprint, write_adapter
 from .config import SpeftConfig
 from .dtypes import accumulator_dtype
 from .errors import ConfigError
-from .family import sync
-from .model import apply_patterns, desparsify, score_and_select, sparse_layers
+from .family import sync, to_linears
+from .install import flags_of, restore_flags, swap_modules
+from .model import apply_patterns, score_and_select, sparse_layers
 from .nn import SparseDeltaLinear
 from .overview import unwrapped
 from .pattern import SparsePattern
@@ -40,7 +42,7 @@ from .salience.accumulate import (
     stream_gradients,
 )
 from .salience.borrow import borrowed
-from .targets import find_targets
+from .targets import find_targets, refuse_hooks
 
 STRATEGIES = ("merge", "rigl")
 
@@ -104,7 +106,8 @@ class Move:
         origins: for each layer, for each index of its new pattern, its place in the old one, or -1
             where it starts anew: it did not train before, or "rigl" dropped it and grew it again;
             int64.
-        old_units: for each layer, how many indices its old pattern had.
+        old_units: for each layer, how many indices its old pattern had; 0 where its values are
+            frozen, and so no part of the flat ones.
         moved: scalars that train now and did not before.
         report: of the selection; None for "rigl", which selects only what grows.
         squares: for each layer with values, of their shape, the square of the gradient of each,
@@ -175,17 +178,26 @@ class MovingMask:
                 from `share` to 0 along a cosine.
 
         Raises:
+            ConfigError: a layer has hooks, which would be lost.
             SalienceError: as for `sparsify`. On any error, one out of `loss_fn` among them, the
-                model computes what it did, with the patterns it had.
+                model is as it was, and a `FlatValues` and an optimizer of it go on.
         """
         model = unwrapped(model)
         layers = sparse_layers(model)
+        refuse_hooks(layers)
         trained = {name: Delta.of(layer) for name, layer in layers.items()}
-        patterns = {name: delta.pattern for name, delta in trained.items()}
         touched = {name: delta.joined(self._left[name]) for name, delta in trained.items()}
-        desparsify(model)  # W = W0 + everything touched, in plain layers
-        report, kept = None, touched
-        try:
+        weights, held = _held(model, touched)
+        # Before anything is changed: the model may have been cast since.
+        ops.check_deltas(weights, [x.pattern for x in held], [x.base_values for x in held], None)
+        families = [(layer, layer.family) for layer in layers.values()]
+        plain = to_linears(layers.values(), keep_delta=True)  # W = W0 + everything touched
+        with ExitStack() as undo:
+            for layer, family in families:
+                undo.callback(setattr, layer, "family", family)
+            undo.callback(self._put_back, model, layers, touched, self._left)
+            swap_modules(model, plain)
+            report, kept = None, touched
             if self.strategy == "merge":
                 # What is drawn by chance is drawn anew: the progress tells the updates apart.
                 seed = self.config.seed + round(progress * 2**32)
@@ -194,26 +206,37 @@ class MovingMask:
                 patterns, report = score_and_select(model, config, batches, loss_fn)
             else:
                 kept, patterns, batches = self._regrown(model, trained, batches, loss_fn, progress)
-        finally:  # also on an error, with the patterns and the deltas there were
             _erase(model, touched)
-            self._install(model, patterns, kept)
-        origins, moved = {}, 0
-        for name, pattern in patterns.items():
-            origin = places(pattern.indices, trained[name].pattern.indices)
-            moved += int((origin < 0).sum()) * math.prod(pattern.block_shape)
-            stayed = places(pattern.indices, kept[name].pattern.indices) >= 0
-            origins[name] = origin.where(stayed, -1)
-        old_units = {name: _units(delta.pattern) for name, delta in trained.items()}
-        squares = None
-        if self.strategy == "rigl" and any(bool((origin < 0).any()) for origin in origins.values()):
-            try:
+            frozen = [n for n, x in layers.items() if _is_frozen(x)]
+            self._install(model, patterns, kept, frozen)
+            origins, moved = {}, 0
+            for name, pattern in patterns.items():
+                origin = places(pattern.indices, trained[name].pattern.indices)
+                moved += int((origin < 0).sum()) * math.prod(pattern.block_shape)
+                stayed = places(pattern.indices, kept[name].pattern.indices) >= 0
+                origins[name] = origin.where(stayed, -1)
+            old_units = {n: 0 if n in frozen else _units(x.pattern) for n, x in trained.items()}
+            anew = any(bool((origin < 0).any()) for origin in origins.values())
+            squares = None
+            if self.strategy == "rigl" and anew:
                 squares = self._squares(model, batches, loss_fn)
-            except BaseException:
-                desparsify(model)
-                _erase(model, touched)
-                self._install(model, {n: x.pattern for n, x in trained.items()}, touched)
-                raise
+            undo.pop_all()
         return Move(origins, old_units, moved, report, squares)
+
+    def _put_back(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, SparseDeltaLinear],
+        touched: Mapping[str, Delta],
+        left: dict[str, Delta],
+    ) -> None:
+        """Put the layers back that an update replaces, and into the weights what they held."""
+        swap_modules(model, to_linears(sparse_layers(model).values(), keep_delta=False))
+        _erase(model, touched)
+        swap_modules(model, {model.get_submodule(name): layer for name, layer in layers.items()})
+        self._left = left
+        _put(model, left)
+        sync(layers.values())
 
     def save(self, model: nn.Module, folder: Path, **arguments: Any) -> None:
         """Write the adapter of everything that holds a delta: it loads on the original base.
@@ -250,10 +273,18 @@ class MovingMask:
         model: nn.Module,
         patterns: Mapping[str, SparsePattern],
         kept: Mapping[str, Delta],
+        frozen: Iterable[str],
     ) -> None:
-        """Make plain layers that hold W0 sparse, with the deltas `kept` in or beside `patterns`."""
+        """Make plain layers that hold W0 sparse, with the deltas `kept` in or beside `patterns`.
+        What trained beside them, as a bias, trains on; the values of those in `frozen` do not.
+        """
+        flags = flags_of(model)
         apply_patterns(model, patterns, self.config)
+        restore_flags(flags)
         layers = sparse_layers(model)
+        for name in frozen:
+            layers[name].values.requires_grad_(False)
+        self._left = {}
         for name, layer in layers.items():
             delta = kept[name]
             found = places(layer.pattern.indices, delta.pattern.indices)
@@ -400,7 +431,10 @@ def carry(
 
 
 def _with_values(model: nn.Module) -> list[tuple[str, SparseDeltaLinear]]:
-    return [(n, x) for n, x in sparse_layers(model).items() if x.values.numel()]
+    layers = sparse_layers(model).items()
+    return [
+        (name, layer) for name, layer in layers if layer.values.numel() and not _is_frozen(layer)
+    ]
 
 
 def _values(units: Tensor, layer: SparseDeltaLinear) -> Tensor:
@@ -418,6 +452,8 @@ def _moved(moments: Tensor, new: nn.Parameter, model: nn.Module, move: Move) -> 
     found = torch.zeros_like(new, dtype=moments.dtype)
     start, taken = 0, 0
     for name, layer in sparse_layers(model).items():
+        if _is_frozen(layer):
+            continue
         origin = move.origins[name]
         size = math.prod(layer.pattern.block_shape)
         old_units = move.old_units[name]
@@ -454,6 +490,10 @@ def _survivors(trained: Mapping[str, Delta], share: float, scope: str) -> dict[s
         parts = keep.split([len(sizes[name]) for name in group])
         stays.update({n: part.to(sizes[n].device) for n, part in zip(group, parts, strict=True)})
     return stays
+
+
+def _is_frozen(layer: SparseDeltaLinear) -> bool:
+    return bool(layer.values.numel()) and not layer.values.requires_grad
 
 
 def _units(pattern: SparsePattern) -> int:

@@ -4,6 +4,9 @@ cost a launch each, and Triton's kernel a table of addresses each.
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -55,7 +58,8 @@ def set_modes(modes: Mapping[SparseDeltaLinear, str]) -> None:
     weight is changed.
 
     Raises:
-        ConfigError: the base of a layer that is to be resident is not a plain `nn.Linear`.
+        ConfigError: the base of a layer that is to be resident is not a plain `nn.Linear`, or lies
+            in memory that cannot be written to.
         ValueError, TypeError, BackendError: as `ops.write_deltas`.
     """
     for layer, mode in modes.items():
@@ -70,12 +74,40 @@ def set_modes(modes: Mapping[SparseDeltaLinear, str]) -> None:
         and not layer.pattern.is_empty
         and (mode == "resident" or layer.written_for is not None)
     ]
+    for layer in written:
+        if modes[layer] == "resident" and layer.written_for is None:
+            refuse_read_only(layer.weight)
     ops.check_deltas(*_operands(written, modes))
     for layer, mode in modes.items():
         layer.mode = mode
     for layer in written:
         layer.written_for = UNKNOWN  # were it cut short, the next forward pass would write again
     write(written)
+
+
+def refuse_read_only(weight: Tensor) -> None:
+    """Raise ConfigError where a weight cannot be written to, as in a read-only memory map.
+
+    Neither torch nor numpy tells, and a write would end the process by a signal. The system, asked
+    to put a byte where it has just been read, answers with an error.
+    """
+    if weight.device.type != "cpu" or not weight.data_ptr():
+        return
+    first = (ctypes.c_char * 1).from_address(weight.data_ptr())
+    ends = os.pipe()
+    try:
+        os.writev(ends[1], [first])
+        os.readv(ends[0], [first])
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        raise ConfigError(
+            "the weight lies in memory that cannot be written to, such as a read-only memory map; "
+            'use mode="additive", or give the layer a copy of its weight'
+        ) from None
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 def sync(layers: Iterable[SparseDeltaLinear]) -> None:
@@ -127,4 +159,7 @@ def _given_away(layer: SparseDeltaLinear) -> nn.Module:
     )
     linear.weight = layer.weight
     linear.bias = layer.bias  # type: ignore[assignment]
+    # Hooks stay what they were, and so do the handles that remove them: these know the dicts.
+    hooks = {key: value for key, value in vars(layer).items() if "_hook" in key}
+    vars(linear).update(hooks)
     return linear.train(layer.training)

@@ -7,11 +7,15 @@ buffer, and no gradient of a layer is ever allocated.
 
 from __future__ import annotations
 
+import weakref
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
+from .autograd import accumulates
 from .errors import ConfigError
 from .overview import sparse_layers
 
@@ -77,6 +81,8 @@ class FlatValues:
             start += part.numel()
         self._held: set[int] = set()  # of the values whose parts hold a gradient
         self._take(torch.zeros_like(flat))
+        trained = [self.parameter, *(layer.values for layer in layers)]
+        self._hooks = [_hooked(tensor, weakref.ref(self)) for tensor in trained]
 
     def __reduce__(self) -> NoReturn:
         # Also for the copy module: the layers that it would hold are copied without their sink.
@@ -117,22 +123,42 @@ class FlatValues:
         self._hold(values, part)
         return part, accumulate
 
+    def receive(self, target: Tensor) -> None:
+        """Make ready for a gradient that autograd itself is about to add to a layer's `values`, or
+        to `parameter`.
+        """
+        every = [layer.values for layer in self._layers]
+        for values in every if target is self.parameter else [target]:
+            part, accumulate = self.place(values)
+            if not accumulate:
+                part.zero_()
+
     def settle(self) -> None:
         """Make the buffer what the layers' `.grad` say, where someone has changed those alone, as
         `model.zero_grad()` does. Called before a step of the optimizer.
         """
-        if self.parameter.grad is not self._grad:  # None, or replaced: nothing is of the layers
+        if self.parameter.grad is None:
+            # What is no part of the buffer was put there since, by hand.
+            parts = {id(part) for _, part in self._places.values()}
+            found = [(layer.values, layer.values.grad) for layer in self._layers]
+            found = [(v, grad) for v, grad in found if grad is not None and id(grad) not in parts]
+            if not found:
+                return
+            self._begin(None)
+            for values, grad in found:
+                values.grad = grad
+        elif self.parameter.grad is not self._grad:  # replaced: nothing is of the layers
             return
         for layer in self._layers:
             values = layer.values
-            if id(values) not in self._held:
-                continue  # it took no part since the buffer was zeroed
-            part = self._places[id(values)][1]
-            if values.grad is None:
+            _, part = self._places.get(id(values), (None, None))
+            if part is None:
+                continue  # other values than those in the buffer
+            if values.grad is not None:
+                self._hold(values, part)
+            elif id(values) in self._held:
                 part.zero_()
                 self._held.discard(id(values))
-            else:
-                self._hold(values, part)
 
     def _hold(self, values: Tensor, part: Tensor) -> None:
         """Make `part` the gradient of `values`, with what was put in its place."""
@@ -154,8 +180,11 @@ class FlatValues:
             return
         self._take(grad)
         for layer in self._layers:
-            if layer.values.grad is not None:
-                layer.values.grad = self._places[id(layer.values)][1]
+            values = layer.values
+            # None of one that took part: dropped. Of another the sum is what the new buffer says.
+            if values.grad is not None or id(values) not in self._held:
+                _, values.grad = self._places[id(values)]
+                self._held.add(id(values))
 
     def release(self) -> None:
         """Give each layer values of its own again; `parameter` trains nothing afterwards."""
@@ -163,7 +192,25 @@ class FlatValues:
             layer.values.data = layer.values.detach().clone()
             layer.values.grad = None
             layer.sink = None
+        for hook in self._hooks:
+            hook.remove()
         self._layers = []
+
+
+def _hooked(target: Tensor, owner: weakref.ref[FlatValues]) -> RemovableHandle:
+    """Tell the owner of each gradient that autograd is about to add to `target` itself."""
+    tensor = weakref.ref(target)
+
+    def receive(gradient: Tensor | None) -> None:
+        # Of layers whose gradient went into the buffer there is none.
+        flat, leaf = owner(), tensor()
+        if gradient is None or flat is None or leaf is None:
+            return
+        if accumulates(get_gradient_edge(leaf).node):
+            flat.receive(leaf)
+
+    handle: RemovableHandle = target.register_hook(receive)
+    return handle
 
 
 def _has_hooks(values: Tensor) -> bool:

@@ -65,13 +65,20 @@ def install(
     check_layers(model, {name: modules[name] for name in patterns}, mode)
 
     tensors = model.state_dict(keep_vars=True)  # of sparse layers it would write the weights
-    undo.callback(_restore_flags, [(p, p.requires_grad, p.grad) for p in model.parameters()])
+    undo.callback(restore_flags, flags_of(model))
+    dense_tensors = tuple(dense_tensors)
+    dense = {id(tensors[name]): name for name in dense_tensors}
     replacements: dict[nn.Module, nn.Module] = {}
     for name, pattern in patterns.items():
         try:
             sparse = SparseDeltaLinear.from_linear(modules[name], pattern, mode)
         except (ConfigError, PatternError) as error:
             raise ConfigError(f"layer {name!r}: {error}") from error
+        if id(sparse.weight) in dense:
+            raise ConfigError(
+                f"layer {name!r} shares its weight with {dense[id(sparse.weight)]!r}, which trains "
+                "densely: name the layer in exclude_modules"
+            )
         replacements[modules[name]] = sparse.train(modules[name].training)
     undo.callback(swap_modules, model, {new: old for old, new in replacements.items()})
     swap_modules(model, replacements)
@@ -85,7 +92,7 @@ def install(
         undo.callback(setattr, module, attribute, value)
         setattr(module, attribute, False)
     # Layers that replace sparse ones find the fused paths above them switched off already.
-    state = SparseState(tuple(dense_tensors), [*state_of(model).switched_off, *fused])
+    state = SparseState(dense_tensors, [*state_of(model).switched_off, *fused])
     undo.callback(_restore_state, model, vars(model).get(_STATE))
     setattr(model, _STATE, state)
 
@@ -107,8 +114,16 @@ def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
                 parent._modules[key] = replacements[child]
 
 
-def _restore_flags(parameters: list[tuple[nn.Parameter, bool, Any]]) -> None:
-    for parameter, flag, gradient in parameters:
+Flags = list[tuple[nn.Parameter, bool, Any]]
+
+
+def flags_of(model: nn.Module) -> Flags:
+    """Return which parameters of `model` train, and their gradients."""
+    return [(p, p.requires_grad, p.grad) for p in model.parameters()]
+
+
+def restore_flags(flags: Flags) -> None:
+    for parameter, flag, gradient in flags:
         parameter.requires_grad_(flag)
         parameter.grad = gradient
 

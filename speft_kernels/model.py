@@ -155,7 +155,7 @@ def unmerge(model: nn.Module) -> None:
 def desparsify(model: nn.Module, keep_delta: bool = True) -> None:
     """Put plain linear layers back: with base plus delta, or without `keep_delta` exactly the base.
 
-    Parameters keep their `requires_grad`: the layers' weights stay frozen.
+    Parameters keep their `requires_grad`, so the layers' weights stay frozen; hooks go along.
 
     Raises:
         ConfigError: no sparse layers; with `keep_delta`, one whose weight is shared or cannot hold

@@ -102,7 +102,7 @@ class SparseDeltaLinear(nn.Module):
                 f"{(self.out_features, self.in_features)}"
             )
         if type(linear) is nn.Linear:
-            self._take_plain(linear, pattern)
+            self._take_plain(linear, pattern, mode)
         elif mode == "additive" and type(linear).forward is not nn.Linear.forward:
             self._take_opaque(linear, pattern)
         else:
@@ -129,12 +129,14 @@ class SparseDeltaLinear(nn.Module):
         self.sink: Sink | None = None
         _layers[id(self)] = self
 
-    def _take_plain(self, linear: nn.Linear, pattern: SparsePattern) -> None:
+    def _take_plain(self, linear: nn.Linear, pattern: SparsePattern, mode: str) -> None:
         weight = linear.weight
         if not weight.is_floating_point():
             raise ConfigError(f"the weight must be floating point, got {weight.dtype}")
         if not weight.is_contiguous():
             raise ConfigError(f"the weight must be contiguous, got strides {weight.stride()}")
+        if mode == "resident":
+            family.refuse_read_only(weight)
         pattern = pattern.to(weight.device)
         weight.requires_grad_(False)
         if linear.bias is not None:
@@ -177,7 +179,8 @@ class SparseDeltaLinear(nn.Module):
 
         Raises:
             PatternError: the pattern is for another shape.
-            ConfigError: an unknown mode; a layer whose weight cannot hold the delta.
+            ConfigError: an unknown mode; a layer whose weight cannot hold the delta, or cannot be
+                written to.
         """
         return cls(linear, pattern, mode)
 
@@ -201,8 +204,9 @@ class SparseDeltaLinear(nn.Module):
                 layers that are given this very tensor.
 
         Raises:
-            ConfigError: `requires_grad` was set on the weight.
+            ConfigError: `requires_grad` was set on the weight, or it is computed from others.
             StaleWeightError: in the backward pass, where `values` changed since this one.
+            NotImplementedError: in a backward pass that is to be differentiated itself.
         """
         if torch.compiler.is_compiling():
             # What a layer knows by versions and identities would be as old as the graph.
@@ -216,10 +220,19 @@ class SparseDeltaLinear(nn.Module):
         autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
         if autocast:
             x = x.to(torch.get_autocast_dtype(device))
-        self._sync_if_changed()
         # Straight from the dictionary: a step asks each layer, and finds none of this in a cache.
         parameters = self._parameters
-        values, weight, bias = parameters["values"], parameters["weight"], parameters.get("bias")
+        try:
+            values, weight = parameters["values"], parameters["weight"]
+        except KeyError as name:
+            raise ConfigError(
+                f"{name} of a SparseDeltaLinear is computed (parametrised, pruned, weight-normed), "
+                "so nothing could train it: remove that first"
+            ) from None
+        bias = parameters.get("bias")
+        if bias is None:
+            bias = self.bias  # none, or one that is computed
+        self._sync_if_changed()
         assert values is not None
         assert weight is not None
         needs_grad = torch.is_grad_enabled()
@@ -384,23 +397,29 @@ class SparseDeltaLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseDeltaLinear:
         values = self.values.detach()
+        if self.written_for is not None:
+            # The memory is new, though its address may be an old one. And torch swaps no tensors
+            # that are referred to, as a state does (set_swap_module_params_on_conversion).
+            self.written_for = family.UNKNOWN
         super()._apply(fn, recurse)
-        # `.to(bfloat16)` is about the frozen weight; the trained values stay in the accumulator's
-        # dtype, unrounded.
+        # `.to(bfloat16)` is about the frozen weight; the trained values stay unrounded.
+        self._widen_values(values)
+        if self.indices.device.type != "meta":
+            self._pattern = self._pattern.to(self.indices.device)
+            self.indices = self._pattern.indices
+            self._input = SharedInput(self._pattern)
+        return self
+
+    def _widen_values(self, values: Tensor) -> None:
+        """Let the trained values have the accumulator's dtype, whatever the weight's has become;
+        `values` are the same where they were not rounded.
+        """
         dtype = accumulator_dtype(self.weight.dtype if self.weight is not None else torch.float32)
         if self.values.dtype != dtype:
             grad = self.values.grad
             self.values.grad = None
             self.values.data = values.to(self.values.device, dtype)
             self.values.grad = None if grad is None else grad.to(dtype)
-        if self.written_for is not None:
-            # The memory is new, though its address may be an old one.
-            self.written_for = family.UNKNOWN
-        if self.indices.device.type != "meta":
-            self._pattern = self._pattern.to(self.indices.device)
-            self.indices = self._pattern.indices
-            self._input = SharedInput(self._pattern)
-        return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -447,7 +466,11 @@ class SparseDeltaLinear(nn.Module):
                 self._pattern = pattern.to(self.indices.device)
                 self.indices = self._pattern.indices
                 self._input = SharedInput(self._pattern)
+        if self.written_for is not None:
+            self.written_for = family.UNKNOWN  # as in `_apply`
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # With assign=True tensors may come in other dtypes.
+        self._widen_values(self.values.detach())
         if self.base is None and not self._pattern.is_empty:
             self._settle(comes("weight"), comes("base_values"))
 
@@ -459,7 +482,7 @@ class SparseDeltaLinear(nn.Module):
             ops.write_delta(self.weight, self._pattern, self.base_values, None)
         elif new_weight:
             taken = self.weight.detach().view(-1)[self._pattern.entry_indices.long()]
-            self.base_values.copy_(taken.reshape(self.base_values.shape))
+            self.base_values = taken.reshape(self.base_values.shape)
         if new_weight or new_base_values:
             self.written_for = None
 

@@ -26,6 +26,7 @@ _CONV1D = (
 _ELSEWHERE = (
     'a mask that was chosen elsewhere trains in it through apply_patterns and mode="additive"'
 )
+_HOOKED = "it has hooks, which would be lost: remove them, and register them again afterwards"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -324,6 +325,17 @@ def _kind(module: nn.Module) -> str:
     return f"{kind.__module__}.Linear" if kind.__name__ == "Linear" else kind.__name__
 
 
+def refuse_hooks(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ConfigError where one of `layers`, which are to be replaced, has hooks."""
+    for name, layer in layers.items():
+        if _has_hooks(layer):
+            raise ConfigError(f"layer {name!r} cannot be replaced: {_HOOKED}")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Linear)
 
@@ -339,8 +351,8 @@ def _is_opaque(module: nn.Module) -> bool:
 
 def _not_ready(module: nn.Module) -> str | None:
     """Why this layer cannot be replaced as it is now; None where it can."""
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        return "it has hooks, which would be lost: remove them, and register them again afterwards"
+    if _has_hooks(module):
+        return _HOOKED
     weight = module._parameters.get("weight")
     if weight is None or _is_opaque(module):
         return None

@@ -25,6 +25,7 @@ from tiny_models import (
     Int8Linear,
     mlp,
 )
+from torch.nn.utils import prune
 
 from speft_kernels import SparsePattern, atomic
 from speft_kernels.adapter import load_adapter, read_adapter, save_adapter
@@ -253,3 +254,13 @@ def test_a_crash_at_any_moment_leaves_one_whole_folder(tmp_path: Path, exchange:
             break
     assert done.returncode == 0
     assert set(outcomes) == ({"old", "new"} if exchange else {"old", "beside", "new"})
+
+
+def test_a_computed_bias_that_trains_is_refused(tmp_path: Path) -> None:
+    model = trained_mlp()
+    prune.l1_unstructured(model.first, "bias", 0.5)
+    model.first.bias_orig.requires_grad_(True)
+    with pytest.raises(AdapterError, match=r"'first\.bias_orig' trains.*which an adapter does not"):
+        save_adapter(model, tmp_path / "a")
+    model.first.bias_orig.requires_grad_(False)
+    save_adapter(model, tmp_path / "a")

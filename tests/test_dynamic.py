@@ -498,3 +498,92 @@ def test_the_adapter_holds_every_entry_with_a_delta_once(tmp_path):
     stored = read_adapter(tmp_path / "adapter")
     trained = sum(p.nnz for p in training.patterns().values())
     assert sum(x.pattern.nnz for x in stored.layers.values()) == trained + training.mask.entries
+
+
+def boom(model, batch):
+    raise KeyError("boom")
+
+
+@pytest.mark.parametrize("strategy", ["merge", "rigl"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_trains_and_what_does_not_stays_so(strategy, fails):
+    training = Training(strategy)
+    model = training.model
+    training.steps(1)
+    model.first.bias.requires_grad_(True)
+    model.norm.weight.requires_grad_(True)
+    model.head.bias.requires_grad_(False)
+    model.second.values.requires_grad_(False)
+    model.first.bias.grad = torch.ones(10)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        batches = pair_batches(3, seed=1)
+        training.mask.update(model, batches, boom if fails else pair_loss, progress=0.0)
+    except KeyError:
+        assert fails
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert torch.equal(model.first.bias.grad, torch.ones(10))
+
+
+@pytest.mark.parametrize(("strategy", "at"), [("merge", 2), ("rigl", 2), ("rigl", 5)])
+def test_after_an_error_the_same_layers_train_on(strategy, at):
+    """`at`: of the calls of the loss the one that fails; "rigl" makes three more in the end."""
+    training = Training(strategy)
+    training.steps()
+    training.move()
+    training.steps()
+    before, layers = training.weights(), sparse_layers(training.model)
+    left = {name: delta.pattern for name, delta in training.mask._left.items()}
+    calls = []
+
+    def failing(model, batch):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyError("boom")
+        return pair_loss(model, batch)
+
+    batches = pair_batches(3, seed=5)
+    with pytest.raises(KeyError, match="boom"):
+        training.mask.update(training.model, batches, failing, progress=0.0)
+    found = sparse_layers(training.model)
+    assert all(found[name] is layer for name, layer in layers.items())
+    assert {name: delta.pattern for name, delta in training.mask._left.items()} == left
+    for name, weight in training.weights().items():
+        assert torch.equal(weight, before[name]), name
+    training.steps()  # of the optimizer that was there, over the values that were there
+    for name, weight in training.weights().items():
+        assert not torch.equal(weight, before[name]), name
+
+
+def test_what_an_update_would_lose_is_refused():
+    training = Training("merge")
+    training.steps()
+    training.move()
+    handle = training.model.first.register_forward_hook(lambda *_: None)
+    layers, batches = sparse_layers(training.model), pair_batches(3, seed=5)
+    with pytest.raises(ConfigError, match="'first' cannot be replaced: it has hooks"):
+        training.mask.update(training.model, batches, pair_loss, progress=0.5)
+    handle.remove()
+    assert training.mask.entries > 0  # of which the base is known in the weights' dtype alone
+    training.model.double()
+    with pytest.raises(TypeError, match="base_values and weight must have one dtype"):
+        training.mask.update(training.model, batches, pair_loss, progress=0.5)
+    assert sparse_layers(training.model) == layers
+
+
+def test_moments_go_along_beside_values_that_are_frozen():
+    training = Training("rigl")
+    first = sparse_layers(training.model)["first"]
+    first.sink.release()
+    first.values.requires_grad_(False)
+    training.flat = FlatValues(training.model).parameter
+    training.optimizer = torch.optim.Adam([training.flat], lr=0.05)
+    training.steps()
+    before = training.optimizer.state[training.flat]["exp_avg"]
+    move = training.move()
+    after, origin = training.optimizer.state[training.flat]["exp_avg"], move.origins["second"]
+    again = origin >= 0
+    assert torch.equal(after[again], before[origin[again]])
+    assert not after[~again].any()
+    assert not sparse_layers(training.model)["first"].values.requires_grad
+    training.steps()

@@ -306,3 +306,13 @@ def test_a_module_registered_twice_is_replaced_in_both_places() -> None:
     desparsify(model, keep_delta=False)
     assert model.once is model.again[0]
     assert type(model.once) is nn.Linear
+
+
+def test_a_weight_that_trains_densely_elsewhere_is_refused() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "out": nn.Linear(4, 6, bias=False)})
+    model["out"].weight = model["embed"].weight
+    before = Snapshot(model)
+    settings = config(mode="additive", modules_to_train=["embed"])
+    with pytest.raises(ConfigError, match=r"'out' shares its weight with 'embed\.weight', which"):
+        sparsify(model, settings)
+    before.assert_untouched()

@@ -153,3 +153,37 @@ def test_a_layer_made_in_inference_mode_serves_and_trains():
     assert torch.equal(layer(x), inside)
     layer(x).sum().backward()
     assert layer.values.grad is not None
+
+
+def test_conversions_may_swap_tensors():
+    layer, fresh, x = make_layer(), make_layer(), torch.randn(3, 48)
+    layer(x).sum().backward()
+    expected = fresh(x)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.load_state_dict({k: v.clone() for k, v in fresh.state_dict().items()})
+        assert torch.equal(layer(x), expected)
+        values = layer.values.detach().clone()
+        layer.bfloat16()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    layer(x.bfloat16())
+    assert torch.equal(layer.values, values)
+    assert torch.equal(layer.weight, layer.effective_weight())
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_tensors_of_another_dtype_may_be_assigned(mode, partial):
+    layer, x = make_layer(mode=mode), torch.randn(3, 48).bfloat16()
+    layer(x.float())
+    state = {k: v.clone() for k, v in layer.state_dict().items() if not partial or k != "values"}
+    if partial:
+        del state["base_values"], state["indices"]
+    lower = {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
+    layer.load_state_dict(lower, strict=not partial, assign=True)
+    layer(x).sum().backward()
+    assert layer.values.dtype == layer.values.grad.dtype == torch.float32
+    assert layer.weight.dtype == layer.base_values.dtype == torch.bfloat16
+    layer.merge()
+    assert torch.equal(layer.weight, layer.effective_weight())

@@ -53,3 +53,18 @@ def test_a_forward_mode_derivative_is_not_lost_in_silence(name, grad, x):
         assert torch.isfinite(wanted).all()
         with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
             CALLS[name](forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "keep_columns"])
+def test_functorch_is_served_rightly_or_refused(name, x):
+    call = CALLS[name]
+    with torch.no_grad(), pytest.raises((NotImplementedError, RuntimeError), match="forward"):
+        torch.func.jvp(call, (x,), (torch.ones_like(x),))
+    both = torch.stack([x, x + 1])
+    with torch.no_grad():
+        try:
+            found = torch.vmap(call)(both)
+        except RuntimeError as error:
+            assert "Batching rule not implemented" in str(error)  # noqa: PT017
+        else:
+            torch.testing.assert_close(found, torch.stack([call(one) for one in both]))

@@ -111,3 +111,10 @@ def tokens_first(name: str, tensor: Tensor, width: int) -> Tensor:
     if tensor.dim() == 2:
         return tensor
     return tensor.reshape(tensor.shape[:-1].numel(), width)
+
+
+def tokens_as_in(like: Tensor, tensor: Tensor) -> Tensor:
+    """Return `[M, W]` as `[..., W]`, with the dimensions that `tokens_first` took from `like`. No
+    view where there were two: torch lets nobody write into one that a checkpoint returns.
+    """
+    return tensor if like.dim() == 2 else tensor.reshape(*like.shape[:-1], tensor.shape[1])

@@ -48,7 +48,7 @@ def operation(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[...,
 
         @functools.wraps(body)
         def exact(*args: Any) -> Any:
-            _refuse_tangents(name, args)
+            refuse_tangents(name, *args)
             device = _device_type(args)
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
@@ -78,12 +78,15 @@ def is_plain(tensor: Tensor) -> bool:
         and not torch.is_autocast_enabled(tensor.device.type)
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and not torch._C._is_tracing()
     )
 
 
-def _refuse_tangents(name: str, args: Iterable[Any]) -> None:
-    """Raise where an argument has a forward-mode derivative, which would be lost in silence."""
+def refuse_tangents(name: str, *args: Any) -> None:
+    """Raise where an argument has a forward-mode derivative, which would be lost in silence. Asked
+    before the dispatcher as well: within it, functorch has taken its tangents off.
+    """
     if forward_ad._current_level < 0:
         return
     for arg in args:

@@ -18,7 +18,8 @@ from ..dtypes import accumulator_dtype
 from ..pattern import SparsePattern
 from ..plan import SparsityPlan
 from . import _checks, registry, wide
-from ._library import operation
+from ._library import operation, refuse_tangents
+from .keep_columns import unpack
 
 # Elements that the torch backend gathers at a time, of dy and of x together: 64 MB in float32.
 GATHER_ELEMENTS = 1 << 24
@@ -54,7 +55,10 @@ def block_grad(
         TypeError: dtypes do not fit.
         BackendError: the backend that was asked for cannot serve the call.
     """
+    refuse_tangents("block_grad", dy, x)
     dy, plan = _checks.gradient_operands(dy, x, pattern, plan)
+    if packed and x.dim() == 3 and not pattern.is_block:
+        x = unpack(x, dy.shape[0])  # of single entries columns are kept as lines
     x = _checks.tokens_of_both(dy, x, plan.kept_width if packed else pattern.shape[1])
     bh, bw = pattern.block_shape
     cols = plan.kept_block_cols if packed else pattern.block_cols

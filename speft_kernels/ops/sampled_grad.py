@@ -26,7 +26,7 @@ from ..strips import Strips, gathered_strips
 from ..thin_strips import ThinStrips, build_thin_strips
 from ..tiles import Tiles
 from . import _checks, registry, wide
-from ._library import is_plain, operation
+from ._library import is_plain, operation, refuse_tangents
 from .keep_columns import in_cuda as keep_columns_in_cuda
 from .keep_columns import unpack
 from .panels import add_panels, columns_of
@@ -71,6 +71,7 @@ def sampled_grad(
             f"the pattern has blocks of {pattern.block_shape}; sampled_grad serves single "
             "entries, use block_grad"
         )
+    refuse_tangents("sampled_grad", dy, x)
     dy, plan = _checks.gradient_operands(dy, x, pattern, plan)
     width = plan.block_tokens(dy.shape[0])
     packed = packed and plan.kept_columns is not None

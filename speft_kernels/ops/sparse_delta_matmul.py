@@ -30,7 +30,7 @@ from ..quantized import PIECE_BYTES, QuantizedWeight
 from ..thin_strips import ThinStrips
 from ..tiles import Tiles
 from . import _checks, registry
-from ._library import is_plain, operation
+from ._library import is_plain, operation, refuse_tangents
 from .sampled_grad import gradient_of_entries
 
 
@@ -67,7 +67,7 @@ def sparse_delta_matmul(
         if tuple(bias.shape) != pattern.shape[:1]:
             raise ValueError(f"bias must have shape {pattern.shape[:1]}, got {tuple(bias.shape)}")
     y = _product(flat, weight, values, pattern, bias, False, backend)
-    return y.reshape(*x.shape[:-1], pattern.shape[0])
+    return _checks.tokens_as_in(x, y)
 
 
 def sparse_delta_matmul_grad_input(
@@ -90,7 +90,7 @@ def sparse_delta_matmul_grad_input(
     flat = _checks.tokens_first("dy", dy, pattern.shape[0])
     _check(flat, "dy", weight, values, pattern)
     dx = _product(flat, weight, values, pattern, None, True, backend)
-    return dx.reshape(*dy.shape[:-1], pattern.shape[1])
+    return _checks.tokens_as_in(dy, dx)
 
 
 def delta_matmul(
@@ -103,7 +103,7 @@ def delta_matmul(
     _checks.check_float(x=x)
     _check_values(flat, "x", values, pattern)
     y = _product(flat, None, values, pattern, None, False, backend)
-    return y.reshape(*x.shape[:-1], pattern.shape[0])
+    return _checks.tokens_as_in(x, y)
 
 
 def delta_matmul_grad_input(
@@ -114,7 +114,7 @@ def delta_matmul_grad_input(
     _checks.check_float(dy=dy)
     _check_values(flat, "dy", values, pattern)
     dx = _product(flat, None, values, pattern, None, True, backend)
-    return dx.reshape(*dy.shape[:-1], pattern.shape[1])
+    return _checks.tokens_as_in(dy, dx)
 
 
 def _check(
@@ -200,6 +200,7 @@ def _product(
     twin: bool,
     backend: str | None,
 ) -> Tensor:
+    refuse_tangents("sparse_delta_matmul", flat, weight, values, bias)
     values, indices = delta_arguments(values, pattern, flat, weight, backend)
     data, scales = (
         (weight.data, weight.scales) if isinstance(weight, QuantizedWeight) else (weight, None)
