@@ -11,6 +11,8 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
     T5Config,
     T5Model,
     XLNetConfig,
@@ -138,3 +140,21 @@ def test_a_model_of_another_vocabulary_is_probed_within_its_own(tmp_path):
     folder = save_bert(tmp_path / "model", ["word"])
     with pytest.raises(ConfigError, match="reads the tokens"):
         load_causal_lm(str(folder))
+
+
+def test_layers_that_no_gradient_reaches_are_named(tmp_path, capsys):
+    """A Mamba without its kernels reads `dt_proj.weight`, which random scores do not show."""
+    folder = save_llama(tmp_path / "model", ["some words"])
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    MambaForCausalLM(MambaConfig(vocab_size=vocabulary, **sizes)).save_pretrained(folder)
+    data = str(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a b", "response": "c d"}] * 8))
+    argv = ["finetune", "--task", "causal-lm", "--train", data, "--eval", data]
+    argv += ["--model", str(folder), "--salience", "random", "--density", "0.1", "--max-steps", "3"]
+    assert main([*argv, "--output", str(tmp_path / "all")]) == 0
+    assert "of 2 layers not a weight has changed, 'backbone.layers.0.mixer.dt_proj'" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    argv += ["--exclude-modules", "dt_proj"]
+    assert main([*argv, "--output", str(tmp_path / "others")]) == 0
+    assert "has changed" not in capsys.readouterr().err

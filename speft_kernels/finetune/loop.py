@@ -141,6 +141,7 @@ class Loop:
         finally:
             self.display.stop()
         self._load_best()
+        self._note_untrained()
         return self.progress
 
     def save(self) -> None:
@@ -215,6 +216,17 @@ class Loop:
         else:  # the best model may have had another mask
             moving.release(self.model)
             load_adapter(self.model, self.folder.adapter)
+
+    def _note_untrained(self) -> None:
+        """Says which sparse layers no gradient has reached: AdamW moves each value that has one."""
+        layers = sparse_layers(self.model).items()
+        still = [name for name, x in layers if x.values.numel() and not x.values.any()]
+        if still:
+            self.display.note(
+                f"of {len(still)} layers not a weight has changed, {still[0]!r} among them: no "
+                "gradient reached them, as where a model reads the weight of a layer without "
+                "calling it; --exclude-modules leaves them out"
+            )
 
     def _is_evaluated(self) -> bool:
         return self.progress.evaluated_step == self.progress.step
