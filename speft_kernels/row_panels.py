@@ -2,9 +2,9 @@
 
 A panel is the product of some neighbouring rows of the weight, as dy has them, with all used
 columns of x; the entries are taken from it. That computes the share of the dense gradient that the
-used columns are of all, by the vendor's GEMM, in three launches a panel. Rows that no entry uses are
-computed, too: to leave them out dy would be read and written first, and that takes an H200 about as
-long as the products of the fifth of the rows that real masks do not use.
+used columns are of all, by the vendor's GEMM, in three launches a panel. Rows that no entry uses
+are computed, too: to leave them out dy would be read and written first, and that takes an H200
+about as long as the products of the fifth of the rows that real masks do not use.
 """
 
 from __future__ import annotations
