@@ -5,7 +5,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-CSRC = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC = $(shell find csrc tests/ptx -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # oneDNN picks AMX kernels where the CPU reports AMX, and some hypervisors report it but trap the instructions.
 test bench: export ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16

@@ -170,7 +170,7 @@ def script(*operations: str, orders: int = 4) -> str:
 # Runs what it is told line by line, each in a fork: before that it runs no kernel, for the thread
 # sanitizer sees nothing in a fork of a process that has more threads than one.
 SERVER = """
-import importlib.util, json, os, signal, sys, traceback
+import importlib.util, json, os, pathlib, signal, sys, traceback
 from speft_kernels.bench.gpu import small
 
 def run(module, script, fault, output, errors):
@@ -178,7 +178,8 @@ def run(module, script, fault, output, errors):
     for number, path in ((1, output), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ["SPEFT_FAULT"] = str(fault)
-    spec = importlib.util.spec_from_file_location("_cuda_host", module)
+    name = pathlib.Path(module).name.split(".")[0]
+    spec = importlib.util.spec_from_file_location(name, module)
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     sys.modules["speft_kernels._cuda_host"] = found

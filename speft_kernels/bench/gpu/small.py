@@ -96,11 +96,12 @@ def sparse_delta_matmul(at: Place) -> Iterator[object]:
                 ways = cuda_ways(*arguments, at.backend)
             else:
                 ways = {at.backend: partial(_product, *arguments, at.backend)}
-            # W + D is rounded before the product in the one, x @ W and the sum with x @ D after it
-            # in the other: each a rounding of 2^-9 of the terms' magnitudes, and y's own.
+            # Ours rounds W + D and then y, the reference x @ W and x @ D, of which no more than the
+            # terms' magnitudes is rounded, and then their sum: four times 2^-8 of these magnitudes,
+            # as bfloat16 has 8 bits. Of a quantized W both multiply the same rounded numbers.
             spread = operand.float().abs() @ (magnitude if twin else magnitude.t())
             for way, ours in ways.items():
-                if bool(((ours().float() - exact).abs() > 4 * 2.0**-9 * spread).any()):
+                if bool(((ours().float() - exact).abs() > 4 * 2.0**-8 * spread).any()):
                     yield tokens, bits, twin, way
 
 
