@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,9 +55,11 @@ def mixed_pattern(n: int, k: int) -> SparsePattern:
     return SparsePattern.from_mask(mask)
 
 
-def each_entry(plan: SparsityPlan, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def each_entry(
+    plan: SparsityPlan, packed: bool, form: Any = Parts
+) -> tuple[Tensor, Tensor, Tensor]:
     """Row and column of the weight and slot of all entries, whichever part they are in."""
-    parts = plan.compiled(Parts, packed)
+    parts = plan.compiled(form, packed)
     n, k = plan.pattern.shape
     width = plan.kept_width if packed else k
     row, position, slot = (

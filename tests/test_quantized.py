@@ -203,8 +203,8 @@ def test_odd_shapes_and_pieces(backend, dtype, monkeypatch):
     """Neither rows, nor columns or words of columns, are a multiple of anything, and the backends
     that widen a piece at a time take several.
     """
-    module = importlib.import_module("speft_kernels.ops.sparse_delta_matmul")
-    monkeypatch.setattr(module, "PIECE_BYTES", 1000)
+    pieces = importlib.import_module("speft_kernels.ops.dense_pieces")
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     for bits, columns in ((8, 37), (4, 4 * 37)):
         pattern = make_pattern("uniform", 33, columns)
         packed, exact, values, x, dy, bias = operands(3, pattern, dtype, bits, None)

@@ -11,7 +11,7 @@ from kernels import (
     make_pattern,
     uniform_blocks,
 )
-from plans import mixed_pattern, plan_with
+from plans import each_entry, mixed_pattern, plan_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_kernels import SparsePattern, SparsityPlan, ops
@@ -53,13 +53,9 @@ def test_each_entry_is_in_one_panel_of_bounded_size(data):
     for packed in (False, True):
         panels = plan.compiled(RowPanels, packed)
         width = plan.kept_width if packed else k
-        row, position, slot = (
-            torch.cat(some) for some in zip(*panels.each_entry(n, width), strict=True)
-        )
-        if packed and plan.kept_columns is not None:
-            position = plan.kept_columns.long()[position]
+        row, column, slot = each_entry(plan, packed, RowPanels)
         assert torch.equal(slot, torch.arange(plan.pattern.nnz))
-        assert torch.equal(row * k + position, plan.pattern.entry_indices.long())
+        assert torch.equal(row * k + column, plan.pattern.entry_indices.long())
         first, last, begin, end = panels.panels.t().tolist()
         assert (first[0], last[-1], begin[0], end[-1]) == (0, n, 0, plan.pattern.nnz)
         assert (first[1:], begin[1:]) == (last[:-1], end[:-1])

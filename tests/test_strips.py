@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import KINDS, make_pattern
-from plans import STRIP_PARTS, mixed_pattern, plan_with
+from plans import STRIP_PARTS, each_entry, mixed_pattern, plan_with
 
 from speft_kernels import SparsePattern, SparsityPlan
 from speft_kernels.costs import DEFAULTS
@@ -22,16 +22,10 @@ def assert_each_entry_once(plan):
     pattern = plan.pattern
     for packed in (False, True):
         strips = plan.compiled(Strips, packed)
-        width = plan.kept_width if packed else pattern.shape[1]
-        row, position, slot = (
-            torch.cat(some)
-            for some in zip(*strips.each_entry(pattern.shape[0], width), strict=True)
-        )
-        if packed and plan.kept_columns is not None:
-            position = plan.kept_columns.long()[position]
+        row, column, slot = each_entry(plan, packed, Strips)
         order = torch.argsort(slot)
         assert torch.equal(slot[order], torch.arange(pattern.nnz))
-        flat = (row * pattern.shape[1] + position)[order]
+        flat = (row * pattern.shape[1] + column)[order]
         entries = pattern.entry_indices.long()
         assert torch.equal(flat, entries)
         assert_groups_hold_together(strips, pattern.shape)

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import get_scheduler
 
 from ..adapter import load_adapter
-from ..dynamic import Move, carry
+from ..carry import carry
+from ..dynamic import Move
 from ..errors import ConfigError, SpeftError
 from ..files import replaced, writing
 from ..flat import FlatValues

@@ -26,11 +26,12 @@ from ..costs import costs_of
 from ..dtypes import accumulator_dtype
 from ..pattern import SparsePattern
 from ..plan import plan_of
-from ..quantized import PIECE_BYTES, QuantizedWeight
+from ..quantized import QuantizedWeight
 from ..thin_strips import ThinStrips
 from ..tiles import Tiles
 from . import _checks, registry
 from ._library import is_plain, operation, refuse_tangents
+from .dense_pieces import add_delta, by_effective_weight, quantized_product
 from .sampled_grad import gradient_of_entries
 
 
@@ -154,10 +155,8 @@ def _check_values(flat: Tensor, name: str, values: Tensor, pattern: SparsePatter
     _checks.check_pattern_device(pattern, name, flat)
 
 
-# What the torch backend makes of W + D at a time: for a large GPU a wave of tiles, or more.
-DENSE_BYTES = 16 << 20
-# Tokens up to which it multiplies D by itself, in float32: on an H200 the products take less time
-# than writing W + D does.
+# Tokens up to which the torch backend multiplies D by itself, in float32: on an H200 the products
+# take less time than writing W + D does.
 TORCH_FEW_TOKENS = 128
 
 # The entries of D as an operation takes them: by row; by column, with the permutation; by tile,
@@ -265,7 +264,7 @@ def _beside_torchs_product(
         if base is None:
             y = x.new_zeros(x.shape[0], out_features)
         elif isinstance(base, QuantizedWeight):
-            y = _in_pieces(x, base, bias, out_features, twin)
+            y = quantized_product(x, base, bias, out_features, twin)
         else:
             y = x @ base if twin else F.linear(x, base, bias)
         if twin:
@@ -277,23 +276,6 @@ def _beside_torchs_product(
     return serve
 
 
-def _in_pieces(
-    x: Tensor, base: QuantizedWeight, bias: Tensor | None, out_features: int, twin: bool
-) -> Tensor:
-    """The base's product, some outputs at a time: what is widened of it stays small, and each sum
-    is torch's own.
-    """
-    y = x.new_empty(x.shape[0], out_features)
-    step = max(1, PIECE_BYTES // max(1, x.shape[1] * x.element_size()))
-    for start in range(0, out_features, step):
-        some = slice(start, min(start + step, out_features))
-        if twin:
-            y[:, some] = x @ base.columns(some, x.dtype)
-        else:
-            y[:, some] = F.linear(x, base.rows(some, x.dtype), None if bias is None else bias[some])
-    return y
-
-
 @registry.implement("sparse_delta_matmul", "reference")
 @_beside_torchs_product
 def _reference(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> None:
@@ -302,61 +284,18 @@ def _reference(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> 
     y += (x.to(values.dtype) @ dense.t()).to(y.dtype)
 
 
-@_beside_torchs_product
-def _of_few_tokens(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> None:
-    x_used = x.index_select(1, sparse.cols).to(values.dtype)
-    output, column = sparse.entry_rows, sparse.local.long()
-    rows = _outputs_at_a_time(sparse, x_used.shape[1] * values.element_size(), PIECE_BYTES)
-    for some, part in sparse.panels(rows):
-        dense = values.new_zeros(some.stop - some.start, sparse.cols.numel())
-        dense[output[part] - some.start, column[part]] = values[part]
-        y[:, some] = (x_used @ dense.t()).add_(y[:, some])
-
-
-def _of_many_tokens(
-    x: Tensor, base: Base, delta: Delta, bias: Tensor | None, out_features: int, twin: bool
-) -> Tensor:
-    """W + D for some outputs at a time, rounded to x's dtype, which torch's product reads."""
-    entries = delta.by_column if twin else delta.by_row
-    values = delta.values[delta.order] if twin else delta.values
-    output, summed = entries.entry_rows, entries.entry_cols
-    if base is None:  # D alone has the columns that it uses
-        x, summed = x.index_select(1, entries.cols), entries.local.long()
-    y = x.new_empty(x.shape[0], out_features)
-    # A quantized weight is widened first.
-    size = 4 if isinstance(base, QuantizedWeight) else x.element_size()
-    for some, part in entries.panels(_outputs_at_a_time(entries, x.shape[1] * size, DENSE_BYTES)):
-        lines = _lines(x, base, some, twin)
-        at = output[part] - some.start, summed[part]
-        lines[at] = (lines[at] + values[part]).to(lines.dtype)  # summed in float32
-        if bias is None:
-            torch.mm(x, lines.t(), out=y[:, some])
-        else:
-            torch.addmm(bias[some], x, lines.t(), out=y[:, some])
-    return y
+_of_few_tokens = _beside_torchs_product(add_delta)
 
 
 @registry.implement("sparse_delta_matmul", "torch")
 def _torch(
     x: Tensor, base: Base, delta: Delta, bias: Tensor | None, out_features: int, twin: bool
 ) -> Tensor:
-    serve = _of_few_tokens if x.shape[0] <= TORCH_FEW_TOKENS else _of_many_tokens
-    return serve(x, base, delta, bias, out_features, twin)
-
-
-def _outputs_at_a_time(entries: CompactIndices, line_bytes: int, most_bytes: int) -> int:
-    """How many lines may exist at a time: never all that there are."""
-    half = entries.starts.numel() // 2
-    return entries.rows_at_a_time(min(most_bytes // max(line_bytes, 1), half))
-
-
-def _lines(x: Tensor, base: Base, some: slice, twin: bool) -> Tensor:
-    """`[outputs, summed]`: some rows of W, copied, or for the twin some columns, transposed."""
-    if base is None:
-        return x.new_zeros(some.stop - some.start, x.shape[1])
-    if isinstance(base, QuantizedWeight):
-        return base.columns(some, x.dtype).t() if twin else base.rows(some, x.dtype)
-    return base[:, some].clone().t() if twin else base[some].clone()
+    if x.shape[0] <= TORCH_FEW_TOKENS:
+        return _of_few_tokens(x, base, delta, bias, out_features, twin)
+    entries = delta.by_column if twin else delta.by_row
+    values = delta.values[delta.order] if twin else delta.values
+    return by_effective_weight(x, base, values, entries, bias, twin)
 
 
 @registry.implement("sparse_delta_matmul", "cpu")

@@ -1,0 +1,58 @@
+"""What sparse layers must do around a step of an optimizer, whatever optimizer it is."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+if TYPE_CHECKING:
+    from .nn import SparseDeltaLinear
+
+# The layers that exist, by their id, for the hooks below.
+_layers: weakref.WeakValueDictionary[int, SparseDeltaLinear] = weakref.WeakValueDictionary()
+
+
+def watch(layer: SparseDeltaLinear) -> None:
+    """Take part, for this layer, in every step of every optimizer, as long as it lives."""
+    _layers[id(layer)] = layer
+
+
+def _alive() -> list[SparseDeltaLinear]:
+    # The references are taken at once: other threads make layers, and drop them, meanwhile.
+    return [layer for ref in _layers.valuerefs() if (layer := ref()) is not None]
+
+
+def _settle_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Before a step of any optimizer, let the buffers that it holds be what layers' `.grad` are."""
+    sinks = {id(s.parameter): s for layer in _alive() if (s := layer.sink) is not None}
+    if sinks:
+        for group in optimizer.param_groups:
+            for held in {id(p) for p in group["params"]} & sinks.keys():
+                sinks[held].settle()
+
+
+def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """After a step of any optimizer, raise the version of the `values` that it holds.
+
+    A resident layer sees by its version that `values` changed. Operations in place raise it, but
+    fused optimizers, torch's own among them, write past it.
+    """
+    ours: dict[int, list[Tensor]] = {}
+    for layer in _alive():
+        trained = layer.values if layer.sink is None else layer.sink.parameter
+        ours.setdefault(id(trained), []).append(layer.values)
+    for group in optimizer.param_groups:
+        stepped = (p for p in group["params"] if p.grad is not None)
+        changed = [values for p in stepped for values in ours.get(id(p), ())]
+        torch.autograd.graph.increment_version(changed)
+
+
+register_optimizer_step_pre_hook(_settle_gradients)
+register_optimizer_step_post_hook(_raise_versions)
