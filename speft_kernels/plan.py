@@ -191,7 +191,7 @@ class SparsityPlan:
     def _compile(self, form: Form, packed: bool) -> Any:
         operand = self.kept_columns if packed else None
         if form is RowPanels:
-            return RowPanels.build(self.csr, self.pattern.shape[1], operand)
+            return RowPanels.build(self.csr, self.pattern.shape[1], operand, self.costs)
         entries, shape = (*self._coordinates, self.row_order), self.pattern.shape
         if form is ThinStrips:
             return build_thin_strips(*entries, shape[1], operand)
@@ -253,8 +253,10 @@ class SparsityPlan:
             first, last, begin, end = panels.panels.t()
             taken = begin < end
             columns = panels.positions.numel() or width
-            products = int((last - first)[taken].sum()) * columns * tokens
-            return {"panels": products * costs.panel + int(taken.sum()) * costs.call, **keep}
+            rows = int((last - first)[taken].sum())
+            picked = (out_features + rows) / 2 if panels.rows.numel() else 0
+            token = rows * columns * costs.panel + picked * costs.pack
+            return {"panels": token * tokens + int(taken.sum()) * costs.call, **keep}
         parts = self._parts
         lines = parts.rows.numel() + (parts.cols.numel() if whole else 0)
 

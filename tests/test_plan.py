@@ -298,13 +298,18 @@ def test_what_serves_on_other_devices(monkeypatch):
     monkeypatch.setattr(SparsityPlan, "_in_panels", True)
     mask = mixed_pattern(96, 130).mask()
     mask[64:] = False  # the second panel has no entry, and is not computed
-    plan = plan_with("mixed", SparsePattern.from_mask(mask))
-    assert plan.shares() == {"panels": 1}
-    costs, width = plan.costs, plan.kept_width
-    assert plan.predicted_seconds(1000) == {
-        "panels": pytest.approx(64 * width * 1000 * costs.panel + costs.call),
-        "keep": pytest.approx(width * 1000 * costs.pack),
-    }
+    mask[40:60] = False
+    pattern = SparsePattern.from_mask(mask)
+    used = pattern.used_rows.numel()
+    # Under the first picking a row costs a second, and none is picked.
+    for costs, rows, picked in ((COSTS["columns"], 64, 0), (COSTS["mixed"], used, (96 + used) / 2)):
+        plan = SparsityPlan.build(pattern, costs=costs)
+        assert plan.shares() == {"panels": 1}
+        token = rows * plan.kept_width * costs.panel + picked * costs.pack
+        assert plan.predicted_seconds(1000) == {
+            "panels": pytest.approx(1000 * token + costs.call),
+            "keep": pytest.approx(plan.kept_width * 1000 * costs.pack),
+        }
     assert "100.0% of the entries" in plan.summary()
     none = plan_with("mixed", make_pattern("empty", 96, 130))
     assert none.shares() == {"panels": 0}

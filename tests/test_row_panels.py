@@ -1,5 +1,7 @@
 """Row panels: what the torch backend reads of a plan, and what it asks of a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,17 +13,22 @@ from kernels import (
     make_pattern,
     uniform_blocks,
 )
-from plans import each_entry, mixed_pattern, plan_with
+from plans import each_entry, mixed_pattern
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_kernels import SparsePattern, SparsityPlan, ops
 from speft_kernels.compact import ROW_STEP
+from speft_kernels.costs import DEFAULTS
 from speft_kernels.ops import registry, wide
 from speft_kernels.plan import plan_of
 from speft_kernels.row_panels import PRODUCTS, RowPanels
 from speft_kernels.testing import realistic_pattern
 
 aten = torch.ops.aten
+
+# Products cost nothing, or are all that costs: whatever rows are unused are computed, or left out.
+ALL_ROWS = replace(DEFAULTS["cpu"], panel=1e-30)
+FEW_ROWS = replace(DEFAULTS["cpu"], pack=1e-30)
 
 
 def widened(left, right, dtype):
@@ -49,7 +56,8 @@ def test_each_entry_is_in_one_panel_of_bounded_size(data):
         kept = torch.rand(k, generator=generator) < 0.5
         kept[pattern.used_cols.long()] = True
         keep = kept.nonzero().flatten().int()
-    plan = SparsityPlan.build(pattern, keep=keep)
+    costs = data.draw(st.sampled_from([DEFAULTS["cpu"], ALL_ROWS, FEW_ROWS]))
+    plan = SparsityPlan.build(pattern, keep=keep, costs=costs)
     for packed in (False, True):
         panels = plan.compiled(RowPanels, packed)
         width = plan.kept_width if packed else k
@@ -57,7 +65,8 @@ def test_each_entry_is_in_one_panel_of_bounded_size(data):
         assert torch.equal(slot, torch.arange(plan.pattern.nnz))
         assert torch.equal(row * k + column, plan.pattern.entry_indices.long())
         first, last, begin, end = panels.panels.t().tolist()
-        assert (first[0], last[-1], begin[0], end[-1]) == (0, n, 0, plan.pattern.nnz)
+        rows = panels.rows.numel() or n
+        assert (first[0], last[-1], begin[0], end[-1]) == (0, rows, 0, plan.pattern.nnz)
         assert (first[1:], begin[1:]) == (last[:-1], end[:-1])
         tallest = max(b - a for a, b in zip(first, last, strict=True))
         width = panels.positions.numel() or width
@@ -72,21 +81,26 @@ def test_a_panel_of_a_large_weight_is_bounded_in_bytes():
 
 
 def test_index_memory_is_stated():
-    """Four bytes an entry, and four a column that is picked."""
+    """Four bytes an entry, and four a column and a row that are picked."""
     pattern = realistic_pattern((1024, 4096), 0.005)
-    panels = plan_of(pattern).compiled(RowPanels, False)
+    panels = SparsityPlan.build(pattern, costs=FEW_ROWS).compiled(RowPanels, False)
     found = sum(t.numel() * t.element_size() for t in panels)
-    assert found == 4 * pattern.nnz + 4 * pattern.used_cols.numel() + panels.panels.nbytes
+    lines = pattern.used_cols.numel() + pattern.used_rows.numel()
+    assert found == 4 * pattern.nnz + 4 * lines + panels.panels.nbytes
     assert panels.panels.nbytes <= 32 * 1024 // ROW_STEP
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", ["mixed", "column", "row", "single", "full", "empty"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_way_of_a_gpu_is_as_exact(as_on_cuda, packed, kind, dtype):
+@pytest.mark.parametrize("costs", [ALL_ROWS, FEW_ROWS], ids=["all rows", "few rows"])
+def test_the_way_of_a_gpu_is_as_exact(as_on_cuda, costs, packed, kind, dtype):
     n, k, m = 96, 130, 613
     pattern = mixed_pattern(n, k) if kind == "mixed" else make_pattern(kind, n, k)
-    plan = plan_with("gather", pattern)
+    plan = SparsityPlan.build(pattern, costs=costs)
+    used = pattern.used_rows.numel()
+    picks = plan.compiled(RowPanels, packed).rows.numel() > 0
+    assert picks == (costs is FEW_ROWS and 0 < used < n)
     dy, x = torch.randn(m, n).to(dtype), torch.randn(m, k).to(dtype)
     exact, dense = exact_product(dy.t(), x), dy.float().t() @ x.float()
     kept = ops.keep_columns(x, plan) if packed else x
@@ -133,8 +147,12 @@ def of_8192_tokens(op, pattern, entries, result):
 def test_a_gpu_is_asked_for_unrounded_products_in_few_launches(monkeypatch):
     monkeypatch.setattr(wide, "served", lambda operand: True)
     pattern = realistic_pattern((4096, 4096), 0.005)
-    panels = plan_of(pattern).compiled(RowPanels, False)
-    on_meta = panels._replace(positions=panels.positions.to("meta"), at=panels.at.to("meta"))
+    plan = SparsityPlan.build(pattern, costs=DEFAULTS["cuda"])
+    panels = plan.compiled(RowPanels, False)
+    assert not panels.rows.numel()  # though a third is not used
+    on_meta = panels._replace(
+        rows=panels.rows.to("meta"), positions=panels.positions.to("meta"), at=panels.at.to("meta")
+    )
     calls, largest = of_8192_tokens("sampled_grad", pattern, (on_meta, 0), (pattern.nnz,))
     number = panels.panels.shape[0]
     assert calls.count(aten.mm.dtype) == number == 1
@@ -144,6 +162,14 @@ def test_a_gpu_is_asked_for_unrounded_products_in_few_launches(monkeypatch):
     used = pattern.used_cols.numel() * 8192
     assert {dtype for made, dtype in calls.made if made is aten._to_copy.default} <= {torch.int64}
     assert largest.numel <= used
+
+
+def test_an_h200_picks_rows_where_few_are_used():
+    """As where all layers are ranked together: a fifth of the rows, and many columns."""
+    mask = realistic_pattern((4096, 4096), 0.005).mask()
+    mask[820:] = False
+    plan = SparsityPlan.build(SparsePattern.from_mask(mask), costs=DEFAULTS["cuda"])
+    assert plan.compiled(RowPanels, True).rows.numel() > 0
 
 
 def test_of_a_shared_copy_a_layers_own_columns_are_multiplied():

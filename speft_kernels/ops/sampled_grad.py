@@ -158,22 +158,26 @@ def _torch(
 ) -> None:
     if not accumulate:
         out.zero_()
-    for some, used in _used_columns(x, panels.positions, dy.shape[0]):
+    for some, used in _used_columns(x, panels, dy.shape[0]):
         for first, last, begin, end in panels.panels.tolist():
             if begin < end:
-                product = _product(dy[some, first:last], used, out.dtype)
+                rows = dy[some, first:last]
+                if panels.rows.numel():
+                    rows = dy[some].index_select(1, panels.rows[first:last])
+                product = _product(rows, used, out.dtype)
                 out[begin:end] += product.view(-1).index_select(0, panels.at[begin:end])
 
 
-def _used_columns(x: Tensor, positions: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor]]:
+def _used_columns(x: Tensor, panels: RowPanels, tokens: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield tokens, and `[C, tokens]`, what is multiplied of them of x `[M, K]` or of its packed
-    columns `[B, C, T]`: all at once, but where it is copied.
+    columns `[B, C, T]`: all at once, but where that or the rows of dy are copied.
     """
+    positions, rows = panels.positions, panels.rows.numel()
     every = positions.numel() == 0
-    if every and (x.dim() == 2 or x.shape[0] == 1):
+    if every and not rows and (x.dim() == 2 or x.shape[0] == 1):
         yield slice(0, tokens), x.t() if x.dim() == 2 else x[0, :, :tokens]
         return
-    step = max(1, COPIED_ELEMENTS // max(1, x.shape[1] if every else positions.numel()))
+    step = max(1, COPIED_ELEMENTS // max(rows, x.shape[1] if every else positions.numel(), 1))
     for start in range(0, tokens, step):
         some = slice(start, min(start + step, tokens))
         yield some, columns_of(x, None if every else positions, some)
