@@ -154,9 +154,10 @@ PYBIND11_MODULE(SPEFT_MODULE, m) {
     m.def(
         "topk_salience",
         [](const cuda::TopkPlan& plan, Ptr table, Ptr scratch, int metric, Ptr indices, Ptr told,
-           int64_t pending, int dtype, Ptr stream) {
-            const cuda::TopkCall call = {at<void>(table),      at<void>(scratch),  metric,
-                                         at<int64_t>(indices), at<uint64_t>(told), pending};
+           bool resident, int64_t pending, int dtype, Ptr stream) {
+            const cuda::TopkCall call = {
+                at<void>(table),    at<void>(scratch), metric,  at<int64_t>(indices),
+                at<uint64_t>(told), pending,           resident};
             check(cuda::topk_salience(plan.sizes, call, DType(dtype), at<void>(stream)),
                   "topk_salience",
                   {{"matrices", plan.sizes.matrices}, {"tiles", plan.sizes.tiles}});

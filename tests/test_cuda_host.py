@@ -111,6 +111,17 @@ FAULTS = (
     ("patched", "multiply_many.h", "sync_block();  // the next", "sync_block()", "void(0)"),
     ("barrier", "block_grad.cu", "sync_block();  // everyone's", "sync_block()", "void(0)"),
     ("run", "topk_kernels.h", "sync_block();  // the run has", "sync_block()", "void(0)"),
+    # Of the grid: one that nobody waits at, one that half of the blocks never reach, and one of
+    # blocks that need not run together.
+    ("grid", "topk_kernels.h", "sync_grid();  // each segment has its b", "sync_grid()", "void(0)"),
+    (
+        "half",
+        "topk_kernels.h",
+        "sync_grid();  // what reaches",
+        "sync_grid()",
+        "blockIdx.x == 0 ? sync_grid() : void(0)",
+    ),
+    ("alone", "topk_kernels.h", "sync_block();  // each tile", "sync_block()", "sync_grid()"),
     # One group of copies too few is waited for.
     ("wait", "block_grad.cu", *("cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()")),
     ("late", "multiply_many.h", *("cp_async_wait<kStages - 3>()", "cp_async_wait<kStages - 2>()")),

@@ -13,6 +13,7 @@ import torch
 from speft_kernels import _cuda_native, _triton, ops
 from speft_kernels.bench.gpu import cases, journal, record, run
 from speft_kernels.bench.gpu.cases import sparse_delta_matmul as case_of_products
+from speft_kernels.bench.gpu.cases import topk_salience as case_of_topk
 from speft_kernels.bench.gpu.cases.layer import LORA, peft_layers
 from speft_kernels.bench.gpu.device import Device, Spent
 from speft_kernels.bench.gpu.journal import Journal
@@ -20,7 +21,7 @@ from speft_kernels.bench.gpu.problems import MOST_TOKENS, TINY, Spec, Workbench
 from speft_kernels.bench.gpu.timing import Floor, GpuCase, GpuSide, measure
 from speft_kernels.bench.machine import Light
 from speft_kernels.costs import CROSSOVER_TOKENS, DEFAULTS
-from speft_kernels.ops.ways import cuda_ways
+from speft_kernels.ops.ways import cuda_ways, topk_ways
 
 
 def test_without_peft_its_layers_are_left_out_and_the_reason_is_kept(monkeypatch):
@@ -87,6 +88,19 @@ def test_tiles_of_both_heights_are_timed_in_cuda(tmp_path, monkeypatch):
     (entry,) = book.entries("case")
     ours = {name for name, values in entry["sides"].items() if values[0]}
     assert ours == {"cuda, tiles of 256 tokens", "cuda, tiles of 128 tokens"}
+
+
+@pytest.mark.skipif(_cuda_native.missing("cuda-host") is not None, reason="cuda-host is not built")
+def test_one_launch_is_timed_beside_five(tmp_path, monkeypatch):
+    monkeypatch.setattr(Workbench, "backends", lambda *_, **__: ["cuda"])
+    monkeypatch.setattr(case_of_topk, "topk_ways", partial(topk_ways, backend="cuda-host"))
+    spec = Spec("topk_salience", "launches")
+    assert spec in cases.goal_specs()
+    book = Journal(tmp_path / journal.NAME, "kernels", "abc", "cpu")
+    run._measure(spec, Workbench(Device("cpu"), TINY), book)
+    (entry,) = book.entries("case")
+    ours = {name for name, values in entry["sides"].items() if values[0]}
+    assert ours == {"cuda, five launches", "cuda, one launch"}
 
 
 def test_the_matrix_is_all_that_is_asked_for_and_not_yet_measured():

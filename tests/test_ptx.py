@@ -135,6 +135,14 @@ FAULTS = (
         "a race with warps",
     ),
     ("barrier", "keep_columns", r"bar\.sync\s+0;", "", "a race with warps"),
+    # Blocks that wait for no other one: the sign of what they count in tells that all have come.
+    (
+        "grid",
+        "topk_salience",
+        r"(xor\.b32\s+\S+, \S+, \S+;\s*setp\.gt\.s32\s+\S+, \S+, )-1;",
+        r"\g<1>2147483647;",
+        r"wrong: \[|beyond|fewer indices",
+    ),
     ("misaligned", "block_grad", r"(ldmatrix.*\[%r\d+)\]", r"\1+8]", "misaligned"),
     # Nothing is passed over.
     ("modifier", "write_delta", r"ld\.global\.u64", "ld.volatile.global.u64", "does not know"),

@@ -8,6 +8,7 @@ from kernels import backends
 
 from speft_kernels import _cuda_native, ops
 from speft_kernels.errors import SalienceError
+from speft_kernels.ops.ways import topk_ways
 
 BACKENDS = backends("topk_salience")
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton cannot run here")
@@ -83,6 +84,38 @@ def test_matrices_that_are_not_aligned(backend, scope):
         pairs.append((torch.randn(181, 182).bfloat16(), shifted(181, 182)))
     weights, grads = zip(*pairs, strict=True)
     assert_as_reference(weights, grads, 0.03, "force", scope, backend=backend)
+
+
+@pytest.mark.skipif("cuda-host" not in BACKENDS, reason="cuda-host is not built")
+@settings(max_examples=15)
+@given(
+    st.lists(st.tuples(st.integers(1, 180), st.integers(1, 400)), min_size=1, max_size=4),
+    st.floats(1e-4, 0.9),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_in_one_launch_as_in_five(shapes, density, dtype, together, ties, seed):
+    """Blocks with several tiles each, lists, and data where equal scores leave a list no room."""
+    torch.manual_seed(seed)
+    weights = [torch.randn(*shape).to(dtype) for shape in shapes]
+    grads = [torch.randn(*shape).to(dtype) for shape in shapes]
+    if ties:
+        weights, grads = ([t.round() for t in side] for side in (weights, grads))
+    sizes = [weight.numel() for weight in weights]
+    ks = [max(1, round(density * n)) for n in ([sum(sizes)] if together else sizes)]
+    scope = "global" if together else "layer"
+    for got in topk_ways(weights, grads, ks, together, "cuda-host").values():
+        expected = ops.topk_salience(
+            weights,
+            grads,
+            ks[0] if together else density,
+            metric="snip",
+            scope=scope,
+            backend="reference",
+        )
+        assert [t.tolist() for t in got()] == [t.tolist() for t in expected]
 
 
 CROWDED = {

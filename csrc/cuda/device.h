@@ -10,11 +10,13 @@
 //   SPEFT_BOTH                  before one that launchers call as well
 //   SPEFT_UNROLL, SPEFT_UNROLL_BY(turns)    before a loop: all of its turns at once, or so many
 //   launch(...)                 on a stream: returns 0, or a code for error_text()
+//   launch_resident(...)        the same of as many blocks as all multiprocessors hold at once
 //   device_error_text(code)
 //   shared_memory<T>()          the block's dynamic shared memory, aligned to 16 bytes
 //   SharedAt, shared_at(pointer)  a place in shared memory that takes one register, and bytes added
 //                               to it; the operations below take it in a pointer's place
 //   sync_block()                barrier of all threads of a block
+//   sync_grid()                 of all threads of a grid, of launch_resident() only
 //   exchange_from(value, lane)  warp shuffle of all 32 lanes, which orders nothing
 //   lanes_with(mine)            a bit for each of a warp's 32 lanes that bring true
 //   afresh(word), afresh(pointer)  the same; what is made of it is made where it stands, and not

@@ -1,6 +1,7 @@
 // device.h on a GPU: each name is an instruction or two. For sm_80 and later.
 #pragma once
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -33,18 +34,42 @@ inline int told(cudaError_t error) {
     return error;
 }
 
+template <class Kernel>
+int allow_shared(Kernel kernel, size_t bytes) {
+    if (bytes <= 48 * 1024) return 0;  // what a block has without asking
+    const int error =
+        told(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+    return error == cudaErrorInvalidValue ? kTooLittleShared : error;
+}
+
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void* stream,
            Arguments... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
-    if (shared_bytes > 48 * 1024) {  // what a block has without asking
-        const int error = told(cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
-        if (error == cudaErrorInvalidValue) return kTooLittleShared;
-        if (error != 0) return error;
-    }
+    if (const int error = allow_shared(kernel, shared_bytes)) return error;
     kernel<<<grid, threads, shared_bytes, cudaStream_t(stream)>>>(Parameters(arguments)...);
     return cudaGetLastError();
+}
+
+template <class... Parameters, class... Arguments>
+int launch_resident(void (*kernel)(Parameters...), int64_t multiprocessors, int threads,
+                    size_t shared_bytes, void* stream, Arguments... arguments) {
+    if (const int error = allow_shared(kernel, shared_bytes)) return error;
+    int each = 0;
+    if (const int error = told(
+            cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes)))
+        return error;
+    cudaLaunchAttribute together = {};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(multiprocessors) * unsigned(each));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = cudaStream_t(stream);
+    config.attrs = &together;
+    config.numAttrs = 1;
+    return told(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
 template <class T>
@@ -55,6 +80,10 @@ SPEFT_DEVICE T* shared_memory() {
 
 SPEFT_DEVICE void sync_block() {
     __syncthreads();
+}
+
+SPEFT_DEVICE void sync_grid() {
+    cooperative_groups::this_grid().sync();
 }
 
 constexpr unsigned kAllLanes = 0xffffffffu;

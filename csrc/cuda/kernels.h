@@ -116,6 +116,7 @@ struct TopkCall {
     uint64_t* told;    // [1 + matrices]: the first matrix with a NaN or infinite score, all ones
                        // where there is none; how many indices each matrix has
     int64_t pending;   // segments that the call before, with this scratch, has told no index of
+    bool resident;     // whether lists are selected from in one launch of blocks that stay
 };
 int topk_salience(const TopkSizes& sizes, const TopkCall& call, DType dtype, void* stream);
 

@@ -127,12 +127,12 @@ SPEFT_DEVICE Bytes16 vector_at(const Tile<T>& tile, const T* operand, int place)
 
 // Calls f(vector, count, x, y) for vectors of a tile, by their numbers; `count` of the entries are
 // the tile's. The first vectors of all threads come before their next ones, each time in the order
-// of the threads.
-template <bool kPair, int kThreads, bool kWhole, class T, class F>
+// of the threads. A thread has kUnderWay of each operand under way.
+template <bool kPair, int kThreads, int kUnderWay, bool kWhole, class T, class F>
 SPEFT_DEVICE void each_vector(const Tile<T>& tile, F&& f) {
     constexpr int kEach = kVector<T>;
     // Of a tile that is not whole fewer, for each takes the registers of eight loads.
-    constexpr int kSome = kWhole ? kAhead : kAhead / 2;
+    constexpr int kSome = kWhole ? kUnderWay : kUnderWay / 2;
     SPEFT_UNROLL_BY(1)
     for (int first = int(threadIdx.x) % kThreads; first < kTileVectors; first += kSome * kThreads) {
         const auto here = [first](const T* operand) {
@@ -158,12 +158,12 @@ SPEFT_DEVICE void each_vector(const Tile<T>& tile, F&& f) {
     }
 }
 
-template <bool kPair, int kThreads, class T, class F>
+template <bool kPair, int kThreads, int kUnderWay, class T, class F>
 SPEFT_DEVICE void each_vector(const Tile<T>& tile, F&& f) {
     if (tile.whole)
-        each_vector<kPair, kThreads, true>(tile, f);
+        each_vector<kPair, kThreads, kUnderWay, true>(tile, f);
     else
-        each_vector<kPair, kThreads, false>(tile, f);
+        each_vector<kPair, kThreads, kUnderWay, false>(tile, f);
 }
 
 // The keys of neighbouring entries of a tile, from `place` on.
@@ -187,7 +187,7 @@ SPEFT_DEVICE void visit(const Tile<T>& tile, Score score, F&& f) {
         }
         f(entries);
     };
-    each_vector<kPair, kThreads>(tile, keys);
+    each_vector<kPair, kThreads, kAhead>(tile, keys);
 }
 
 // Marks the entries of a tile that score `least` or more: marks[v] has a bit for each of the v-th
@@ -195,30 +195,31 @@ SPEFT_DEVICE void visit(const Tile<T>& tile, Score score, F&& f) {
 //
 // A multiprocessor multiplies and adds floats twice as fast as it compares, selects or shifts. So
 // no keys are made, and a byte's bits are added up in the fraction of a float.
-template <bool kPair, class T>
+template <bool kPair, int kUnderWay, class T>
 SPEFT_DEVICE bool mark(const Tile<T>& tile, Score score, float least, uint8_t* marks) {
     // Of one operand of 16 bits the sign is seen to in both numbers of a word at once.
     const Score of_word = sizeof(T) == 4
                               ? score
                               : Score{(score.flip >> 16) * 0x10001u, (score.keep >> 16) * 0x10001u};
     float poison = 0;  // no number, once a score is infinite or none
-    each_vector<kPair, kTileThreads>(tile, [&](int vector, int count, Bytes16 x, const Bytes16& y) {
-        SPEFT_UNROLL
-        for (int i = 0; i < 4 && !kPair; ++i)
-            x.words[i] = (x.words[i] ^ of_word.flip) & of_word.keep;
-        float bits = 0x800000;  // whose last digit is 1
-        SPEFT_UNROLL
-        for (int i = 0; i < kVector<T>; ++i) {
-            float value = widen(element<T>(x, i));
-            if (kPair) {
-                value *= widen(element<T>(y, i));
-                value = bit_cast<float>((bit_cast<uint32_t>(value) ^ score.flip) & score.keep);
+    each_vector<kPair, kTileThreads, kUnderWay>(
+        tile, [&](int vector, int count, Bytes16 x, const Bytes16& y) {
+            SPEFT_UNROLL
+            for (int i = 0; i < 4 && !kPair; ++i)
+                x.words[i] = (x.words[i] ^ of_word.flip) & of_word.keep;
+            float bits = 0x800000;  // whose last digit is 1
+            SPEFT_UNROLL
+            for (int i = 0; i < kVector<T>; ++i) {
+                float value = widen(element<T>(x, i));
+                if (kPair) {
+                    value *= widen(element<T>(y, i));
+                    value = bit_cast<float>((bit_cast<uint32_t>(value) ^ score.flip) & score.keep);
+                }
+                bits += reaches(value, least) * float(1 << i);
+                poison += value * 0.0f;
             }
-            bits += reaches(value, least) * float(1 << i);
-            poison += value * 0.0f;
-        }
-        marks[vector] = uint8_t(bit_cast<uint32_t>(bits) & ((1u << count) - 1));
-    });
+            marks[vector] = uint8_t(bit_cast<uint32_t>(bits) & ((1u << count) - 1));
+        });
     return poison == 0.0f;
 }
 

@@ -12,7 +12,7 @@ constexpr int kFewTiles = kFew / kWarp;
 // An entry of a segment at a place as good as random within the j-th of as many equal parts as
 // there are samples.
 template <class T, bool kPair>
-SPEFT_DEVICE uint32_t sampled_key(const Work& work, int64_t size, int64_t j) {
+SPEFT_DEVICE uint32_t sampled_key(const Work& work, int which, int64_t size, int64_t j) {
     // As a power of two, for 64-bit numbers are divided by a hundred instructions.
     const int64_t bits = work.sizes.sample_bits;
     int64_t at = j;
@@ -25,7 +25,7 @@ SPEFT_DEVICE uint32_t sampled_key(const Work& work, int64_t size, int64_t j) {
     }
     const int number = work.sizes.together ? matrix_with(work.matrices, int(work.sizes.matrices),
                                                          &Matrix::start, at)
-                                           : int(blockIdx.x);
+                                           : which;
     const Matrix& matrix = work.matrices[number];
     return key_at<T, kPair>(static_cast<const T*>(matrix.x), static_cast<const T*>(matrix.y),
                             at - matrix.start, work.score);
@@ -38,18 +38,16 @@ SPEFT_DEVICE void clear_sums(const Work& work, const Segment& segment) {
         work.supers[segment.first_super + i] = 0;
 }
 
-// Grid: segments. It comes first, and so it also makes the state of each. As they are few, a
-// multiprocessor need not hold several blocks, for which ptxas would save registers and spill.
+// Of a segment. It comes first, and so it also makes the state of each.
 template <class T, bool kPair>
-SPEFT_KERNEL(kThreads, 1)
-find_bound(Work work) {
+SPEFT_DEVICE void bound_segment(const Work& work, int which) {
     Shared& shared = *shared_memory<Shared>();
     uint32_t* const bins = shared.bins();
     uint32_t* const keys = bins + kBins;
-    const Segment& segment = work.segments[blockIdx.x];
-    clear<kListWords>(work.histograms + int64_t(blockIdx.x) * kListWords);
+    const Segment& segment = work.segments[which];
+    clear<kListWords>(work.histograms + int64_t(which) * kListWords);
     clear_sums(work, segment);
-    if (blockIdx.x == 0) {
+    if (which == 0) {
         for (int64_t i = threadIdx.x; i <= work.sizes.matrices; i += kThreads)
             work.told[i] = i == 0 ? ~uint64_t(0) : 0;
         if (threadIdx.x == 0) work.pending[0] = 0;
@@ -63,7 +61,7 @@ find_bound(Work work) {
             SPEFT_UNROLL
             for (int i = 0; i < kAhead; ++i) {
                 const int j = first + i * kThreads;
-                some[i] = sampled_key<T, kPair>(work, segment.size, j < samples ? j : 0);
+                some[i] = sampled_key<T, kPair>(work, which, segment.size, j < samples ? j : 0);
             }
             SPEFT_UNROLL
             for (int i = 0; i < kAhead; ++i)
@@ -85,7 +83,15 @@ find_bound(Work work) {
         }
     }
     if (threadIdx.x == 0)
-        work.states[blockIdx.x] = {0, uint64_t(segment.k), 0, bound, Source::kNone, {}};
+        work.states[which] = {0, uint64_t(segment.k), 0, bound, Source::kNone, {}};
+}
+
+// Grid: segments. As they are few, a multiprocessor need not hold several blocks, for which ptxas
+// would save registers and spill.
+template <class T, bool kPair>
+SPEFT_KERNEL(kThreads, 1)
+find_bound(Work work) {
+    bound_segment<T, kPair>(work, int(blockIdx.x));
 }
 
 // Entries of a tile that collect takes at a time: more are a cluster.
@@ -103,19 +109,17 @@ struct Collecting {
 };
 constexpr uint16_t kFirst = 0x8000;  // beside a place: the first of its bin
 
-// Grid: tiles. A tile's run has the order of its entries, so that what is kept of it has, too.
-template <class T, bool kPair>
-SPEFT_KERNEL(kThreads, kPair ? 2 : 3)
-collect(Work work) {
+// A tile's run has the order of its entries, so that what is kept of it has, too.
+template <class T, bool kPair, int kUnderWay>
+SPEFT_DEVICE void collect_tile(const Work& work, int64_t number) {
     Collecting& shared = *shared_memory<Collecting>();
-    const int64_t number = blockIdx.x;
     const int which = matrix_of_tile(work, number), ranked = segment_of(work, which);
     const Segment& segment = work.segments[ranked];
     State& state = work.states[ranked];
     const uint32_t bound = state.bound;
     const auto tile = tile_of<T, kPair>(work.matrices[which], number);
     clear<kHighBins>(shared.bins);
-    if (!mark<kPair>(tile, work.score, score_of(bound), shared.marks))
+    if (!mark<kPair, kUnderWay>(tile, work.score, score_of(bound), shared.marks))
         atomic_min(&work.told[0], uint64_t(which));
     sync_block();  // the tile is marked, and the bins are empty
 
@@ -173,14 +177,20 @@ collect(Work work) {
     work.run_length[number] = fits(start) ? total : 0;
 }
 
-// The k-th largest key of each list. Each block finds its high digit for itself, and adds up the
-// low ones of those that share it; the last block of a segment finds the k-th's.
-// Grid: segments times list_parts.
-static SPEFT_KERNEL(kThreads, 2) find_threshold(Work work) {
+// Grid: tiles.
+template <class T, bool kPair>
+SPEFT_KERNEL(kThreads, kPair ? 2 : 3)
+collect(Work work) {
+    collect_tile<T, kPair, kAhead>(work, blockIdx.x);
+}
+
+// The k-th largest key of a list, of which this is one of list_parts. Each block finds its high
+// digit for itself, and adds up the low ones of those that share it; the last one finds the k-th's.
+SPEFT_DEVICE void threshold_of_part(const Work& work, int number) {
     Shared& shared = *shared_memory<Shared>();
     uint32_t* const bins = shared.bins();
     const int parts = int(work.sizes.list_parts);
-    const int which = int(blockIdx.x) / parts, part = int(blockIdx.x) % parts;
+    const int which = number / parts, part = number % parts;
     const Segment& segment = work.segments[which];
     State& state = work.states[which];
     if (!is_listed(segment, state.found)) return;
@@ -217,6 +227,11 @@ static SPEFT_KERNEL(kThreads, 2) find_threshold(Work work) {
         state.rank = second.rank;
         state.source = Source::kList;
     }
+}
+
+// Grid: segments times list_parts.
+static SPEFT_KERNEL(kThreads, 2) find_threshold(Work work) {
+    threshold_of_part(work, int(blockIdx.x));
 }
 
 // For the segments whose k-th key is not known yet. Grid: segments.
@@ -317,11 +332,9 @@ SPEFT_DEVICE uint32_t counts_of(const Entries<kMost>& entries, uint32_t threshol
     return counts;
 }
 
-// Grid: tiles, kFewTiles of them each.
+// By the warp.
 template <class From>
-SPEFT_KERNEL(kFew, 2)
-count_kept(Work work) {
-    const int64_t number = int64_t(blockIdx.x) * kFewTiles + warp_id();
+SPEFT_DEVICE void count_tile(const Work& work, int64_t number) {
     if (number >= work.sizes.tiles) return;
     const int which = matrix_of_tile(work, number);
     const Segment& segment = work.segments[segment_of(work, which)];
@@ -340,6 +353,13 @@ count_kept(Work work) {
     atomic_add(&work.groups[segment.first_group + tile / kGroup], widened_counts(total));
     if (segment.tiles > kSuper)
         atomic_add(&work.supers[segment.first_super + tile / kSuper], widened_counts(total));
+}
+
+// Grid: tiles, kFewTiles of them each.
+template <class From>
+SPEFT_KERNEL(kFew, 2)
+count_kept(Work work) {
+    count_tile<From>(work, int64_t(blockIdx.x) * kFewTiles + warp_id());
 }
 
 struct Kept {
@@ -406,18 +426,19 @@ SPEFT_DEVICE uint64_t write_tile(const Work& work, int64_t number, int which) {
 }
 
 // What the tiles of a block tell each other.
+template <int kTiles>
 struct Told {
-    uint64_t keeps[kFewTiles];
-    int matrix[kFewTiles];
+    uint64_t keeps[kTiles];
+    int matrix[kTiles];
 };
 
-// Grid: tiles, kFewTiles of them each.
-template <class From>
-SPEFT_KERNEL(kFew, 2)
-write_kept(Work work) {
-    Told& told = *shared_memory<Told>();
-    const int64_t number = int64_t(blockIdx.x) * kFewTiles + warp_id();
-    const int which = number < work.sizes.tiles ? matrix_of_tile(work, number) : -1;
+// Of `count` tiles from the first on, at most as many as a block has warps.
+template <class From, int kTiles>
+SPEFT_DEVICE void write_tiles(const Work& work, int64_t first, int count) {
+    auto& told = *shared_memory<Told<kTiles>>();
+    const int64_t number = first + warp_id();
+    const bool mine = warp_id() < count && number < work.sizes.tiles;
+    const int which = mine ? matrix_of_tile(work, number) : -1;
     const uint64_t keeps = which < 0 ? 0 : write_tile<From>(work, number, which);
     if (lane_id() == 0) {
         told.keeps[warp_id()] = keeps;
@@ -426,11 +447,54 @@ write_kept(Work work) {
     sync_block();  // each tile has told
     // Of neighbours of a matrix one adds for all: else thousands would wait for one number.
     const int i = int(threadIdx.x);
-    if (i >= kFewTiles || (i > 0 && told.matrix[i] == told.matrix[i - 1])) return;
+    if (i >= kTiles || (i > 0 && told.matrix[i] == told.matrix[i - 1])) return;
     uint64_t all = 0;
-    for (int j = i; j < kFewTiles && told.matrix[j] == told.matrix[i]; ++j)
+    for (int j = i; j < kTiles && told.matrix[j] == told.matrix[i]; ++j)
         all += told.keeps[j];
     if (all > 0) atomic_add(&work.told[1 + told.matrix[i]], all);
+}
+
+// Grid: tiles, kFewTiles of them each.
+template <class From>
+SPEFT_KERNEL(kFew, 2)
+write_kept(Work work) {
+    write_tiles<From, kFewTiles>(work, int64_t(blockIdx.x) * kFewTiles, kFewTiles);
+}
+
+// Calls f(number) for those of `count` that are this block's, by all of its threads. Each has the
+// block's shared memory to itself.
+template <class F>
+SPEFT_DEVICE void each_of_grid(int64_t count, F&& f) {
+    SPEFT_UNROLL_BY(1)
+    for (uint32_t i = afresh(blockIdx.x); i < count; i = afresh(i + gridDim.x)) {
+        f(i);
+        sync_block();  // the next one's may be written
+    }
+}
+
+// All of this for lists, by blocks that stay. Half as many vectors under way leave registers for
+// what a loop over tiles keeps.
+template <class T, bool kPair>
+SPEFT_KERNEL(kThreads, 2)
+select_resident(Work work) {
+    const TopkSizes& sizes = work.sizes;
+    using From = OfList<kTile<T>>;
+    constexpr int kTiles = kThreads / kWarp;
+    // Of few tiles each block takes as many.
+    const int some = int(smaller(kTiles, parts_of(sizes.tiles, gridDim.x)));
+    each_of_grid(sizes.segments, [&](int64_t i) { bound_segment<T, kPair>(work, int(i)); });
+    sync_grid();  // each segment has its bound
+    each_of_grid(sizes.tiles, [&](int64_t i) { collect_tile<T, kPair, kAhead / 2>(work, i); });
+    sync_grid();  // what reaches it is set aside
+    each_of_grid(sizes.segments * sizes.list_parts,
+                 [&](int64_t i) { threshold_of_part(work, int(i)); });
+    sync_grid();  // each segment has its threshold
+    each_of_grid(parts_of(sizes.tiles, some), [&](int64_t i) {
+        if (warp_id() < some) count_tile<From>(work, i * some + warp_id());
+    });
+    sync_grid();  // what is kept is counted
+    each_of_grid(parts_of(sizes.tiles, some),
+                 [&](int64_t i) { write_tiles<From, kTiles>(work, i * some, some); });
 }
 
 }  // namespace cuda

@@ -358,8 +358,13 @@ def _in_triton(pairs: list[Pair], ks: list[int], together: bool, metric: str) ->
     return indices, torch.tensor(counts)
 
 
-def _in_cuda(
-    backend: str, pairs: list[Pair], ks: list[int], together: bool, metric: str
+def select_in_cuda(
+    backend: str,
+    pairs: list[Pair],
+    ks: list[int],
+    together: bool,
+    metric: str,
+    resident: bool = False,
 ) -> Selection:
     first = _first(pairs[0])
     device, dtype = first.device, _native.dtype_code(first)
@@ -380,7 +385,7 @@ def _in_cuda(
         _cuda_native.launch(
             *(backend, "topk_salience", first),
             *(plan, table.data_ptr(), scratch.data_ptr(), _METRICS[metric][0]),
-            *(indices.data_ptr(), told.data_ptr(), pending, dtype),
+            *(indices.data_ptr(), told.data_ptr(), resident, pending, dtype),
         )
         bad, *counts = told.tolist()  # here the host waits
         if bad >= 0:
@@ -395,7 +400,7 @@ def _in_cuda(
 
 for _backend in _cuda_native.MODULES:
     registry.implement("topk_salience", _backend, (torch.float32, *_cuda_native.DTYPES))(
-        functools.partial(_in_cuda, _backend)
+        functools.partial(select_in_cuda, _backend)
     )
 
 

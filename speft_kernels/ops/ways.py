@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..pattern import SparsePattern
 from .sparse_delta_matmul import Base, delta_arguments, delta_of, in_cuda, in_triton
+from .topk_salience import Pair, select_in_cuda
 
 Ways = dict[str, Callable[[], Tensor]]
 
@@ -42,3 +43,21 @@ def cuda_ways(
     delta = delta_of(values, csr, csc, tiles)
     run = partial(in_cuda, backend, x, weight, delta, None, pattern.shape[int(twin)], twin)
     return {f"tiles of {tokens} tokens": partial(run, tile_tokens=tokens) for tokens in (256, 128)}
+
+
+def topk_ways(
+    weights: list[Tensor], grads: list[Tensor], ks: list[int], together: bool, backend: str = "cuda"
+) -> dict[str, Callable[[], list[Tensor]]]:
+    """Those of the k largest |w g| in CUDA, int64 indices of each matrix: five launches of which
+    each has what the one before found out, or one of blocks that wait for each other.
+
+    Args:
+        ks: as many as there are matrices, or one for all `together`.
+    """
+    pairs: list[Pair] = list(zip(weights, grads, strict=True))
+
+    def run(resident: bool) -> list[Tensor]:
+        found, counts = select_in_cuda(backend, pairs, ks, together, "snip", resident)
+        return list(found.split(counts.tolist()))
+
+    return {"five launches": partial(run, False), "one launch": partial(run, True)}

@@ -62,6 +62,8 @@ std::unique_ptr<Block> start(const Kernel& kernel, const Launch& launch, uint32_
         byte = uint8_t(random());
     block->accesses.resize(launch.shared_bytes);
     const auto [width, height, depth] = launch.grid;
+    const uint64_t workspace =
+        launch.cooperative ? reinterpret_cast<uint64_t>(launch.workspace) : 0;
     const uint32_t x = number % width, y = number / width % height, z = number / width / height;
     block->warps.resize(launch.threads / kLanes);
     for (size_t i = 0; i < block->warps.size(); ++i) {
@@ -72,8 +74,19 @@ std::unique_ptr<Block> start(const Kernel& kernel, const Launch& launch, uint32_
         for (const auto& [value, row] : kernel.constants)
             std::fill_n(warp.row(row), kLanes, value);
         for (uint32_t lane = 0; lane < kLanes; ++lane) {
-            const uint32_t special[std::size(kSpecial)] = {
-                uint32_t(i) * kLanes + lane, x, y, z, launch.threads, width, height, depth, lane};
+            const uint32_t special[std::size(kSpecial)] = {uint32_t(i) * kLanes + lane,
+                                                           0,
+                                                           0,
+                                                           x,
+                                                           y,
+                                                           z,
+                                                           launch.threads,
+                                                           width,
+                                                           height,
+                                                           depth,
+                                                           lane,
+                                                           uint32_t(workspace >> 32),
+                                                           uint32_t(workspace)};
             for (size_t row = 0; row < std::size(special); ++row)
                 warp.row(int(row))[lane] = special[row];
             warp.copies[lane].emplace_back();
@@ -101,7 +114,7 @@ void arrive(Warp& warp) {
         other.waiting = false;
 }
 
-// Runs a warp for so many instructions, or until it waits or has returned.
+// Runs a warp for so many instructions, or until it waits, asks for others or has returned.
 void advance(Warp& warp, uint64_t turns) {
     for (; turns > 0 && warp.live != 0 && !warp.waiting; --turns) {
         const Lanes ready = warp.live & ~warp.held, some = ready != 0 ? ready : warp.held;
@@ -130,6 +143,7 @@ void advance(Warp& warp, uint64_t turns) {
         if (at.flow == Instruction::kPlain && taken != 0) at.execute(warp, at, taken);
         if (at.flow == Instruction::kReturn) leave(warp, taken);
         if (at.flow == Instruction::kBarrier) arrive(warp);
+        if (at.polls) return;
     }
 }
 
@@ -143,7 +157,7 @@ void run(const Kernel& kernel, const Launch& launch, uint64_t seed) {
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), random);
     // All warps by turns, or one as far as it gets.
-    const size_t most_blocks = 1 + random() % 4;
+    const size_t most_blocks = launch.cooperative ? order.size() : 1 + random() % 4;
     const uint64_t most_turns = std::vector<uint64_t>{3, 40, 400, 1 << 30}[random() % 4];
     std::vector<std::unique_ptr<Block>> blocks;
     Warp* warp = nullptr;

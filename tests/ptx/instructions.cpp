@@ -418,6 +418,7 @@ const std::map<std::string, Execute> kOfWarps = {
 };
 
 using OfThread = std::function<void(Warp&, const Instruction&, int lane)>;
+using namespace std::placeholders;
 
 const std::map<std::string, OfThread> kOfThreads = {
     {"cp.async.cg.shared.global", copy_later},
@@ -425,10 +426,12 @@ const std::map<std::string, OfThread> kOfThreads = {
      [](Warp& warp, const Instruction&, int lane) { warp.copies[lane].emplace_back(); }},
     {"cp.async.wait_group", wait},
     {"membar.gl", [](Warp&, const Instruction&, int) {}},  // stores are seen at once
+    {"atom.add.release.gpu.u32", std::bind(atomic, _1, _2, _3, kGlobal, 4, true)},
+    {"ld.acquire.gpu.u32", std::bind(load, _1, _2, _3, kGlobal, 4, false)},
+    {"trap", [](Warp&, const Instruction&, int) { throw Error("a trap"); }},
 };
 
 OfThread find_of_thread(const std::string& opcode, size_t results, size_t operands) {
-    using namespace std::placeholders;
     if (const auto found = kOfThreads.find(opcode); found != kOfThreads.end()) return found->second;
     static const std::regex memory(
         R"((ld|st)\.(param|global|shared)(\.nc)?(?:\.v([24]))?\.([busf])(8|16|32|64))");
@@ -465,6 +468,7 @@ Execute find(const std::string& opcode, Instruction& instruction) {
     const auto found = kOfWarps.find(opcode);
     instruction.collective = found != kOfWarps.end();
     if (instruction.collective) return found->second;
+    instruction.polls = opcode.rfind("ld.acquire", 0) == 0;
     const OfThread made = find_of_thread(opcode, instruction.to.size(), instruction.from.size());
     return [made](Warp& warp, const Instruction& at, Lanes lanes) {
         each(lanes, [&](int lane) { made(warp, at, lane); });

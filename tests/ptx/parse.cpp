@@ -180,7 +180,8 @@ class Decoder {
             jumps_.emplace_back(kernel_.code.size(), operands.at(0));
         } else if (opcode == "ret") {
             made.flow = Instruction::kReturn;
-        } else if (opcode == "bar.sync" && operands == std::vector<std::string>{"0"}) {
+        } else if ((opcode == "bar.sync" || opcode == "barrier.sync") &&
+                   operands == std::vector<std::string>{"0"}) {
             made.flow = Instruction::kBarrier;
             made.collective = true;
         } else {

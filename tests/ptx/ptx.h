@@ -44,6 +44,7 @@ struct Instruction {
     Flow flow = kPlain;
     Execute execute;          // of a plain one
     bool collective = false;  // waits for all lanes
+    bool polls = false;       // asks for what others store: they get their turn
     int target = -1;          // of a branch
 
     // Rows of the warp's registers, each of a number for each lane.
@@ -57,8 +58,9 @@ struct Instruction {
 };
 
 // Rows of registers that every kernel has, in this order.
-constexpr const char* kSpecial[] = {"%tid.x",    "%ctaid.x",  "%ctaid.y",  "%ctaid.z", "%ntid.x",
-                                    "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid"};
+constexpr const char* kSpecial[] = {"%tid.x",   "%tid.y",   "%tid.z",    "%ctaid.x",  "%ctaid.y",
+                                    "%ctaid.z", "%ntid.x",  "%nctaid.x", "%nctaid.y", "%nctaid.z",
+                                    "%laneid",  "%envreg1", "%envreg2"};
 
 struct Parameter {
     std::string name;
@@ -93,6 +95,10 @@ struct Launch {
     uint32_t grid[3], threads;
     size_t shared_bytes;
     std::vector<uint8_t> parameters;
+    // A cooperative launch, whose blocks run all together. %envreg1 and 2 are the address of its
+    // workspace, zeros at first, in which CUDA's cooperative groups count who has come.
+    bool cooperative = false;
+    uint64_t workspace[4] = {};
 };
 
 void run(const Kernel& kernel, const Launch& launch, uint64_t seed);  // execute.cpp

@@ -57,6 +57,27 @@ ptx::Kernel& kernel(const std::string& name) {
     throw ptx::Error("no kernel " + name);
 }
 
+cudaError_t launch(const void* entry, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
+                   bool cooperative) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const Function& function = functions().at(entry);
+    const bool fits = grid.x <= 0x7fffffff && grid.y <= 65535 && grid.z <= 65535;
+    if (!fits || block.y != 1 || block.z != 1 || shared_bytes > function.shared_bytes)
+        return failed(cudaErrorInvalidConfiguration, "a launch that is too large");
+    try {
+        const ptx::Kernel& found = kernel(function.name);
+        ptx::Launch launch = {{grid.x, grid.y, grid.z}, block.x, shared_bytes, {}, cooperative};
+        launch.parameters.resize(found.parameter_bytes);
+        for (size_t i = 0; i < found.parameters.size(); ++i)
+            memcpy(&launch.parameters[found.parameters[i].offset], arguments[i],
+                   found.parameters[i].size);
+        run(found, launch, seed * 1000003 + launches++);
+    } catch (const ptx::Error& error) {
+        return failed(cudaErrorLaunchFailure, error.what());
+    }
+    return cudaSuccess;
+}
+
 }  // namespace
 
 extern "C" {
@@ -96,28 +117,25 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* entry) {
 
 cudaError_t cudaLaunchKernel(const void* entry, dim3 grid, dim3 block, void** arguments,
                              size_t shared_bytes, cudaStream_t) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const Function& function = functions().at(entry);
-    const bool fits = grid.x <= 0x7fffffff && grid.y <= 65535 && grid.z <= 65535;
-    if (!fits || block.y != 1 || block.z != 1 || shared_bytes > function.shared_bytes)
-        return failed(cudaErrorInvalidConfiguration, "a launch that is too large");
-    try {
-        const ptx::Kernel& found = kernel(function.name);
-        ptx::Launch launch = {{grid.x, grid.y, grid.z}, block.x, shared_bytes, {}};
-        launch.parameters.resize(found.parameter_bytes);
-        for (size_t i = 0; i < found.parameters.size(); ++i)
-            memcpy(&launch.parameters[found.parameters[i].offset], arguments[i],
-                   found.parameters[i].size);
-        run(found, launch, seed * 1000003 + launches++);
-    } catch (const ptx::Error& error) {
-        return failed(cudaErrorLaunchFailure, error.what());
-    }
-    return cudaSuccess;
+    return launch(entry, grid, block, arguments, shared_bytes, false);
 }
 // The name of the same in some toolkits.
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments,
                                size_t shared_bytes, cudaStream_t stream) {
     return cudaLaunchKernel(kernel, grid, block, arguments, shared_bytes, stream);
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* entry,
+                                void** arguments) {
+    if (config->numAttrs != 1 || config->attrs->id != cudaLaunchAttributeCooperative)
+        return failed(cudaErrorInvalidValue, "a launch with unknown attributes");
+    return launch(entry, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes,
+                  config->attrs->val.cooperative != 0);
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int,
+                                                                   size_t, unsigned) {
+    *blocks = 1;
+    return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* entry, cudaFuncAttribute attribute, int value) {

@@ -38,8 +38,16 @@ inline const char* device_error_text(int) {
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void*,
            Arguments... arguments) {
-    const bool ended = host::run_grid({grid.x, grid.y, grid.z}, threads, shared_bytes,
+    const bool ended = host::run_grid({grid.x, grid.y, grid.z}, threads, shared_bytes, false,
                                       [&] { kernel(Parameters(arguments)...); });
+    return ended ? 0 : 1;
+}
+
+template <class... Parameters, class... Arguments>
+int launch_resident(void (*kernel)(Parameters...), int64_t multiprocessors, int threads,
+                    size_t shared_bytes, void*, Arguments... arguments) {
+    const bool ended = host::run_grid({unsigned(multiprocessors), 1, 1}, threads, shared_bytes,
+                                      true, [&] { kernel(Parameters(arguments)...); });
     return ended ? 0 : 1;
 }
 
@@ -56,6 +64,10 @@ inline SharedAt shared_at(void* pointer) {
 // A default argument is evaluated where the call stands, so these know the kernel's line.
 inline void sync_block(int line = __builtin_LINE()) {
     host::barrier(line);
+}
+
+inline void sync_grid(int line = __builtin_LINE()) {
+    host::barrier_of_grid(line);
 }
 
 namespace host {

@@ -45,7 +45,7 @@ struct Copy {
     bool valid;
 };
 
-enum class State { kReady, kAtBarrier, kInWarp, kDone };
+enum class State { kReady, kAtBarrier, kAtGrid, kInWarp, kDone };
 
 struct Fiber {
     ucontext_t context;
@@ -122,7 +122,9 @@ class Block {
         }
     }
 
-    void run(Index3 block);
+    // Runs to the end or to the next barrier of the grid; returns whether it has ended.
+    bool run(Index3 block);
+    void leave_barrier_of_grid() { release(State::kAtGrid); }
 
     unsigned char* shared() {
         const auto at = reinterpret_cast<uintptr_t>(shared_.data());
@@ -131,6 +133,7 @@ class Block {
     Fiber& current() { return fibers_[size_t(current_)]; }
     int current_index() const { return current_; }
     void barrier(int line);
+    void barrier_of_grid(int line);
     void note_copy(const void* to);
     const unsigned char* exchange(const void* mine, size_t size, int line);
     void fail(const std::string& reason) {
@@ -141,11 +144,13 @@ class Block {
     static void enter();
     void pause(State state, int line);
     void switch_to(int next);
-    int alive() const {
+    int count(State state) const {
         return int(std::count_if(fibers_.begin(), fibers_.end(),
-                                 [](const Fiber& f) { return f.state != State::kDone; }));
+                                 [=](const Fiber& f) { return f.state == state; }));
     }
-    void release_barrier();
+    int alive() const { return int(fibers_.size()) - count(State::kDone); }
+    void start();
+    void release(State state);
 
     const std::function<void()>& thread_;
     std::mt19937_64 random_;
@@ -157,9 +162,15 @@ class Block {
     const void* main_stack_ = nullptr;
     size_t main_size_ = 0;
     int current_ = -1;
-    int at_barrier_ = 0;
+    bool begun_ = false;
+    // Half of the blocks run in rounds, each ready fiber once, so that threads stay close together;
+    // in the others one warp runs as far as it gets before another one does.
+    const bool warp_by_warp_ = random_() % 2 == 1;
+    int ahead_ = -1;         // that warp
+    int waiting_ = 0;        // at a barrier, of the block or of the grid
     unsigned barriers_ = 0;  // that all have passed
     char passed_[2] = {};    // what orders threads at even ones and at odd ones
+    unsigned of_grid_ = 0;   // barriers of the grid that all have passed
     char started_ = 0;       // and at the block's start
     char ended_ = 0;         // and its end
     void* const watched_ = races::current();
@@ -167,6 +178,7 @@ class Block {
 };
 
 thread_local Block* t_block = nullptr;
+char g_passed[2] = {};  // what orders the threads of a grid at even and odd barriers of it
 
 void deliver(std::vector<Copy>& copies) {
     for (const Copy& copy : copies) {
@@ -232,8 +244,16 @@ void Block::barrier(int line) {
     // A thread may come to the next barrier before another one has left this one.
     char* const passed = &passed_[barriers_ % 2];
     races::release(passed);
-    ++at_barrier_;
+    ++waiting_;
     pause(State::kAtBarrier, line);
+    races::acquire(passed);
+}
+
+void Block::barrier_of_grid(int line) {
+    char* const passed = &g_passed[of_grid_ % 2];
+    races::release(passed);
+    ++waiting_;
+    pause(State::kAtGrid, line);
     races::acquire(passed);
 }
 
@@ -247,18 +267,18 @@ void Block::note_copy(const void* to) {
     copies[which][size_t(current_ % kLanes)] = reinterpret_cast<uint64_t>(to);
 }
 
-void Block::release_barrier() {
+void Block::release(State state) {
     int line = 0;
     for (Fiber& fiber : fibers_) {
-        if (fiber.state != State::kAtBarrier) continue;
+        if (fiber.state != state) continue;
         if (line != 0 && fiber.line != line)
             fail("threads of a block wait at different barriers, in lines " + std::to_string(line) +
                  " and " + std::to_string(fiber.line));
         line = fiber.line;
         fiber.state = State::kReady;
     }
-    at_barrier_ = 0;
-    ++barriers_;
+    waiting_ = 0;
+    ++(state == State::kAtGrid ? of_grid_ : barriers_);
 }
 
 const unsigned char* Block::exchange(const void* mine, size_t size, int line) {
@@ -285,9 +305,7 @@ const unsigned char* Block::exchange(const void* mine, size_t size, int line) {
     return warp.slots[turn][0];
 }
 
-void Block::run(Index3 block) {
-    blockIdx = block;
-    t_block = this;
+void Block::start() {
     races::release(&started_);
     for (Fiber& fiber : fibers_) {
         getcontext(&fiber.context);
@@ -296,13 +314,20 @@ void Block::run(Index3 block) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, &Block::enter, 0);
     }
-    // Half of the blocks run in rounds, each ready fiber once, so that threads stay close together;
-    // in the others one warp runs as far as it gets before another one does.
-    const bool warp_by_warp = random_() % 2 == 1;
-    int ahead = -1;  // that warp
+    begun_ = true;
+}
+
+bool Block::run(Index3 block) {
+    blockIdx = block;
+    t_block = this;
+    if (!begun_) start();
     std::vector<int> ready;
-    while (alive() > 0) {
-        if (at_barrier_ > 0 && at_barrier_ == alive()) release_barrier();
+    for (int left = alive(); left > 0; left = alive()) {
+        if (waiting_ == left && count(State::kAtGrid) == left) {
+            t_block = nullptr;
+            return false;
+        }
+        if (waiting_ == left && count(State::kAtBarrier) == left) release(State::kAtBarrier);
         ready.clear();
         for (size_t i = 0; i < fibers_.size(); ++i)
             if (fibers_[i].state == State::kReady) ready.push_back(int(i));
@@ -316,9 +341,9 @@ void Block::run(Index3 block) {
         }
         if (!error_.empty()) throw std::runtime_error(error_);
         std::shuffle(ready.begin(), ready.end(), random_);
-        if (warp_by_warp) {
-            const auto is_ahead = [&](int fiber) { return fiber / kLanes == ahead; };
-            if (std::none_of(ready.begin(), ready.end(), is_ahead)) ahead = ready[0] / kLanes;
+        if (warp_by_warp_) {
+            const auto is_ahead = [&](int fiber) { return fiber / kLanes == ahead_; };
+            if (std::none_of(ready.begin(), ready.end(), is_ahead)) ahead_ = ready[0] / kLanes;
             ready.erase(std::stable_partition(ready.begin(), ready.end(), is_ahead), ready.end());
         }
         for (int next : ready)
@@ -332,25 +357,95 @@ void Block::run(Index3 block) {
                 count_copy(reinterpret_cast<const unsigned char*>(addresses.data()),
                            sizeof(uint64_t));
     t_block = nullptr;
+    return true;
 }
 
-bool run_block(Index3 at, int threads, size_t shared_bytes, const std::function<void()>& thread,
-               uint64_t seed, Places& places, size_t first) {
-    // Not on this stack, where the next block would have the same barriers.
-    const auto block = std::make_unique<Block>(threads, shared_bytes, thread, seed, places, first);
-    try {
-        block->run(at);
-        return true;
-    } catch (const std::runtime_error& error) {
-        t_block = nullptr;
-        g_error = error.what();
-        return false;
+// What orders the start of a grid, and its end.
+char g_begun, g_ended;
+
+// A block, and the thread that makes, runs and ends it as the thread sanitizer sees it: nothing
+// orders two blocks of a grid. The next grid comes after all of them, and its blocks have the first
+// ones' threads again.
+class Running {
+  public:
+    Running(Index3 at, size_t place, int threads, size_t shared_bytes,
+            const std::function<void()>& thread, uint64_t seed)
+        : at_(at) {
+        thread_local Places kept;
+        const bool keeps = !races::kWatched || place + size_t(threads) + 1 <= kKept;
+        Places& places = keeps ? kept : own_;
+        if (!keeps) place = 0;
+        watched_ = places.at(place).watched();
+        as_itself([&] {
+            races::acquire(&g_begun);
+            block_ =
+                std::make_unique<Block>(threads, shared_bytes, thread, seed, places, place + 1);
+        });
+    }
+    ~Running() {
+        as_itself([&] { block_.reset(); });
+    }
+
+    // Runs it to its end or to a barrier of the grid.
+    void go_on() {
+        as_itself([&] {
+            // What is thrown must not pass a switch of threads.
+            try {
+                ended_ = block_->run(at_);
+            } catch (const std::runtime_error& error) {
+                t_block = nullptr;
+                g_error = error.what();
+            }
+            if (ended_) races::release(&g_ended);
+        });
+    }
+    void leave_barrier_of_grid() {
+        as_itself([&] { block_->leave_barrier_of_grid(); });
+    }
+    bool ended() const { return ended_; }
+
+  private:
+    template <class F>
+    void as_itself(F&& f) {
+        void* const before = races::current();
+        races::switch_to(watched_);
+        f();
+        races::switch_to(before);
+    }
+
+    Index3 at_;
+    Places own_;
+    void* watched_;
+    std::unique_ptr<Block> block_;  // not on a stack, where the next one would have its barriers
+    bool ended_ = false;
+};
+
+// Runs blocks from one barrier of the grid to the next.
+bool run_together(std::deque<Running>& blocks, bool resident, std::mt19937_64& random) {
+    std::vector<Running*> left;
+    for (Running& block : blocks)
+        left.push_back(&block);
+    while (true) {
+        std::shuffle(left.begin(), left.end(), random);
+        for (Running* block : left) {
+            block->go_on();
+            if (!g_error.empty()) return false;
+        }
+        const auto ended = [](const Running* block) { return block->ended(); };
+        if (std::all_of(left.begin(), left.end(), ended)) return true;
+        if (!resident) g_error = "blocks that need not be there together wait for each other";
+        if (std::any_of(left.begin(), left.end(), ended))
+            g_error = "blocks wait at a barrier of the grid that others never reach";
+        if (!g_error.empty()) return false;
+        for (Running* block : left)
+            block->leave_barrier_of_grid();
     }
 }
 
 }  // namespace
 
-bool run_grid(Index3 grid, int threads, size_t shared_bytes, const std::function<void()>& thread) {
+bool run_grid(Index3 grid, int threads, size_t shared_bytes, bool resident,
+              const std::function<void()>& thread) {
     gridDim = grid;
     blockDim = {unsigned(threads), 1, 1};
     const uint64_t count = uint64_t(grid.x) * grid.y * grid.z;
@@ -358,30 +453,20 @@ bool run_grid(Index3 grid, int threads, size_t shared_bytes, const std::function
     std::iota(order.begin(), order.end(), uint64_t(0));
     std::mt19937_64 random(g_seed);
     std::shuffle(order.begin(), order.end(), random);
-    static char begun, ended;  // what orders the start of a grid, and its end
-    // To the thread sanitizer each block is made, run and ended by a thread of its own, and has
-    // threads of its own: nothing orders two blocks of a grid. The next grid comes after all of
-    // them, and its blocks have the first ones' threads again.
-    thread_local Places kept;
-    const size_t each = size_t(threads) + 1;
-    void* const host = races::current();
-    races::release(&begun);
+    races::release(&g_begun);
+    g_error.clear();
+    std::deque<Running> blocks;
     for (uint64_t i = 0; i < count; ++i) {
-        Places own;
-        const bool keeps = !races::kWatched || (i + 1) * each <= kKept;
-        Places& places = keeps ? kept : own;
-        const size_t first = races::kWatched && keeps ? i * each : 0;
-        races::switch_to(places.at(first).watched());
-        races::acquire(&begun);
-        const uint64_t at = order[i];
-        const bool done = run_block(
-            {unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y)},
-            threads, shared_bytes, thread, random(), places, first + 1);
-        races::release(&ended);
-        races::switch_to(host);
-        if (!done) return false;
+        const auto at = order[i];
+        const size_t place = races::kWatched || resident ? i * (size_t(threads) + 1) : 0;
+        blocks.emplace_back(Index3{unsigned(at % grid.x), unsigned(at / grid.x % grid.y),
+                                   unsigned(at / grid.x / grid.y)},
+                            place, threads, shared_bytes, thread, random());
+        if (resident && i + 1 < count) continue;
+        if (!run_together(blocks, resident, random)) return false;
+        blocks.clear();
     }
-    races::acquire(&ended);
+    races::acquire(&g_ended);
     return true;
 }
 
@@ -399,6 +484,10 @@ unsigned char* shared_memory() {
 
 void barrier(int line) {
     t_block->barrier(line);
+}
+
+void barrier_of_grid(int line) {
+    t_block->barrier_of_grid(line);
 }
 
 const unsigned char* exchange(const void* mine, size_t size, int line) {

@@ -19,9 +19,11 @@ struct Index3 {
 namespace host {
 
 // Runs `thread` once for each of `threads` threads of each block of `grid`, one block after the
-// other in a random order. Returns false, with the reason in last_error(), if a block cannot end:
-// its threads wait at different barriers, or for lanes that have left.
-bool run_grid(Index3 grid, int threads, size_t shared_bytes, const std::function<void()>& thread);
+// other in a random order; of a `resident` grid, whose blocks may wait for each other, all of them
+// from one barrier of the grid to the next. Returns false, with the reason in last_error(), if a
+// block cannot end: its threads wait at different barriers, or for lanes or blocks that have left.
+bool run_grid(Index3 grid, int threads, size_t shared_bytes, bool resident,
+              const std::function<void()>& thread);
 
 // Of all later grids; the same seed gives the same orders.
 void set_seed(uint64_t seed);
@@ -32,6 +34,7 @@ const std::string& last_error();
 
 unsigned char* shared_memory();
 void barrier(int line);
+void barrier_of_grid(int line);
 
 // Waits until every lane of the warp has come with `size` bytes of its own, and returns those of
 // all of them, one lane after the other, `kSlot` bytes apart. They stay until the next call.

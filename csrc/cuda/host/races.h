@@ -4,9 +4,9 @@
 // out wrong: in particular between threads of a warp and of different blocks, which fibers never
 // let interleave.
 //
-// What orders, as in PTX's memory model: the start and the end of a grid, barriers of a block, and
-// fence() on both sides of an atomic operation. Shuffles, votes and matrix instructions wait for a
-// warp but order nothing.
+// What orders, as in PTX's memory model: the start and the end of a grid, barriers of a block or of
+// a grid, and fence() on both sides of an atomic operation. Shuffles, votes and matrix instructions
+// wait for a warp but order nothing.
 //
 // Nothing of this does anything unless SPEFT_TSAN is defined, and the .cpp files here must be
 // compiled without the sanitizer: what they keep of the threads is shared by all of them.

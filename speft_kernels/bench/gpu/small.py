@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import _cuda_native, _native, _triton, ops
-from ...ops.ways import cuda_ways
+from ...ops.ways import cuda_ways, topk_ways
 from ...pattern import SparsePattern
 from ...quantized import QuantizedWeight
 from .stages import MISSING
@@ -135,12 +135,19 @@ def topk_salience(at: Place) -> Iterator[object]:
         ([odd, one], [odd, one], 300, "layer"),
         ([long, beyond], [long, torch.ones_like(beyond)], 3000, "layer"),
     ):
-        ours, exact = (
-            ops.topk_salience(weights, grads, k, metric="snip", scope=scope, backend=name)
-            for name in (at.backend, "reference")
-        )
-        if not all(map(torch.equal, ours, exact)):
-            yield k, scope
+        call = partial(ops.topk_salience, weights, grads, k, metric="snip", scope=scope)
+        exact = call(backend="reference")
+        ways: dict[str, Callable[[], list[Tensor]]] = {
+            at.backend: partial(call, backend=at.backend)
+        }
+        if at.backend in _cuda_native.MODULES:
+            each = [indices.numel() for indices in exact]
+            together = scope == "global"
+            ks = [sum(each)] if together else each
+            ways = topk_ways(weights, grads, ks, together, at.backend)
+        for way, ours in ways.items():
+            if not all(torch.equal(a.int(), b) for a, b in zip(ours(), exact, strict=True)):
+                yield k, scope, way
 
 
 def write_delta(at: Place) -> Iterator[object]:

@@ -71,8 +71,8 @@ def _around_the_goals() -> Iterator[Spec]:
         yield Spec("keep_columns", projection, MOST_TOKENS)
         for block in BLOCKS:
             yield Spec("block_grad", projection, MOST_TOKENS, block)
-    yield Spec("topk_salience", "layer")
-    yield Spec("topk_salience", "float32")
+    for matrices in ("launches", "layer", "float32"):
+        yield Spec("topk_salience", matrices)
 
 
 def _the_rest() -> Iterator[Spec]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .... import ops
+from ....ops.ways import topk_ways
 from ...checks import close
 from ...harness import Work, WrongResultError
 from ..problems import Spec, Workbench
@@ -26,8 +27,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def setup(spec: Spec, bench: Workbench) -> GpuCase:
-    """`spec.projection` is the dtype of one large square matrix, or "layer": the seven projections
-    of a decoder layer in bf16, ranked all together.
+    """`spec.projection` is the dtype of one large square matrix; or "launches", the same in bf16,
+    of which both ways of CUDA are timed; or "layer": the seven projections of a decoder layer in
+    bf16, ranked all together.
     """
     side, shapes = bench.scale.square, [(bench.scale.square, bench.scale.square)]
     dtype, together = DTYPES.get(spec.projection, torch.bfloat16), spec.projection == "layer"
@@ -60,7 +62,14 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
     # For each entry a product and a comparison.
     work = Work({"w and g": operands, "indices": 4 * k}, 2 * total, dtype)
     sides = []
-    for backend in bench.backends("topk_salience", dtype=dtype):
+    backends = bench.backends("topk_salience", dtype=dtype)
+    if spec.projection == "launches" and "cuda" in backends:
+        backends.remove("cuda")
+        sides = [
+            GpuSide(f"cuda, {way}", select, True, work, check=check, waits=True)
+            for way, select in topk_ways(weights, grads, [k], True).items()
+        ]
+    for backend in backends:
         goal = backend in READING_GOALS and (spec.projection, spec.density) == GOAL_CASE
         select = partial(ops.topk_salience, metric="snip", scope="global", backend=backend)
         sides.append(
