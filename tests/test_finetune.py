@@ -125,7 +125,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(place, tmp_path, met
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
-    assert result.get("mask", {}).get("steps") == ([4, 8] if method in DYNAMIC else None)
+    assert result.get("dynamic", {}).get("steps") == ([4, 8] if method in DYNAMIC else None)
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(place, tmp_path):

@@ -19,14 +19,14 @@ def place(tmp_path_factory):
 def test_a_moving_mask_is_chosen_again_on_other_examples_and_only_while_it_may(place, tmp_path):
     more = {"epochs": 2, "dynamic_every": 5, "dynamic_until": 0.5}  # 24 steps
     result = run(place, tmp_path / "run", "merge", **more)
-    mask = result["mask"]
-    assert (mask["strategy"], mask["steps"]) == ("merge", [5, 10])
-    assert mask["seconds"] > 0
-    assert all(moved > 0 for moved in mask["moved"])
+    moves = result["dynamic"]
+    assert (moves["strategy"], moves["steps"]) == ("merge", [5, 10])
+    assert moves["seconds"] > 0
+    assert all(moved > 0 for moved in moves["moved"])
     # The best model may be of any mask; its adapter holds what its masks touched until then.
     stored = sum(t.numel() for n, t in tensors(tmp_path / "run").items() if n.endswith(".values"))
-    assert stored == mask["entries_in_adapter"]
-    assert stored <= result["trainable_parameters_without_head"] + sum(mask["moved"])
+    assert stored == moves["entries_in_adapter"]
+    assert stored <= result["trainable_parameters_without_head"] + sum(moves["moved"])
     with pytest.raises(ConfigError, match="dynamic = 'merge' moves the mask of method 'speft'"):
         run(place, tmp_path / "lora", "lora", dynamic="merge")
     with pytest.raises(ConfigError, match="mode 'resident'"):
@@ -58,7 +58,7 @@ def test_a_signal_while_the_mask_moves_loses_nothing(place, tmp_path, stop_at, m
             run(place, stopped, "merge", display=display, **settings)
     result = run(place, stopped, "merge", resume=True, **settings)
     assert result["eval"] == expected["eval"]
-    assert result["mask"]["moved"] == expected["mask"]["moved"]
+    assert result["dynamic"]["moved"] == expected["dynamic"]["moved"]
     for name, tensor in tensors(stopped).items():
         assert torch.equal(tensor, tensors(straight)[name]), name
 

@@ -367,7 +367,7 @@ def test_reading_what_has_finished_writes_nothing(study, study_file, place, caps
     """Not even the row of a run that has none yet; `mask_seconds` is of dynamic runs."""
     ids = []
     for run, others in zip(
-        study.search("films", "head"), ({}, {"mask": {"seconds": 1.5}}), strict=True
+        study.search("films", "head"), ({}, {"dynamic": {"seconds": 1.5}}), strict=True
     ):
         write_result(run.config(Places(study.output).runs / run.id, study.data), **others)
         ids.append(run.id)

@@ -82,7 +82,7 @@ def test_a_result_that_is_nested_too_deep_is_refused_by_name(study, finished, na
         ({"steps": 1.5}, "steps = '1.5' is no number"),
         ({"device": "\ud800"}, r"device = '.ud800' is no text"),
         ({"salience": [1]}, "lacks what a row needs: 'list' object"),
-        ({"mask": [1]}, "lacks what a row needs: 'list' object"),
+        ({"dynamic": [1]}, "lacks what a row needs: 'list' object"),
     ],
 )
 def test_a_result_that_no_table_could_give_back_is_refused(study, finished, changes, message):

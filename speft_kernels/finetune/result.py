@@ -33,8 +33,9 @@ def result_of(
     """The contents of `result.json`.
 
     `before` and `after` are the metric on the eval data, of the model before anything was trained
-    and of the best one; `positive_label` is the label of two that F1 is of. Times are in seconds or
-    ms and exclude evaluations; `peak_memory_bytes` is that of training.
+    and of the best one; `positive_label` is the label of two that F1 is of. `mask` is the ready
+    mask of a run that has one, `dynamic` what became of one that moves. Times are in seconds or ms
+    and exclude evaluations; `peak_memory_bytes` is that of training.
     """
     config, name = inputs.config, inputs.config.metric_name
     result = {
@@ -71,7 +72,7 @@ def result_of(
     if inputs.mask is not None:
         result["mask"] = {"folder": config.mask, "sha256": inputs.mask.sha256}
     if prepared.moving is not None:
-        result["mask"] = {
+        result["dynamic"] = {
             "strategy": config.dynamic,
             "steps": progress.mask_steps,
             "moved": progress.mask_moved,

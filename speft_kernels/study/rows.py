@@ -117,7 +117,7 @@ class Row:
                 commit=result["commit"],
                 settings=json.dumps(settings, sort_keys=True),
                 inputs=result.get("inputs", ""),
-                mask_seconds=result.get("mask", {}).get("seconds"),
+                mask_seconds=result.get("dynamic", {}).get("seconds"),
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise DataError(f"run {id}: its result.json lacks what a row needs: {error}") from error
