@@ -9,7 +9,7 @@ import errno
 import os
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,6 @@ from .pattern import SparsePattern
 
 if TYPE_CHECKING:
     from .nn import SparseDeltaLinear
-
-# Of what a weight was written (`SparseDeltaLinear.current_state`). UNKNOWN is equal to no state.
-State = tuple[Any, ...]
-UNKNOWN: State = ()
 
 
 def refuse_sharded(tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -72,16 +68,16 @@ def set_modes(modes: Mapping[SparseDeltaLinear, str]) -> None:
         for layer, mode in modes.items()
         if layer.base is None
         and not layer.pattern.is_empty
-        and (mode == "resident" or layer.written_for is not None)
+        and (mode == "resident" or layer.is_written)
     ]
     for layer in written:
-        if modes[layer] == "resident" and layer.written_for is None:
+        if modes[layer] == "resident" and not layer.is_written:
             refuse_read_only(layer.weight)
     ops.check_deltas(*_operands(written, modes))
     for layer, mode in modes.items():
         layer.mode = mode
     for layer in written:
-        layer.written_for = UNKNOWN  # were it cut short, the next forward pass would write again
+        layer.doubt_written()  # were it cut short, the next forward pass would write again
     write(written)
 
 
@@ -135,7 +131,7 @@ def write(layers: list[SparseDeltaLinear]) -> None:
     refuse_sharded(("weight", layer.weight) for layer in layers)
     ops.write_deltas(*_operands(layers, {layer: layer.mode for layer in layers}))
     for layer in layers:
-        layer.written_for = layer.current_state() if layer.mode == "resident" else None
+        layer.note_written()
 
 
 def _operands(

@@ -22,6 +22,10 @@ from .shared_input import SharedInput
 
 MODES = CHOICES["mode"]
 
+# What values and weight were when the weight was written. _UNKNOWN is equal to none.
+_State = tuple[Any, ...]
+_UNKNOWN: _State = ()
+
 
 class SparseDeltaLinear(nn.Module):
     """`y = x @ (W0 + D)^T + b` with W0 and b frozen and D, non-zero on a static pattern, trained as
@@ -76,14 +80,14 @@ class SparseDeltaLinear(nn.Module):
                 )
             )
         self.mode = mode
-        # Like `family`, `sink` and `current_state`, for the package's own use: the `current_state`
-        # when the weight's trained entries were written, or None where they hold W0.
-        self.written_for: family.State | None = None
+        # What the weight's trained entries were written for; None where they hold W0.
+        self._written_for: _State | None = None
         self._start()
 
     def _start(self) -> None:
         """What belongs to this object alone, not to a copy of it."""
         self._input = SharedInput(self._pattern)
+        # For the package's own use, as is what `family` asks of a layer.
         self.family: family.Family | None = None
         self.sink: Sink | None = None
         stepping.watch(self)
@@ -241,7 +245,20 @@ class SparseDeltaLinear(nn.Module):
         sink = self.sink if values is self.values else None
         return y + SparseLinear.apply(x, values, None, None, kept, plan, sink, False)
 
-    def current_state(self) -> family.State:
+    @property
+    def is_written(self) -> bool:
+        """Whether the weight may hold anything but W0 at the trained entries."""
+        return self._written_for is not None
+
+    def doubt_written(self) -> None:
+        """Have the next forward pass write the weight again, whatever is seen of it."""
+        self._written_for = _UNKNOWN
+
+    def note_written(self) -> None:
+        """Take note that the weight holds now what the mode says."""
+        self._written_for = self._current_state() if self.mode == "resident" else None
+
+    def _current_state(self) -> _State:
         """What values and weight are now: of each the tensor itself, its version and its address.
         All three, as a new tensor may come to lie where a former one was (`functional_call` with
         values of one's own), and a change of `.data` is one of the address alone.
@@ -254,10 +271,10 @@ class SparseDeltaLinear(nn.Module):
 
     def _holds_delta(self) -> bool:
         """Whether the weight was written for what values and weight are now."""
-        if not self.written_for or self.values.is_inference():  # which does not count its writes
+        if not self._written_for or self.values.is_inference():  # which does not count its writes
             return False
         # Not by ==, for which references ask what they refer to.
-        former, now = self.written_for, self.current_state()
+        former, now = self._written_for, self._current_state()
         return former[0]() is now[0]() and former[1]() is now[1]() and former[2:] == now[2:]
 
     def sync(self) -> None:
@@ -276,7 +293,7 @@ class SparseDeltaLinear(nn.Module):
     def _is_stale(self) -> bool:
         """Whether the weight does not hold what the mode says."""
         if self.mode == "additive":
-            return self.written_for is not None
+            return self.is_written
         return not (self._pattern.is_empty or self._holds_delta())
 
     def _siblings(self) -> list[SparseDeltaLinear]:
@@ -291,10 +308,10 @@ class SparseDeltaLinear(nn.Module):
         ]
 
     def _restore(self) -> None:
-        if self.written_for is not None:
+        if self.is_written:
             with torch.no_grad():
                 ops.write_delta(self.weight, self._pattern, self.base_values, None)
-            self.written_for = None
+            self._written_for = None
 
     def merge(self) -> None:
         """Write D into the weight: mode "resident". What the layer computes stays the same.
@@ -356,10 +373,10 @@ class SparseDeltaLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseDeltaLinear:
         values = self.values.detach()
-        if self.written_for is not None:
+        if self.is_written:
             # The memory is new, though its address may be an old one. And torch swaps no tensors
             # that are referred to, as a state does (set_swap_module_params_on_conversion).
-            self.written_for = family.UNKNOWN
+            self.doubt_written()
         super()._apply(fn, recurse)
         # `.to(bfloat16)` is about the frozen weight; the trained values stay unrounded.
         self._widen_values(values)
@@ -425,8 +442,8 @@ class SparseDeltaLinear(nn.Module):
                 self._pattern = pattern.to(self.indices.device)
                 self.indices = self._pattern.indices
                 self._input = SharedInput(self._pattern)
-        if self.written_for is not None:
-            self.written_for = family.UNKNOWN  # as in `_apply`
+        if self.is_written:
+            self.doubt_written()  # as in `_apply`
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # With assign=True tensors may come in other dtypes.
         self._widen_values(self.values.detach())
@@ -443,14 +460,13 @@ class SparseDeltaLinear(nn.Module):
             taken = self.weight.detach().view(-1)[self._pattern.entry_indices.long()]
             self.base_values = taken.reshape(self.base_values.shape)
         if new_weight or new_base_values:
-            self.written_for = None
+            self._written_for = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses mean nothing in a copy.
-        written = self.written_for is not None
         own = ("_input", "family", "sink")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
-        return {**state, "written_for": family.UNKNOWN if written else None}
+        return {**state, "_written_for": _UNKNOWN if self.is_written else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -207,13 +207,13 @@ def test_a_refused_layer_leaves_all_as_they_were(switch, spoil):
     spoil(model[FEW - 1])
     before, kept = bits(model), modes(model)
     versions = [layer.weight._version for layer in model]
-    states = [layer.written_for for layer in model]
+    states = [layer._written_for for layer in model]
     with pytest.raises((TypeError, ValueError), match="must be"):
         switch(model)
     assert modes(model) == kept
     assert same(bits(model), before)
     assert [layer.weight._version for layer in model] == versions
-    assert [layer.written_for for layer in model] == states
+    assert [layer._written_for for layer in model] == states
 
 
 def test_a_backend_that_refuses_one_dtype_leaves_all_as_they_were(monkeypatch):
