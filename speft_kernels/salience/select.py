@@ -34,7 +34,7 @@ def select_patterns(
     batches: Iterable[Any] | None,  # None only for a metric that needs no data
     loss_fn: LossFn | None,
     *,
-    head_warmup_seconds: float = 0.0,
+    head_warmup_seconds: float,
 ) -> tuple[dict[str, SparsePattern], SalienceReport]:
     """Score the weights of `layers` and select what trains. To be called with the model `borrowed`.
 
@@ -48,7 +48,10 @@ def select_patterns(
     metric = metric_named(config.salience)
     devices = {layer.weight.device for layer in layers.values()}
     start, peak = time.perf_counter(), PeakMemory(devices)
-    chosen, statistics, accumulator_bytes = _select(metric, model, layers, config, batches, loss_fn)
+    zeros: dict[str, tuple[int, int]] = {}
+    chosen, statistics, accumulator_bytes = _select(
+        metric, model, layers, config, batches, loss_fn, zeros
+    )
     patterns = {
         name: SparsePattern(
             (layer.out_features, layer.in_features),
@@ -75,7 +78,7 @@ def select_patterns(
             LayerBudget(name, pattern.shape, pattern.nnz, pattern.density)
             for name, pattern in patterns.items()
         ),
-        notes=tuple(statistics.notes),
+        notes=(*statistics.notes, *_note_of(zeros, config)),
     )
     return patterns, report
 
@@ -87,13 +90,11 @@ def _select(
     config: SpeftConfig,
     batches: Iterable[Any] | None,
     loss_fn: LossFn | None,
+    zeros: dict[str, tuple[int, int]],  # filled by `choose`
 ) -> tuple[dict[str, Tensor], PassStatistics, int]:
     """Return each layer's indices, what the pass saw, and the bytes of the accumulators."""
-    zeros: dict[str, tuple[int, int]] = {}
     if metric.statistic == "none":
-        chosen, statistics = choose(metric, config, layers, {}, zeros), PassStatistics()
-        statistics.notes += _note_of(zeros, config)
-        return chosen, statistics, 0
+        return choose(metric, config, layers, {}, zeros), PassStatistics(), 0
     if not metric.needs_data:
         single, batches = True, ()
     else:
@@ -102,9 +103,7 @@ def _select(
             statistics, products, nbytes = hessian_gradients(
                 model, layers, config, batches, loss_fn
             )
-            chosen = choose(metric, config, layers, products, zeros)
-            statistics.notes += _note_of(zeros, config)
-            return chosen, statistics, nbytes
+            return choose(metric, config, layers, products, zeros), statistics, nbytes
         single, batches = _is_single(batches)
 
     chosen = {}
@@ -127,7 +126,6 @@ def _select(
     statistics.check(layers, metric.needs_data)
     nbytes = sums.nbytes
     chosen = chosen or choose(metric, config, layers, sums.sums, zeros)
-    statistics.notes += _note_of(zeros, config)
     return chosen, statistics, nbytes
 
 
