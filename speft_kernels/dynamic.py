@@ -215,7 +215,7 @@ class MovingMask:
                 moved += int((origin < 0).sum()) * math.prod(pattern.block_shape)
                 stayed = places(pattern.indices, kept[name].pattern.indices) >= 0
                 origins[name] = origin.where(stayed, -1)
-            old_units = {n: 0 if n in frozen else _units(x.pattern) for n, x in trained.items()}
+            old_units = {n: 0 if n in frozen else x.pattern.num_blocks for n, x in trained.items()}
             anew = any(bool((origin < 0).any()) for origin in origins.values())
             squares = None
             if self.strategy == "rigl" and anew:
@@ -328,14 +328,14 @@ class MovingMask:
 
         with borrowed(model, self.config.seed):
             statistics = processes.together(run, layers, sums)
-        statistics.check(layers, True)
-        scores = {name: self._growth(sums.sums.pop(name), kept[name].pattern) for name in trained}
+        statistics.check(layers)
+        scores = {name: _growth(sums.sums.pop(name), kept[name].pattern) for name in trained}
         groups = [[name] for name in trained]
         if self.config.scope == "global":
             groups = [list(trained)]
         patterns = {}
         for group in groups:
-            count = sum(_units(trained[n].pattern) - _units(kept[n].pattern) for n in group)
+            count = sum(trained[n].pattern.num_blocks - kept[n].pattern.num_blocks for n in group)
             grown = (
                 ops.topk_salience(
                     [None] * len(group),
@@ -381,15 +381,6 @@ class MovingMask:
             count = processes.summed(run, sums.values())
         return {name: total.detach() / count for name, total in sums.items()}
 
-    def _growth(self, gradient: Tensor, stays: SparsePattern) -> Tensor:
-        """`[N / bh, K / bw]`: the sum of |g| of each block; -1 where one trains already."""
-        (rows, cols), (bh, bw) = gradient.shape, stays.block_shape
-        scores = gradient.abs().to(accumulator_dtype(gradient.dtype))
-        if stays.is_block:
-            scores = scores.reshape(rows // bh, bh, cols // bw, bw).sum(dim=(1, 3))
-        scores.view(-1)[stays.indices.to(scores.device).long()] = -1
-        return scores
-
 
 def places(wanted: Tensor, among: Tensor) -> Tensor:
     """The place of each index of `wanted` in the sorted `among`, or -1; int64."""
@@ -418,12 +409,18 @@ def _survivors(trained: Mapping[str, Delta], share: float, scope: str) -> dict[s
     return stays
 
 
+def _growth(gradient: Tensor, stays: SparsePattern) -> Tensor:
+    """`[N / bh, K / bw]`: the sum of |g| of each block; -1 where one trains already."""
+    (rows, cols), (bh, bw) = gradient.shape, stays.block_shape
+    scores = gradient.abs().to(accumulator_dtype(gradient.dtype))
+    if stays.is_block:
+        scores = scores.reshape(rows // bh, bh, cols // bw, bw).sum(dim=(1, 3))
+    scores.view(-1)[stays.indices.to(scores.device).long()] = -1
+    return scores
+
+
 def is_frozen(layer: SparseDeltaLinear) -> bool:
     return bool(layer.values.numel()) and not layer.values.requires_grad
-
-
-def _units(pattern: SparsePattern) -> int:
-    return pattern.indices.numel()
 
 
 def _like(pattern: SparsePattern, indices: Tensor) -> SparsePattern:
@@ -431,7 +428,7 @@ def _like(pattern: SparsePattern, indices: Tensor) -> SparsePattern:
 
 
 def _nothing(layer: SparseDeltaLinear) -> Delta:
-    none = torch.zeros(_units(layer.pattern), dtype=torch.bool, device=layer.weight.device)
+    none = torch.zeros(layer.pattern.num_blocks, dtype=torch.bool, device=layer.weight.device)
     return Delta.of(layer).where(none)
 
 
