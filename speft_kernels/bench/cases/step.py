@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
@@ -95,10 +94,7 @@ def _setup(density: float) -> Case:
                     for start, ratio in goals.items()
                     if peer.startswith(start)
                 },
-                replace(
-                    saved_for_backward(layers, trainer.loss),
-                    at_most=SAVED_GOAL if name == LAYER else None,
-                ),
+                saved_for_backward(layers, trainer.loss, SAVED_GOAL if name == LAYER else None),
                 trainer.entries - head,
             )
         )

@@ -21,7 +21,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -123,10 +122,6 @@ def _setup(spec: Spec, bench: Workbench) -> GpuCase:
                 trained=trainer.entries,
             )
         )
-    peers = {side.name for side in sides}
-    sides = [
-        replace(side, goals={p: at for p, at in side.goals.items() if p in peers}) for side in sides
-    ]
     return GpuCase(
         "step",
         f"Llama {spec.projection}, {batch} x {length} tokens, {spec.mask} "
