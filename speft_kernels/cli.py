@@ -53,8 +53,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n(see {self.prog} --help)\n")
 
 
-def build_parser(only: str | None = None) -> argparse.ArgumentParser:
-    """The whole parser; `only` names the one subcommand whose flags are wanted."""
+def build_parser(wanted: str | None) -> argparse.ArgumentParser:
+    """The parser of all subcommands, with the flags of the `wanted` one; no other is loaded."""
     parser = Parser(
         prog="speft",
         description="Sparse parameter-efficient fine-tuning at the price of the frozen model.",
@@ -64,7 +64,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         subparser.set_defaults(parser=subparser)
-        if only in (None, name):
+        if name == wanted:
             command = importlib.import_module(f".commands.{name}", __package__)
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     command = next((word for word in argv if word in COMMANDS), None)
-    parser = build_parser(command or "")
+    parser = build_parser(command)
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()

@@ -119,7 +119,7 @@ def crossover(seconds: Mapping[int, Mapping[str, float]]) -> int:
     return fused
 
 
-def ways_at(device: torch.device, rounds: int = ROUNDS) -> dict[int, dict[str, float]]:
+def ways_at(device: torch.device, rounds: int) -> dict[int, dict[str, float]]:
     """Tokens -> way -> seconds of Triton's `sparse_delta_matmul`, 4096 x 4096 in bf16, 0.5 %: of
     the device alone, because launching takes the host longer than either product takes the device.
     """

@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_demo(settings: dict[str, Any], *, overwrite: bool = False) -> None:
+def run_demo(settings: dict[str, Any], *, overwrite: bool) -> None:
     """Trains a head on the frozen encoder, then head and sparse values; prints held-out accuracies.
 
     `settings` override the demo's own; what belongs to a user's data is refused.

@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(
-    settings: dict[str, Any], *, resume: bool = False, overwrite: bool = False
-) -> dict[str, Any]:
+def train(settings: dict[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
     """One run; prints its result."""
     config = RunConfig.from_dict(settings)
     from ..finetune.result import describe
@@ -63,7 +61,6 @@ def train(
 
     result = finetune(config, resume=resume, overwrite=overwrite)
     print(describe(result, config.output))
-    return result
 
 
 def report_interruption(interruption: Interrupted) -> int:

@@ -145,9 +145,7 @@ def density_groups(densities: Iterable[float]) -> dict[float, float]:
     return groups
 
 
-def compare_rates(
-    found: dict[Rate, dict[int, Row]], *, lower: bool = False
-) -> tuple[RateResult, ...]:
+def compare_rates(found: dict[Rate, dict[int, Row]], *, lower: bool) -> tuple[RateResult, ...]:
     """The rates of one method and task, in ascending order, at most one of them chosen.
 
     Args:

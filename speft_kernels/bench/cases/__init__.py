@@ -20,7 +20,7 @@ KERNELS = ("sampled_grad", "block_grad", "topk_salience", "sparse_delta_matmul",
 OPERATIONS = (*KERNELS, "layer", "step")
 
 
-def cases_of(operation: str, *, quick: bool = False) -> Sequence[Callable[[], Case]]:
+def cases_of(operation: str, *, quick: bool) -> Sequence[Callable[[], Case]]:
     """Return what sets up the cases of an operation, only the quick ones where asked.
 
     Raises:
