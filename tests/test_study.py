@@ -24,8 +24,9 @@ from speft_kernels.finetune.signals import Interrupted
 from speft_kernels.study import COLUMNS, read_rows, write_rows
 from speft_kernels.study import runner as runner_module
 from speft_kernels.study.config import read_study
+from speft_kernels.study.folder import Places
 from speft_kernels.study.inputs import changed_settings
-from speft_kernels.study.runner import Places, StudyError, collect, run_study
+from speft_kernels.study.runner import StudyError, collect, run_study
 from speft_kernels.study.schedule import best_rate, due
 from speft_kernels.study.worker import Failure
 

@@ -9,7 +9,8 @@ from tiny_studies import STUDY, fake_workers, silent, write_result
 from speft_kernels.cli import main
 from speft_kernels.errors import ConfigError, DataError
 from speft_kernels.study.config import read_study
-from speft_kernels.study.runner import Places, StudyError, collect, run_study
+from speft_kernels.study.folder import Places
+from speft_kernels.study.runner import StudyError, collect, run_study
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from speft_kernels.finetune.run import finetune
 from speft_kernels.study import read_rows
 from speft_kernels.study import runner as runner_module
 from speft_kernels.study.config import read_study
-from speft_kernels.study.runner import Places, run_study
+from speft_kernels.study.folder import Places
+from speft_kernels.study.runner import run_study
 from speft_kernels.study.worker import Worker, execute
 
 STUDY = """

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import AdapterError, ConfigError, SpeftError, plain
 from ..files import path_of
-from ..finetune.folder import Folder, is_run
+from ..finetune.folder import PEFT_FILE, Folder, is_run
 
 _LIBRARIES = ("transformers", "accelerate", "datasets", "peft", "safetensors", "triton")
 
@@ -141,7 +141,7 @@ def _settings(contents: dict[str, Any]) -> dict[str, Any]:
 def _describe_adapter(folder: Path) -> str:
     from ..adapter import read_adapter
 
-    if (folder / "adapter_model.safetensors").is_file():
+    if (folder / PEFT_FILE).is_file():
         return f"{folder}: a LoRA adapter, written by PEFT"
     adapter = read_adapter(folder)
     rows = [

@@ -48,7 +48,8 @@ def adapter_folder(given: str) -> Path:
 
     Raises AdapterError, with the reason, for one that another library or method wrote.
     """
-    from ..finetune.trained import PEFT_FILE, WHOLE_FILE, trained_folder
+    from ..finetune.folder import PEFT_FILE
+    from ..finetune.trained import WHOLE_FILE, trained_folder
 
     folder = trained_folder(path_of("adapter", given))
     if (folder / PEFT_FILE).is_file():

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..finetune.signals import Interrupted
+from ..study.folder import Places
 from .numbers import count
 
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from ..report.aggregate import markdown, summarise
 
     finished = collect(study)
-    print(f"\n{len(finished)} runs are in {study.output / 'runs.csv'}")
+    print(f"\n{len(finished)} runs are in {Places(study.output).rows}")
     print(_failed(study.output, settled(study, finished)), end="")
     if finished:
         print(f"\n{markdown(summarise(list(finished.values())))}", flush=True)
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _failed(folder: Path, failures: Mapping[str, str]) -> str:
     """The runs that are not tried again; empty where there is none."""
-    from ..study.runner import Places, listed
+    from ..study.runner import listed
 
     if not failures:
         return ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+PEFT_FILE = "adapter_model.safetensors"  # beside an `adapter_config.json` of PEFT's
+
 
 @dataclass(frozen=True)
 class Folder:

@@ -16,13 +16,13 @@ from ..files import read_json
 from ..model import desparsify, sparse_layers
 from . import baselines
 from .config import TASKS
-from .folder import Folder, is_run
+from .folder import PEFT_FILE, Folder, is_run
 from .methods import ABOUT
 from .models import load_causal_lm, load_classifier, load_tokenizer
 from .tasks import CausalLM, Classification, Task, positive_label
 
 # The weights of an adapter of PEFT, and that of a whole model.
-PEFT_FILE, WHOLE_FILE = "adapter_model.safetensors", "config.json"
+WHOLE_FILE = "config.json"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..files import replaced
 from ..finetune.folder import is_run
-from .folder import is_study
+from ..study.folder import is_study
 
 __all__ = ["write_report"]
 

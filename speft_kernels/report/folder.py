@@ -35,10 +35,6 @@ class Metrics:
         return [x for x, _ in known], [y for _, y in known]
 
 
-def is_study(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("study.json", "runs.csv"))
-
-
 def read_metrics(path: Path) -> Metrics:
     """A run's `metrics.jsonl`; half a line at the end is one that is being written."""
     metrics = Metrics([], [])

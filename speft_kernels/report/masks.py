@@ -11,6 +11,7 @@ import numpy as np
 
 from ..adapter_file import CONFIG_FILE, read_adapter
 from ..errors import AdapterError, ConfigError
+from ..finetune.folder import PEFT_FILE
 from ..pattern import SparsePattern
 
 Masks = Mapping[str, SparsePattern]
@@ -22,7 +23,7 @@ def read_masks(folder: Path) -> dict[str, SparsePattern]:
     Raises:
         ConfigError: the adapter is damaged; names its folder.
     """
-    if not (folder / CONFIG_FILE).exists() or (folder / "adapter_model.safetensors").exists():
+    if not (folder / CONFIG_FILE).exists() or (folder / PEFT_FILE).exists():
         return {}  # there is none yet, or PEFT wrote it: that has an adapter_config.json too
     try:
         return {name: layer.pattern for name, layer in read_adapter(folder).layers.items()}

@@ -165,7 +165,7 @@ def _evaluation_figure(found: list[dict[str, Any]], names: list[str]) -> Html:
 
 def _mask(masks: Masks, folder: Path, merged: bool) -> Html:
     if not masks:
-        there = (folder / "adapter").is_dir()
+        there = Folder(folder).adapter.is_dir()
         text = "The run's adapter is no sparse one." if there else "There is no adapter (yet)."
         return section("Where the mask lies", paragraph(text))
     count = sum(pattern.nnz for pattern in masks.values())

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from ..errors import ConfigError
 from ..files import read_json
 from ..finetune.folder import Folder
+from ..study.folder import Places
 from ..study.rows import Row
 from . import figures
 from .aggregate import Summary, density_groups, summarise
@@ -35,22 +36,23 @@ def study_page(folder: Path) -> str:
         ConfigError: `study.json` is missing, or it, `runs.csv` or `failures.json` is damaged.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    study = read_json(folder / "study.json")
-    rows = read_runs(folder / "runs.csv")
+    places = Places(folder)
+    study = read_json(places.study)
+    rows = read_runs(places.rows)
     title = f"Study {study.get('name', folder.resolve().name)}"
-    about = section("The study", details("study.json", pretty(study)))
+    about = section("The study", details(places.study.name, pretty(study)))
     if not rows:
         lead = notices(["No run has finished: runs.csv is missing or has no rows."])
-        return page(title, Html(lead + _unfinished(folder, rows)), about)
+        return page(title, Html(lead + _unfinished(places, rows)), about)
     current, others = asked_for(rows, study)
     summary = summarise(current)
-    files = _Files(folder / "runs")
+    files = _Files(places.runs)
     curves = _curves(summary, files)
     masks = masks_section(summary, files)
     lead = Html(
         paragraph(_size(summary, current), "quiet")
         + notices([*_others(others), *summary.problems, *files.problems, *_mixed(current)])
-        + _unfinished(folder, rows)
+        + _unfinished(places, rows)
     )
     return page(
         title,
@@ -128,14 +130,13 @@ def _mixed(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _unfinished(folder: Path, rows: Sequence[Row]) -> Html:
+def _unfinished(places: Places, rows: Sequence[Row]) -> Html:
     """The runs that failed and are not tried again, and those with a folder and no row yet."""
-    there = (folder / "failures.json").exists()
-    failures = read_json(folder / "failures.json") if there else {}
+    failures = read_json(places.failures) if places.failures.exists() else {}
     finished = {row.id for row in rows}
     lines = [f"run {id} failed: {why}" for id, why in failures.items() if id not in finished]
     try:
-        found = {path.name for path in (folder / "runs").iterdir() if path.is_dir()}
+        found = {path.name for path in places.runs.iterdir() if path.is_dir()}
     except OSError:
         found = set()
     found -= finished | failures.keys()

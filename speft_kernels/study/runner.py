@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TextIO
@@ -18,6 +17,7 @@ from ..files import read_json, write_json
 from ..finetune.folder import Folder
 from ..finetune.signals import Interrupted, StopSignals
 from .config import PATHS, Run, Study
+from .folder import Places
 from .inputs import changed_inputs, changed_settings
 from .rows import Row, read_rows, write_rows
 from .schedule import due
@@ -32,33 +32,6 @@ class StudyError(SpeftError, RuntimeError):
 
 class FailedRunsError(StudyError):
     """Runs of a study failed that may do better next time; all others were run."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """The places in a study's folder."""
-
-    root: Path
-
-    @property
-    def study(self) -> Path:
-        return self.root / "study.json"
-
-    @property
-    def rows(self) -> Path:
-        return self.root / "runs.csv"
-
-    @property
-    def failures(self) -> Path:
-        return self.root / "failures.json"
-
-    @property
-    def runs(self) -> Path:
-        return self.root / "runs"
-
-    @property
-    def lock(self) -> Path:
-        return self.root / ".lock"
 
 
 def run_study(
