@@ -212,7 +212,8 @@ def load_adapter(
     present = sparse_layers(model)
     if mode not in (None, "resident", "additive"):
         raise ConfigError(f"mode must be 'resident' or 'additive', got {mode!r}")
-    check_shapes(model, file.patterns)
+    patterns = file.patterns
+    check_shapes(model, patterns)
     bases = {name: layer.base_sha256 for name, layer in file.layers.items()}
     if check_base and (name := another_base(model, bases)) is not None:
         raise AdapterError(
@@ -221,7 +222,6 @@ def load_adapter(
             "check_base=False"
         )
     targets = _check_dense(model, file)
-    patterns = file.patterns
     with ExitStack() as undo:
         fits = (
             is_sparse(model)

@@ -96,7 +96,7 @@ def install(
     undo.callback(_restore_state, model, vars(model).get(_STATE))
     setattr(model, _STATE, state)
 
-    trained = {id(layer.values) for layer in sparse_layers(model).values()}
+    trained = {id(layer.values) for layer in layers}
     trained |= {id(tensors[name]) for name in state.dense_tensors}
     for parameter in model.parameters():
         if id(parameter) not in trained:
