@@ -68,3 +68,12 @@ def each_entry(
     if packed and plan.kept_columns is not None:
         position = plan.kept_columns.long()[position]
     return row, position, slot
+
+
+def check_each_entry_once(plan: SparsityPlan, packed: bool, form: Any = Parts) -> None:
+    """The parts of the form hold every entry of the pattern once, at its place."""
+    row, column, slot = each_entry(plan, packed, form)
+    order = torch.argsort(slot)
+    assert torch.equal(slot[order], torch.arange(plan.pattern.nnz))
+    flat = (row * plan.pattern.shape[1] + column)[order]
+    assert torch.equal(flat, plan.pattern.entry_indices.long())

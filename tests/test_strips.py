@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import KINDS, make_pattern
-from plans import STRIP_PARTS, each_entry, mixed_pattern, plan_with
+from plans import STRIP_PARTS, check_each_entry_once, mixed_pattern, plan_with
 
 from speft_kernels import SparsePattern, SparsityPlan
 from speft_kernels.costs import DEFAULTS
@@ -19,16 +19,9 @@ from speft_kernels.thin_strips import ThinStrips
 
 
 def assert_each_entry_once(plan):
-    pattern = plan.pattern
     for packed in (False, True):
-        strips = plan.compiled(Strips, packed)
-        row, column, slot = each_entry(plan, packed, Strips)
-        order = torch.argsort(slot)
-        assert torch.equal(slot[order], torch.arange(pattern.nnz))
-        flat = (row * pattern.shape[1] + column)[order]
-        entries = pattern.entry_indices.long()
-        assert torch.equal(flat, entries)
-        assert_groups_hold_together(strips, pattern.shape)
+        check_each_entry_once(plan, packed, Strips)
+        assert_groups_hold_together(plan.compiled(Strips, packed), plan.pattern.shape)
 
 
 def assert_groups_hold_together(strips, shape):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import KINDS, make_pattern
-from plans import mixed_pattern
+from plans import check_each_entry_once, mixed_pattern
 
 from speft_kernels import SparsePattern, SparsityPlan
 from speft_kernels.testing import realistic_pattern, uniform_pattern
@@ -22,18 +22,9 @@ from speft_kernels.thin_strips import (
 
 
 def assert_each_entry_once(plan):
-    pattern = plan.pattern
     for packed in (False, True):
-        strips = plan.compiled(ThinStrips, packed and plan.kept_columns is not None)
-        width = plan.kept_width if packed else pattern.shape[1]
-        ((row, position, slot),) = strips.each_entry(pattern.shape[0], width)
-        if packed and plan.kept_columns is not None:
-            position = plan.kept_columns.long()[position]
-        order = torch.argsort(slot)
-        assert torch.equal(slot[order], torch.arange(pattern.nnz))
-        flat = (row * pattern.shape[1] + position)[order]
-        assert torch.equal(flat, pattern.entry_indices.long())
-        assert_tiles_hold_together(strips)
+        check_each_entry_once(plan, packed, ThinStrips)
+        assert_tiles_hold_together(plan.compiled(ThinStrips, packed))
 
 
 def assert_tiles_hold_together(strips):
