@@ -51,9 +51,10 @@ def write_sizes(monkeypatch) -> list[int]:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real datasets: $SPEFT_DATA, else ../shared/data beside the project."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("SPEFT_DATA", default))
+    """The folder of real datasets, as the benchmarks find it."""
+    from speft_kernels.bench.masks import data_folder
+
+    folder = data_folder()
     if not folder.is_dir():
         pytest.skip(f"no datasets: {folder} does not exist; set SPEFT_DATA to their folder")
     return folder
