@@ -18,9 +18,9 @@ def layer_of(pattern, dtype=torch.float64, mode="resident"):
     return layer
 
 
-def columns_pattern(columns, n=N, k=K):
+def columns_pattern(columns, k=K):
     """Every other row of some columns."""
-    mask = torch.zeros(n, k, dtype=torch.bool)
+    mask = torch.zeros(N, k, dtype=torch.bool)
     mask[::2, columns] = True
     return SparsePattern.from_mask(mask)
 

@@ -189,12 +189,12 @@ def triton_kernels():
     return block_grad
 
 
-def launches(dy, x, pattern, out=None, arch=90):
+def launches(dy, x, pattern):
     """What would be launched on a GPU."""
     from speft_kernels.triton_kernels.launch import MACHINES, recording
 
-    with recording(MACHINES[arch]) as recorded:
-        ops.block_grad(dy, x, pattern, out=out, accumulate=out is not None, backend="triton")
+    with recording(MACHINES[90]) as recorded:
+        ops.block_grad(dy, x, pattern, backend="triton")
     return recorded
 
 

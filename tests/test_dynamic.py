@@ -91,11 +91,11 @@ def test_merge_follows_a_dense_simulation_of_the_paper():
         parameter.requires_grad_(False)
     layers = {name: dense.get_submodule(name) for name in MLP_LAYERS}
 
-    def simulate(masks, count=3):
+    def simulate(masks):
         deltas = {n: torch.zeros_like(x.weight, requires_grad=True) for n, x in layers.items()}
         starts = {n: x.weight.detach().clone() for n, x in layers.items()}
         optimizer = torch.optim.Adam(deltas.values(), lr=0.05)
-        for batch in pair_batches(count, dtype=torch.float64, seed=7):
+        for batch in pair_batches(3, dtype=torch.float64, seed=7):
             parameters = {f"{n}.weight": starts[n] + masks[n] * d for n, d in deltas.items()}
             loss = pair_loss(lambda x, p=parameters: torch.func.functional_call(dense, p, x), batch)
             optimizer.zero_grad()

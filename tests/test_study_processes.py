@@ -59,8 +59,8 @@ def is_running(pid):
     return stat.rpartition(") ")[2][0] not in "ZX"  # nobody may be there to bury an orphan
 
 
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
+def wait_for(condition):
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -84,13 +84,13 @@ def save_bert(folder: Path, texts: Iterable[str], *, dropout: float = 0.1, **siz
     return folder
 
 
-def save_llama(folder: Path, texts: Iterable[str], *, vocabulary: int = 400) -> Path:
+def save_llama(folder: Path, texts: Iterable[str]) -> Path:
     """A language model with random weights and a byte-level BPE tokenizer of `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=400,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
