@@ -1,7 +1,8 @@
-"""The exceptions that this package raises on purpose, all under `SpeftError`.
+"""The exceptions of this package, all under `SpeftError`.
 
 Each one also derives from the built-in error a caller would expect, so `except ValueError` keeps
 working. The command line turns a `SpeftError` into one line on standard error and exit code 2.
+Operations that are called with wrong tensors raise plain ValueErrors and TypeErrors.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 
 
 class SpeftError(Exception):
-    """Base class of every deliberate error of this package."""
+    """Base class of what can be wrong with settings, files, masks, models and backends."""
 
 
 class ConfigError(SpeftError, ValueError):
