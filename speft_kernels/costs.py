@@ -34,7 +34,8 @@ class Costs:
         read: an element of the matrix that a panel multiplies by its thin one, dy or x.
         tile: a multiply-add in a dense tile.
         gather: a multiply-add of a gathered entry.
-        pack: an element of a used column of x or dy, transposed for tiles and gathering.
+        pack: an element of a used column of x or dy, transposed for tiles and gathering, or picked
+            for the products of torch's own operators.
         call: what a panel costs beside its multiply-adds.
         fused_tokens: no cost, but the tokens up to which Triton's `sparse_delta_matmul` adds the
             entries while it reads W; for more it writes W + D, which the vendor's GEMM reads.

@@ -1,4 +1,4 @@
-"""`Strips`: the entries of a pattern, as the GPU kernels of `sampled_grad` read them.
+"""`Strips`: the entries of a pattern, as the Triton kernels of `sampled_grad` read them.
 
 - strips: a strip is one column of x under STRIP_ROWS neighbouring rows of the weight. All its
   products are computed by tensor cores, and those of the entries are taken from the accumulators;
@@ -25,7 +25,7 @@ GROUP_STRIPS = 64  # a tile of the kernel takes one, two or four groups
 
 
 class Strips(NamedTuple):
-    """All that the GPU kernels read of a plan. Index tensors are int32 where nothing else is said.
+    """All that Triton's kernels read of a plan. Index tensors are int32 where nothing else is said.
 
     The strips of a block of STRIP_ROWS rows stand in groups of GROUP_STRIPS, the last of a block
     filled up with position 0. `position` is a line of the packed operand.

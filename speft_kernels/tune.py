@@ -2,9 +2,10 @@
 `sparse_delta_matmul` changes its way.
 
 Each cost is the slope between two patterns that differ in one kind of work alone, on the backend
-whose plans weigh it, on a GPU Triton's: the least of alternating calls (other processes only add to
-a time), with a pass over other memory before each, because in a training step nothing finds its
-operands in the nearest cache. A slope that noise has turned around says nothing: the default holds.
+whose plans weigh all kinds, on a GPU Triton's. A time is the least of alternating calls, as other
+processes only add to it, with a pass over other memory before each, because in a training step
+nothing finds its operands in the nearest cache. A slope that noise has turned around says nothing:
+the default holds.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class _Scale:
     tokens: int
     lines: int  # columns of the weight for one of the cases below
     dtype: torch.dtype
-    backend: str | None  # whose plans weigh the costs; None: that which serves the device
+    backend: str | None  # whose plans weigh all costs; None: that which serves the device
 
 
 _SCALES = {
     "cpu": _Scale(2048, 1, torch.float32, None),
-    # Strips of a panel are computed by 64 at a time. Torch's own operators weigh nothing.
+    # Strips of a panel are computed by 64 at a time. Torch's own operators weigh two costs alone.
     "cuda": _Scale(8192, 8, torch.bfloat16, "triton"),
 }
 

@@ -2,7 +2,7 @@
 for the whole training step.
 
 Each module has `CASES`, name -> function that sets the case up, and `QUICK`, the names of those
-that need neither a model nor much time.
+that say most in little time; of an operation, those that need no model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`scripts/gpu_check.sh`: build for this machine's GPU, test on it, measure on it, keep a record.
 
-    scripts/gpu_check.sh [--dry-run] [--force] [--within SECONDS] [OUT] [STAGE ...]
+    scripts/gpu_check.sh [--list] [--dry-run] [--force] [--within SECONDS] [OUT] [STAGE ...]
 
 Each stage runs in processes of its own, for a limited time, and writes what it finds into a journal
 in OUT as it finds it. A stage that is complete for the present sources is not run again; one that

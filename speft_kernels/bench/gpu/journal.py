@@ -76,8 +76,8 @@ class Journal:
                 yield entry
 
     def status(self) -> str | None:
-        """How the stage ended the last time: "complete", "failed", "out of time", "killed"; None
-        where it was never run.
+        """How the stage ended the last time: "complete", "failed", "out of time"; None where it
+        was never run.
         """
         return next((e["status"] for e in reversed(list(self.entries("stage")))), None)
 
