@@ -74,7 +74,8 @@ def find_ninja() -> str:
 def find_nvcc() -> str | None:
     """The nvcc of $CUDA_HOME, of PATH or of /usr/local/cuda; None without one."""
     home = os.environ.get("CUDA_HOME")
-    candidates = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    candidates = [f"{home}/bin/nvcc"] if home else []
+    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
     return next((found for name in candidates if (found := shutil.which(name))), None)
 
 

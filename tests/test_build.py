@@ -155,6 +155,19 @@ def test_forced_cuda_build_without_nvcc_names_the_remedy(
         build["find_extensions"]()
 
 
+def test_a_home_without_nvcc_does_not_hide_the_one_on_path(
+    build: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    homes = [tmp_path / "bin", tmp_path / "home" / "bin"]
+    for folder in homes:
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("PATH", str(homes[0]))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    for folder in homes:
+        (folder / "nvcc").touch(mode=0o755)
+        assert build["find_nvcc"]() == str(folder / "nvcc")
+
+
 def test_cuda_targets(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPEFT_CUDA_ARCHS", "80;90+PTX")
     assert build["cuda_arch_flags"]("nvcc") == [
