@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +54,22 @@ def mixed_pattern(n: int, k: int) -> SparsePattern:
     mask[n // 2 + 1 : n // 2 + 20, 5:23] = True
     mask[:, 2 * k // 3 : 2 * k // 3 + k // 4] = False  # so that packing x is worth it
     return SparsePattern.from_mask(mask)
+
+
+def drawn_keep(
+    draw: Callable[..., Any], pattern: SparsePattern, generator: torch.Generator
+) -> Tensor | None:
+    """Columns as layers keep them that share a copy, in any order: those of the pattern, and
+    others. Or None, as of a layer by itself.
+    """
+    from hypothesis import strategies as st  # not there for the GPU suite, which reads this file
+
+    if not draw(st.booleans()):
+        return None
+    kept = torch.rand(pattern.shape[1], generator=generator) < draw(st.floats(0, 1))
+    kept[pattern.used_cols.long()] = True
+    keep = kept.nonzero().flatten().int()
+    return keep[torch.randperm(keep.numel(), generator=generator)]
 
 
 def each_entry(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import KINDS, make_pattern
-from plans import COSTS, PARTS, check_each_entry_once, mixed_pattern, plan_with
+from plans import COSTS, PARTS, check_each_entry_once, drawn_keep, mixed_pattern, plan_with
 
 from speft_kernels import SparsePattern, SparsityPlan, ops
 from speft_kernels.costs import DEFAULTS, Costs
@@ -55,13 +55,8 @@ def patterns(draw):
 def plans(draw):
     """Plans of any part, some of which keep more columns than they use, in any order."""
     pattern = draw(patterns())
-    keep = None
-    if not pattern.is_block and draw(st.booleans()):
-        generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-        kept = torch.rand(pattern.shape[1], generator=generator) < draw(st.floats(0, 1))
-        kept[pattern.used_cols.long()] = True
-        keep = kept.nonzero().flatten().int()
-        keep = keep[torch.randperm(keep.numel(), generator=generator)]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    keep = None if pattern.is_block else drawn_keep(draw, pattern, generator)
     part = draw(st.sampled_from([*PARTS, "default"]))
     if part == "default":
         return SparsityPlan.build(pattern, keep=keep, costs=DEFAULTS["cpu"]), keep

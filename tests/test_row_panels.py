@@ -13,7 +13,7 @@ from kernels import (
     make_pattern,
     uniform_blocks,
 )
-from plans import each_entry, mixed_pattern
+from plans import drawn_keep, each_entry, mixed_pattern
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_kernels import SparsePattern, SparsityPlan, ops
@@ -51,11 +51,8 @@ def test_each_entry_is_in_one_panel_of_bounded_size(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     mask = torch.rand(n, k, generator=generator) < data.draw(st.floats(0, 1))
     mask[:, torch.rand(k, generator=generator) < data.draw(st.floats(0, 1))] = False
-    pattern, keep = SparsePattern.from_mask(mask), None
-    if data.draw(st.booleans()):  # as one of the layers that share a copy
-        kept = torch.rand(k, generator=generator) < 0.5
-        kept[pattern.used_cols.long()] = True
-        keep = kept.nonzero().flatten().int()
+    pattern = SparsePattern.from_mask(mask)
+    keep = drawn_keep(data.draw, pattern, generator)
     costs = data.draw(st.sampled_from([DEFAULTS["cpu"], ALL_ROWS, FEW_ROWS]))
     plan = SparsityPlan.build(pattern, keep=keep, costs=costs)
     for packed in (False, True):

@@ -21,7 +21,7 @@ from kernels import (
     make_pattern,
     torchs_worse,
 )
-from plans import PARTS, mixed_pattern, parts_of, plan_with
+from plans import PARTS, drawn_keep, mixed_pattern, parts_of, plan_with
 from sampled import (
     FORMS,
     assert_not_finite_alone,
@@ -108,12 +108,7 @@ def test_any_sizes_and_any_pattern(data):
     density = data.draw(st.floats(0, 1))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     pattern = SparsePattern.from_mask(torch.rand(n, k, generator=generator) < density)
-    keep = None
-    if data.draw(st.booleans()):
-        kept = torch.rand(k, generator=generator) < 0.4
-        kept[pattern.used_cols.long()] = True
-        keep = kept.nonzero().flatten().int()
-        keep = keep[torch.randperm(keep.numel(), generator=generator)]
+    keep = drawn_keep(data.draw, pattern, generator)
     plan = plan_with(data.draw(st.sampled_from(PARTS)), pattern, keep)
     dy = torch.randn(m, n, generator=generator, dtype=torch.float64)
     x = torch.randn(m, k, generator=generator, dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import KINDS, make_pattern
-from plans import STRIP_PARTS, check_each_entry_once, mixed_pattern, plan_with
+from plans import STRIP_PARTS, check_each_entry_once, drawn_keep, mixed_pattern, plan_with
 
 from speft_kernels import SparsePattern, SparsityPlan
 from speft_kernels.costs import DEFAULTS
@@ -64,11 +64,7 @@ def test_any_pattern(data):
     if data.draw(st.booleans()):
         mask[data.draw(st.integers(0, n - 1))] = True
     pattern = SparsePattern.from_mask(mask)
-    keep = None
-    if data.draw(st.booleans()):
-        kept = torch.rand(k, generator=generator) < 0.4
-        kept[pattern.used_cols.long()] = True
-        keep = kept.nonzero().flatten().int()
+    keep = drawn_keep(data.draw, pattern, generator)
     assert_each_entry_once(plan_with(data.draw(st.sampled_from(STRIP_PARTS)), pattern, keep))
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import KINDS, make_pattern
-from plans import check_each_entry_once, mixed_pattern
+from plans import check_each_entry_once, drawn_keep, mixed_pattern
 
 from speft_kernels import SparsePattern, SparsityPlan
 from speft_kernels.testing import realistic_pattern, uniform_pattern
@@ -66,13 +66,9 @@ def test_any_pattern(data):
     mask = torch.rand(n, k, generator=generator) < data.draw(st.floats(0, 0.3))
     if data.draw(st.booleans()):
         mask[:, data.draw(st.integers(0, k - 1))] = True
-    keep = None
-    if data.draw(st.booleans()):
-        kept = torch.rand(k, generator=generator) < 0.4
-        kept |= mask.any(0)
-        keep = kept.nonzero().flatten().int()
-        keep = keep[torch.randperm(keep.numel(), generator=generator)]
-    assert_each_entry_once(SparsityPlan.build(SparsePattern.from_mask(mask), keep=keep))
+    pattern = SparsePattern.from_mask(mask)
+    keep = drawn_keep(data.draw, pattern, generator)
+    assert_each_entry_once(SparsityPlan.build(pattern, keep=keep))
 
 
 def test_a_tile_ends_where_its_lines_or_its_strips_do():
