@@ -60,6 +60,14 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny classifier, and data to train and to test it on."""
+    from tiny_runs import make_place
+
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
 @pytest.fixture
 def memory_high_water():
     """A function that runs another and returns by how many bytes the process's peak grew: the least

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import Silent, make_place, run, settings
+from tiny_runs import Silent, run, settings
 from tiny_text import save_llama, write_jsonl, write_tsv
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -14,11 +14,6 @@ from speft_kernels.errors import ConfigError, SpeftError
 from speft_kernels.finetune import RunConfig
 from speft_kernels.finetune.resolve import resolved
 from speft_kernels.finetune.run import finetune
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")

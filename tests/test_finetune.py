@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import DYNAMIC, METHODS, PEFT, Silent, lines, make_place, run, tensors, terminate
+from tiny_runs import DYNAMIC, METHODS, PEFT, Silent, lines, run, tensors, terminate
 from tiny_text import save_bert, sentences, write_tsv
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
@@ -25,11 +25,6 @@ from speft_kernels.finetune.progress import Display
 from speft_kernels.finetune.signals import Interrupted
 from speft_kernels.finetune.tasks import Classification
 from speft_kernels.model import sparse_layers
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 def accuracy_of(model, place):

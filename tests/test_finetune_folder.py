@@ -10,18 +10,13 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import Silent, make_place, run, tensors, terminate
+from tiny_runs import Silent, run, tensors, terminate
 from tiny_text import write_tsv
 from transformers import AutoTokenizer
 
 from speft_kernels.errors import ConfigError, OutputError, SpeftError
 from speft_kernels.files import alone, write_json
 from speft_kernels.finetune.signals import Interrupted
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture

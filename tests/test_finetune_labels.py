@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_runs import Silent, make_place, run, settings
+from tiny_runs import Silent, run, settings
 from tiny_text import sentences, write_tsv
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -16,11 +16,6 @@ from speft_kernels.finetune.models import labels_of_head
 from speft_kernels.finetune.resolve import resolved
 from speft_kernels.finetune.result import describe
 from speft_kernels.finetune.tasks import classification_scores, positive_label
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 def hub(monkeypatch, rows, names):

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from tiny_models import Twins
-from tiny_runs import Silent, lines, make_place, settings, tensors, terminate
+from tiny_runs import Silent, lines, settings, tensors, terminate
 from tiny_studies import write_result
 from tiny_text import save_bert, save_llama, write_jsonl
 
@@ -29,11 +29,6 @@ from speft_kernels.report import write_report
 from speft_kernels.study.config import read_study
 from speft_kernels.study.inputs import changed_inputs, changed_settings
 from speft_kernels.study.runner import collect
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 def choose(place, output, **others):

@@ -4,16 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny_runs import PEFT, Silent, lines, make_place, run, tensors, terminate
+from tiny_runs import PEFT, Silent, lines, run, tensors, terminate
 
 from speft_kernels.errors import ConfigError, SpeftError
 from speft_kernels.finetune import load_classifier
 from speft_kernels.finetune.signals import Interrupted
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 def test_a_moving_mask_is_chosen_again_on_other_examples_and_only_while_it_may(place, tmp_path):

@@ -27,6 +27,7 @@ from speft_kernels.finetune.models import load_tokenizer
 
 @pytest.fixture
 def place(tmp_path_factory):
+    """For one test alone, which changes the model in it."""
     return make_place(tmp_path_factory.mktemp("place"))
 
 
