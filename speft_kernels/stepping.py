@@ -46,8 +46,9 @@ def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """
     ours: dict[int, list[Tensor]] = {}
     for layer in _alive():
-        trained = layer.values if layer.sink is None else layer.sink.parameter
-        ours.setdefault(id(trained), []).append(layer.values)
+        ours.setdefault(id(layer.values), []).append(layer.values)
+        if layer.sink is not None:  # an optimizer may hold either: `model.parameters()` has values
+            ours.setdefault(id(layer.sink.parameter), []).append(layer.values)
     for group in optimizer.param_groups:
         stepped = (p for p in group["params"] if p.grad is not None)
         changed = [values for p in stepped for values in ours.get(id(p), ())]

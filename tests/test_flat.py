@@ -47,6 +47,31 @@ def test_it_trains_as_separate_values_do(mode, to_none, fused):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_of_the_layers_values_trains_beside_it(fused):
+    """As trainers make one of `model.parameters()`; a fused one writes past the values' version."""
+    curves = []
+    for flat in (False, True):
+        model = sparse_model()
+        if flat:
+            FlatValues(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0, fused=fused)
+        torch.manual_seed(2)
+        x, losses = torch.randn(16, 48), []
+        for _ in range(4):
+            loss = (model(x) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        model(x)
+        assert torch.equal(model.q.weight, model.q.effective_weight())
+        curves.append(losses)
+    assert curves[0] == curves[1]
+    assert curves[0][-1] < curves[0][0]
+
+
 def test_gradients_of_micro_batches_are_added_in_place():
     model = sparse_model()
     flat = FlatValues(model)
