@@ -279,12 +279,16 @@ def test_merge_refuses_another_base_and_other_kinds_of_adapters(place, trained, 
     argv = ["merge", "--adapter", str(trained), "--output", str(tmp_path / "out"), "--model"]
     assert main([*argv, str(tmp_path / "other")]) == 2
     assert "another base" in capsys.readouterr().err
-    for method, part in (("lora", "merge it with PEFT"), ("full", "nothing to merge")):
+    of_peft = "is an adapter of PEFT; merge it with PEFT"
+    for method, part in (("shira", of_peft), ("full", "nothing to merge")):
         run = tmp_path / method
-        assert main(flags(place, run, method=method, max_steps=1)) == 0
+        settings = {"method": method, "max_steps": 1, "lora_rank": 2}
+        assert main(flags(place, run, **settings)) == 0
         assert main(["merge", "--adapter", str(run), "--output", str(tmp_path / "x")]) == 2
         assert part in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+    assert main(["info", str(tmp_path / "shira" / "adapter")]) == 0  # SHiRA is no LoRA
+    assert "an adapter that PEFT wrote" in capsys.readouterr().out
 
 
 def test_salience_writes_the_mask_that_finetune_would_train(place, tmp_path, capsys):

@@ -142,7 +142,7 @@ def _describe_adapter(folder: Path) -> str:
     from ..adapter import read_adapter
 
     if (folder / PEFT_FILE).is_file():
-        return f"{folder}: a LoRA adapter, written by PEFT"
+        return f"{folder}: an adapter that PEFT wrote"
     adapter = read_adapter(folder)
     rows = [
         (

@@ -54,7 +54,7 @@ def adapter_folder(given: str) -> Path:
     folder = trained_folder(path_of("adapter", given))
     if (folder / PEFT_FILE).is_file():
         raise AdapterError(
-            f"{folder} is a LoRA adapter; merge it with PEFT: "
+            f"{folder} is an adapter of PEFT; merge it with PEFT: "
             "PeftModel.from_pretrained(model, folder).merge_and_unload()"
         )
     if (folder / WHOLE_FILE).is_file():
