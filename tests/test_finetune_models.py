@@ -23,6 +23,7 @@ from speft_kernels.cli import main
 from speft_kernels.errors import ConfigError
 from speft_kernels.finetune import load_causal_lm, load_classifier, load_trained
 from speft_kernels.finetune.models import load_tokenizer
+from speft_kernels.finetune.progress import Display
 
 
 @pytest.fixture
@@ -158,4 +159,12 @@ def test_layers_that_no_gradient_reaches_are_named(tmp_path, capsys):
     )
     argv += ["--exclude-modules", "dt_proj"]
     assert main([*argv, "--output", str(tmp_path / "others")]) == 0
+    assert "has changed" not in capsys.readouterr().err
+
+
+def test_no_layer_is_named_where_the_best_model_is_of_a_rate_of_zero(place, tmp_path, capsys):
+    """The first step's, while the rate warms up; it stays the best where metrics are equal."""
+    settings = {"lr": 1e-9, "head_warmup_steps": 0, "eval_every": 1, "max_steps": 4}
+    result = run(place, tmp_path / "run", **settings, warmup_ratio=0.5, display=Display())
+    assert result["best_step"] == 1
     assert "has changed" not in capsys.readouterr().err

@@ -141,8 +141,8 @@ class Loop:
             raise
         finally:
             self.display.stop()
+        self._note_untrained()  # of the last step: the best may be the first, whose rate is zero
         self._load_best()
-        self._note_untrained()
         return self.progress
 
     def save(self) -> None:
