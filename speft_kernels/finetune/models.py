@@ -221,12 +221,12 @@ def _check_pooling(model: str, config: Any, pooling: str) -> None:
     if pooling == "mean" and config.is_encoder_decoder:
         raise ConfigError(
             f"model {model}: pooling 'mean' is of an encoder's states, and a {config.model_type} "
-            "has a decoder, too; use --pooling model"
+            "has a decoder, too; train with --pooling model"
         )
     if pooling == "model" and getattr(config, "summary_type", None) == "last":
         raise ConfigError(
             f"model {model}: the head of a {config.model_type} reads the last position, which in "
-            "all but the longest text of a batch is padding; use --pooling mean"
+            "all but the longest text of a batch is padding; train with --pooling mean"
         )
 
 
@@ -297,7 +297,7 @@ def _check_drawn(
     if lacking:
         remedy = "it is damaged or of another model; give one that holds them"
         if all("pooler" in name.split(".") for name in lacking):
-            remedy = "take --pooling mean, which needs no pooler, or a folder that holds one"
+            remedy = "give a folder that holds one, or train with --pooling mean, which needs none"
         raise ConfigError(
             f"model {model}: the folder lacks the weights {shown(lacking)} of a "
             f"{type(network).__name__}, or has others, so they would be random: {remedy}"
