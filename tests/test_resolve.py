@@ -133,6 +133,15 @@ def test_defaults_that_go_with_others_are_not_listed_as_choices(capsys, tmp_path
     assert "  selection: top\n" in chosen  # which a salience that is named brings with it
     assert "  head_warmup_steps: 0\n" in chosen
     assert "trains alone" not in rest
+    assert main([*command, "--method", "full"]) == 0
+    assert "  method: full\n" in capsys.readouterr().out  # on which the other defaults hang
+
+
+def test_a_language_model_is_named_as_such_and_has_no_head(capsys):
+    assert main(["finetune", "--config", str(PAPER / "qwen2-7b-maths.yaml"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "  task: causal-lm\n" in out
+    assert "  learning rates: 2e-05\n" in out
 
 
 def test_the_study_that_is_documented_can_be_read():

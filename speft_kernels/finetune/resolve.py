@@ -47,12 +47,14 @@ def resolved(config: RunConfig, *, overwrite: bool = False, display: Display | N
     lines = ["settings that are not the default's:"]
     # Some defaults go with others: they are those of a run that gives none of them.
     defaults = RunConfig(train="-", output="-", task=config.task, method=config.method)
-    for name in FIELDS:
+    for name, spec in FIELDS.items():
         value = getattr(config, name)
-        if value != getattr(defaults, name) and name not in (*SPLITS, "model"):
+        usual = spec.default if name in ("task", "method") else getattr(defaults, name)
+        if value != usual and name not in (*SPLITS, "model"):
             lines.append(f"  {name}: {value}")
     config = rated(config, mask)
-    lines.append(f"  learning rates: {config.learning_rate:g}, head {config.head_learning_rate:g}")
+    head = "" if config.task == "causal-lm" else f", head {config.head_learning_rate:g}"
+    lines.append(f"  learning rates: {config.learning_rate:g}{head}")
     if config.head_warmup_steps:
         lines.append(f"  the head trains alone first, for {config.head_warmup_steps} steps")
 
