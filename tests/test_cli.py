@@ -322,7 +322,7 @@ def test_salience_writes_the_mask_that_finetune_would_train(place, tmp_path, cap
 def test_a_stopped_command_says_how_to_go_on_and_does(
     place, tmp_path, signum, code, monkeypatch, capsys
 ):
-    output = tmp_path / "run"
+    output = tmp_path / "a run"
     argv = flags(place, output, epochs=400, eval_every=10_000, save_every=10_000)
     command = [sys.executable, "-m", "speft_kernels.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -338,8 +338,10 @@ def test_a_stopped_command_says_how_to_go_on_and_does(
     process.send_signal(signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
-    assert f"speft finetune --resume --output {output}" in errors
+    assert (hint := f"speft finetune --resume --output '{output}'\n") in errors
     assert "Traceback" not in errors
+    assert main(["info", str(output)]) == 0
+    assert hint in capsys.readouterr().out
     done = json.loads(log.read_text().splitlines()[-1])["step"]
     assert 3 <= done < 3200
 

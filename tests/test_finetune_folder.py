@@ -154,12 +154,13 @@ def files_of_at_most(size):
 def test_a_full_disk_is_said_so_and_the_run_goes_on_afterwards(
     place, tmp_path, method, size, others, name
 ):
-    whole, output = tmp_path / "whole", tmp_path / "run"
+    whole, output = tmp_path / "whole", tmp_path / "a run"
     run(place, whole, method, **others)
     with ExitStack() as full:
         display = Silent(3, lambda: full.enter_context(files_of_at_most(size)))
         with pytest.raises(
-            SpeftError, match=f"{name} cannot be written: .*; once that is mended, --resume"
+            SpeftError,
+            match=f"{name} cannot be written: .*; once that is mended, --resume --output '.*run' ",
         ):
             run(place, output, method, display=display, **others)
     assert not list(output.rglob("*.tmp"))

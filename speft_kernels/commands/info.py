@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,7 +112,8 @@ def _describe_run(folder: Path) -> str:
         with _contents(places.result) as result:
             lines.append(describe(result, str(folder)))
     else:
-        lines.append(f"not finished; go on with: speft finetune --resume --output {folder}")
+        output = shlex.quote(str(folder))
+        lines.append(f"not finished; go on with: speft finetune --resume --output {output}")
     return "\n".join(lines)
 
 

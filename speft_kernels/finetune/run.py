@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -91,8 +92,8 @@ def finetune(
             raise
         except OutputError as error:
             raise OutputError(
-                f"{error}; once that is mended, --resume --output {folder.root} goes on from the "
-                "last checkpoint"
+                f"{error}; once that is mended, --resume --output {shlex.quote(str(folder.root))} "
+                "goes on from the last checkpoint"
             ) from error
         shutil.rmtree(folder.checkpoint)
     return result
