@@ -69,6 +69,8 @@ def test_a_merged_model_is_loaded_without_its_run(place, tmp_path, capsys, pooli
     shutil.rmtree(own)
     data = place / "test.tsv"
     assert evaluated(capsys, merged, "--data", data)["accuracy"] > 0.5
+    command = ["evaluate", merged, "--data", data]
+    assert "would not be read" in error_of(capsys, *command, "--model", place / "model")
     assert ("MeanPoolClassifier.from_pretrained" in said) == (pooling == "mean")
     kind = MeanPoolClassifier if pooling == "mean" else AutoModelForSequenceClassification
     plain = kind.from_pretrained(str(merged)).eval()

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapter import load_adapter
 from ..adapter_file import CONFIG_FILE, TENSORS_FILE, read_adapter
-from ..errors import AdapterError, shown
+from ..errors import AdapterError, ConfigError, shown
 from ..files import read_json
 from ..model import desparsify, sparse_layers
 from . import baselines
@@ -46,16 +46,21 @@ def load_trained(
     """The model of a run's folder, of its adapter, or of what `speft merge` wrote.
 
     Args:
-        model: folder or hub id of the base model; by default as recorded with the adapter.
+        model: folder or hub id of the adapter's base model; by default as recorded with it.
         max_length: longest input in tokens; by default that of training.
 
     Raises:
         AdapterError: the folder holds no such thing, or is damaged.
-        ConfigError: the base model cannot be loaded.
+        ConfigError: the base model cannot be loaded, or is named for a folder that needs none.
     """
     folder = trained_folder(Path(folder))
     about = about_of(folder)
     whole = (folder / WHOLE_FILE).is_file()
+    if whole and model is not None:
+        raise ConfigError(
+            f"{folder} holds a whole model, so the base {shown(model)} would not be read; leave it "
+            "out"
+        )
     where = str(folder) if whole else model or about["model"]
     tokenizer = load_tokenizer(where)
     length = max_length or about["max_length"]
