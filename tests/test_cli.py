@@ -369,9 +369,22 @@ def test_the_demo_in_small(place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["finetune", "--model", str(tmp_path / "model"), "--output", "demo"]
     argv += ["--epochs", "1", "--max-steps", "3", "--scoring-examples", "32"]
+    for refused, message in (
+        (["--metric", "f1"], "the training data has 16"),
+        (["--positive-label", "json"], "the training data has 16"),
+        (["--dynamic", "rigl"], "the mask would never move"),
+    ):
+        assert main([*argv, *refused]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "demo").exists()
+    # Of these two the run of the head alone knows nothing.
+    beside_the_head = ["--lora-budget", "1", "--dynamic", "rigl", "--dynamic-every", "1"]
+    assert main([*argv, "--scoring-batches", "2", *beside_the_head, "--output", "other"]) == 0
+    result = json.loads((tmp_path / "other" / "speft" / "result.json").read_text())
+    assert result["mask"]["strategy"] == "rigl"
     assert main([*argv, "--scoring-batches", "2"]) == 0
     text = capsys.readouterr().out
-    table = text[text.index("Held-out accuracy") :]
+    table = text[text.rindex("Held-out accuracy") :]
     assert re.search(r"\d\.\d%  majority class", table)
     assert re.search(r"\d\.\d%  frozen encoder, trained head", table)
     assert re.search(r"\d\.\d%  SPEFT \([0-9,]+ trained weights, 0\.5\d%\)", table)

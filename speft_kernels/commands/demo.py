@@ -25,6 +25,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "head": {"epochs": 8, "lr": 1e-2},
     "speft": {"epochs": 8, "head_lr": 1e-2},
 }
+# Of what trains beside the head: a run of the head alone refuses them.
+BESIDE_THE_HEAD = ("lora_budget", "dynamic")
 
 
 def run_demo(settings: dict[str, Any], *, overwrite: bool) -> None:
@@ -35,21 +37,28 @@ def run_demo(settings: dict[str, Any], *, overwrite: bool) -> None:
     for name in ("eval", "test", "validation", "task", "method", "mask"):
         if name in settings:
             raise ConfigError(f"--{name} without --train: name the training data too")
+    from ..finetune.loop import check_moves
     from ..finetune.models import resolve
     from ..finetune.result import describe
     from ..finetune.run import finetune
-    from ..finetune.tasks import majority_accuracy
+    from ..finetune.tasks import check_metric, majority_accuracy, positive_label
 
     root = Path(settings.pop("output", f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"))
     configs = {}
     for method, own in METHODS.items():
         files = {side: str(root / "data" / f"{side}.jsonl") for side in SIDES}
+        left_out = BESIDE_THE_HEAD if method == "head" else ()
+        given = {name: value for name, value in settings.items() if name not in left_out}
         configs[method] = RunConfig.from_dict(
-            {**SETTINGS, **own, **settings, **files, "method": method, "output": str(root / method)}
+            {**SETTINGS, **own, **given, **files, "method": method, "output": str(root / method)}
         )
         resolve(configs[method].model)
     print("Which package of Python's standard library does a docstring come from?")
     data = collect()
+    for config in configs.values():  # before anything is written
+        check_metric(config.metric_name, len(data.labels))
+        positive_label(config.positive_name, data.labels)
+        check_moves(config, len(data.train))
     _write(root, data, overwrite)
     print(
         f"{len(data.labels)} packages; {len(data.train):,} docstrings to train on, "
