@@ -14,7 +14,7 @@ from tiny_text import save_bert
 
 from speft_kernels import __version__
 from speft_kernels.adapter import load_adapter, read_adapter
-from speft_kernels.cli import main
+from speft_kernels.cli import COMMANDS, build_parser, main
 from speft_kernels.commands.settings import GROUPS
 from speft_kernels.finetune import load_classifier, loop
 from speft_kernels.finetune.config import FIELDS, RunConfig, load_yaml
@@ -223,6 +223,14 @@ def test_info_shows_versions_and_every_backend(capsys):
     for row in registry.table():
         pattern = rf"^{row['op']} +{row['backend']} .*{re.escape(row['reason'])}$"
         assert re.search(pattern, text, re.M)
+
+
+def test_a_command_names_only_flags_of_its_own_in_its_help():
+    commands = next(action.choices for action in build_parser()._actions if action.choices)
+    assert commands.keys() == COMMANDS.keys()
+    for parser in commands.values():
+        helps = " ".join(action.help or "" for action in parser._actions)
+        assert set(re.findall(r"--[a-z][a-z-]*", helps)) <= parser._option_string_actions.keys()
 
 
 def test_info_describes_runs_and_adapters(trained, capsys):

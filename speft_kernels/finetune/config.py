@@ -180,7 +180,7 @@ class RunConfig:
     max_steps: int | None = option(None, "stop after this many steps", minimum=1)
     lr: float | None = option(None, "learning rate", above=0, below=LR_LIMIT)
     head_lr: float | None = option(
-        None, "learning rate of the new head (default: as --lr)", above=0, below=LR_LIMIT
+        None, "learning rate of the new head (default: that of the run)", above=0, below=LR_LIMIT
     )
     batch_size: int = option(32, "examples a batch", minimum=1)
     grad_accumulation: int = option(1, "batches a step", minimum=1)
