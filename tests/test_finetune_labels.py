@@ -95,6 +95,21 @@ def test_a_run_measures_and_remembers_its_positive_label(place, tmp_path, capsys
         run(place, tmp_path / "other", method, positive_label="god")
 
 
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ({}, 0.5),
+        ({"metric": "matthews"}, 0.0),
+        ({"metric": "f1"}, 2 / 3),  # half of what is called good, and all that is
+        ({"metric": "f1", "positive_label": "bad"}, 0.0),
+    ],
+)
+def test_the_most_frequent_label_is_scored_by_the_runs_metric(place, tmp_path, others, expected):
+    more_good = str(write_tsv(tmp_path / "train.tsv", sentences(95, seed=1)))
+    result = run(place, tmp_path / "run", "head", train=more_good, max_steps=1, **others)
+    assert result["majority"] == pytest.approx(expected)
+
+
 def test_an_adapter_without_a_positive_label_has_the_second(place, tmp_path):
     run(place, tmp_path / "run", "lora", max_steps=1)
     path = tmp_path / "run" / "adapter" / "speft.json"

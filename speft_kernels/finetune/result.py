@@ -18,7 +18,7 @@ from .checkpoint import Progress
 from .inputs import Inputs
 from .methods import Prepared
 from .progress import duration
-from .tasks import majority_accuracy
+from .tasks import majority_scores
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
@@ -33,9 +33,10 @@ def result_of(
     """The contents of `result.json`.
 
     `before` and `after` are the metric on the eval data, of the model before anything was trained
-    and of the best one; `positive_label` is the label of two that F1 is of. `mask` is the ready
-    mask of a run that has one, `dynamic` what became of one that moves. Times are in seconds or ms
-    and exclude evaluations; `peak_memory_bytes` is that of training.
+    and of the best one, `majority` that of always answering the label that is the most frequent in
+    training; `positive_label` is the label of two that F1 is of. `mask` is the ready mask of a run
+    that has one, `dynamic` what became of one that moves. Times are in seconds or ms and exclude
+    evaluations; `peak_memory_bytes` is that of training.
     """
     config, name = inputs.config, inputs.config.metric_name
     result = {
@@ -83,9 +84,13 @@ def result_of(
         }
     if config.task == "classification":
         classes = [_class(item.labels) for item in inputs.eval]
+        positive = 1
         if inputs.positive_label is not None:
             result["positive_label"] = inputs.positive_label
-        result["majority"] = majority_accuracy((_class(i.labels) for i in inputs.train), classes)
+            positive = inputs.labels.index(inputs.positive_label)
+        trained = (_class(item.labels) for item in inputs.train)
+        always = majority_scores(trained, classes, len(inputs.labels), positive)
+        result["majority"] = always[name]
     return result
 
 
