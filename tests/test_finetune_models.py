@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, llama
 from tiny_runs import make_place, run
-from tiny_text import save_bert, save_llama, write_jsonl
+from tiny_text import save_bert, save_llama, sentences, write_jsonl
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -15,6 +15,8 @@ from transformers import (
     MambaForCausalLM,
     T5Config,
     T5Model,
+    Trainer,
+    TrainingArguments,
     XLNetConfig,
     XLNetModel,
 )
@@ -170,3 +172,34 @@ def test_no_layer_is_named_where_the_best_model_is_of_a_rate_of_zero(place, tmp_
     result = run(place, tmp_path / "run", **settings, warmup_ratio=0.5, display=Display())
     assert result["best_step"] == 1
     assert "has changed" not in capsys.readouterr().err
+
+
+def test_the_trainer_of_transformers_trains_a_mean_pool_classifier(place, tmp_path):
+    """It leaves in a batch what `forward` names, and divides a loss unless it is told otherwise."""
+    texts = [text for text, _ in sentences(16)]
+    ids = load_tokenizer(str(place / "model"))(texts, padding=True).input_ids
+    kind = [1] * len(ids[0])
+    data = [{"input_ids": r, "token_type_ids": kind, "labels": i % 2} for i, r in enumerate(ids)]
+    kinds, curves = [], []
+    for size, parts in ((8, 1), (4, 2)):
+        torch.manual_seed(0)
+        model = load_classifier(str(place / "model"), ("bad", "good"), pooling="mean")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.backbone.register_forward_pre_hook(
+            lambda module, args, inputs: kinds.append(inputs["token_type_ids"]), with_kwargs=True
+        )
+        arguments = TrainingArguments(
+            str(tmp_path / "trainer"),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+            **{"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3},
+            **{"report_to": [], "use_cpu": True, "disable_tqdm": True},
+        )
+        trainer = Trainer(model, arguments, train_dataset=data)
+        trainer.train()
+        curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert all(bool(kind.any()) for kind in kinds)
+    # The same examples, in sums of another order.
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)

@@ -49,6 +49,8 @@ class MeanPoolClassifier(PreTrainedModel):
     base_model_prefix = "backbone"
     config_class = PretrainedConfig
     supports_gradient_checkpointing = True
+    # Its loss is the mean of a batch: transformers' Trainer has to divide it where it accumulates.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: Any, encoder: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -76,12 +78,21 @@ class MeanPoolClassifier(PreTrainedModel):
         )
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits `[batch, num_labels]` of `input_ids` `[batch, tokens]`."""
+        """Logits `[batch, num_labels]` of `input_ids` `[batch, tokens]`.
+
+        What is named here is what transformers' Trainer leaves in a batch.
+        """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        labels = inputs.pop("labels", None)
+        if token_type_ids is not None:  # not of every encoder
+            inputs["token_type_ids"] = token_type_ids
         states = self.backbone(input_ids, attention_mask=attention_mask, **inputs)[0]
         weights = attention_mask.to(states.dtype).unsqueeze(-1)
         mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1)  # a text may have no token
