@@ -175,18 +175,32 @@ def saved(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     pattern = {"shape": (2, 3), "block_shape": (1, 1), "indices": torch.tensor([1])}
-    facts = {"fingerprint": "0", "patterns": {"a": pattern}, "left": {}}
+    facts = {"fingerprint": "0", "settings": {}, "patterns": {"a": pattern}, "left": {}}
     progress = Progress(step=1, step_seconds=[0.1], best={"accuracy": 0.5}, salience={"a": 1})
     path = tmp_path / "state.pt"
-    save_checkpoint(path, progress, model, facts, optimizer=optimizer)
-    return path, progress, model, optimizer
+    parts = {"optimizer": optimizer, "scheduler": scheduler}
+    save_checkpoint(path, progress, model, facts, **parts)
+    return path, progress, model, parts
 
 
 def test_a_sound_checkpoint_is_restored(saved):
-    path, progress, model, optimizer = saved
+    path, progress, model, parts = saved
     state = read_checkpoint(path)
-    assert restore_checkpoint(state, path, model, optimizer=optimizer) == progress
+    assert restore_checkpoint(state, path, model, **parts) == progress
+
+
+def test_moments_are_taken_into_memory_of_their_own(saved):
+    """One number that says it were a matrix has the right shape, and no room to write to."""
+    path, _, model, parts = saved
+    state = torch.load(path, weights_only=True)
+    state["parts"]["optimizer"]["state"][0]["exp_avg"] = torch.tensor([0.5]).expand(2, 3)
+    torch.save(state, path)
+    restore_checkpoint(read_checkpoint(path), path, model, **parts)
+    moment = parts["optimizer"].state[model.weight]["exp_avg"]
+    assert moment.stride() == (3, 1)
+    assert torch.equal(moment, torch.full((2, 3), 0.5))
 
 
 MISSING = object()
@@ -207,12 +221,24 @@ DAMAGES = {
     "an empty optimizer": (["parts", "optimizer"], {}),
     "an optimizer of no groups": (["parts", "optimizer", "param_groups"], []),
     "an optimizer of numbers": (["parts", "optimizer", "param_groups"], [1]),
+    "a rate as text": (["parts", "optimizer", "param_groups", 0, "lr"], "high"),
+    "a rate beyond any float": (["parts", "optimizer", "param_groups", 0, "lr"], 10**400),
+    # The optimizer itself takes it, and then writes past its end.
+    "a moment of one number": (["parts", "optimizer", "state", 0, "exp_avg"], torch.zeros(1)),
+    "a moment as list": (["parts", "optimizer", "state", 1, "exp_avg_sq"], [0.0, 0.0]),
+    "a moment too few": (["parts", "optimizer", "state", 0, "exp_avg"], MISSING),
+    "moments of no parameter": (["parts", "optimizer", "state", 7], {"step": 1}),
+    "many steps in place of one": (["parts", "optimizer", "state", 0, "step"], torch.ones(2)),
+    "rates of another number": (["parts", "scheduler", "base_lrs"], [0.1, 0.1]),
+    "a scheduler's method": (["parts", "scheduler", "step"], 1),
+    "figures that no JSON holds": (["progress", "salience", "a"], torch.ones(1)),
+    "settings as list": (["facts", "settings"], []),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused(saved, damage):
-    path, _, model, optimizer = saved
+    path, _, model, parts = saved
     (*folders, last), value = DAMAGES[damage]
     state = part = torch.load(path, weights_only=True)
     for folder in folders:
@@ -223,7 +249,7 @@ def test_a_damaged_checkpoint_is_refused(saved, damage):
         part[last] = copy.copy(value)
     torch.save(state, path)
     with pytest.raises(ConfigError, match="checkpoint is damaged .*--overwrite"):
-        restore_checkpoint(read_checkpoint(path), path, model, optimizer=optimizer)
+        restore_checkpoint(read_checkpoint(path), path, model, **parts)
 
 
 def test_a_checkpoint_with_a_flipped_bit_in_a_key_is_refused(saved):

@@ -14,6 +14,7 @@ from tiny_runs import Silent, run, tensors, terminate
 from tiny_text import write_tsv
 from transformers import AutoTokenizer
 
+from speft_kernels.cli import main
 from speft_kernels.errors import ConfigError, OutputError, SpeftError
 from speft_kernels.files import alone, write_json
 from speft_kernels.finetune.signals import Interrupted
@@ -53,6 +54,47 @@ def test_a_run_does_not_go_on_over_another_model_or_tokenizer(own, tmp_path, cha
     change(own)
     with pytest.raises(ConfigError, match="the model or its tokenizer has changed"):
         run(own, output, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lr", 0.5, "lr = 0.02 and cannot go on with 0.5"),
+        ("epochs", 1, "epochs = 3 and cannot go on with 1"),
+        ("seed", 7, "seed = 0 and cannot go on with 7"),
+    ],
+)
+def test_a_run_does_not_go_on_with_settings_that_were_changed_in_its_folder(
+    place, tmp_path, capsys, key, value, message
+):
+    output = interrupted(place, tmp_path / "run")
+    config = json.loads((output / "config.json").read_text())
+    config["settings"][key] = value
+    write_json(output / "config.json", config)
+    assert main(["finetune", "--resume", "--output", str(output)]) == 2
+    assert f"config.json was changed: the run began with {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "change", "message"),
+    [
+        ("speft", "progress", {"step": 50, "step_seconds": [0.1] * 50}, "step 50 of 36"),
+        ("speft", "progress", {"best": {"loss": 1.0}}, "'accuracy'"),
+        ("speft", "progress", {"before": {}}, "'accuracy'"),
+        ("rigl", "facts", {"left": {"x": 1}}, "'backbone.encoder"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_run_is_refused(
+    place, tmp_path, method, part, change, message
+):
+    output = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(place, output, method, display=Silent(3, terminate))
+    state = torch.load(output / "checkpoint" / "state.pt", weights_only=True)
+    state[part].update(change)
+    torch.save(state, output / "checkpoint" / "state.pt")
+    with pytest.raises(ConfigError, match=f"checkpoint is damaged .{message}"):
+        run(place, output, method, resume=True)
 
 
 def test_a_folder_is_one_processs(place, tmp_path):

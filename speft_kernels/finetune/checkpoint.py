@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -16,11 +18,12 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..files import replaced
 
-_FORMAT = 3
+_FORMAT = 4
 # What reading and restoring raise where a file is not as it was written.
 _DAMAGE = (
     *(OSError, EOFError, pickle.UnpicklingError, SafetensorError),
     *(RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError),
+    OverflowError,
 )
 
 
@@ -54,11 +57,12 @@ class StoredPattern(TypedDict):
 
 
 class Facts(TypedDict):
-    """What a run needs before it has a model to restore into: a digest of its data, its patterns,
-    and what a dynamic mask left behind.
+    """What a run needs before it has a model to restore into: a digest of its data, its settings
+    but for paths, its patterns, and what a dynamic mask left behind.
     """
 
     fingerprint: str
+    settings: dict[str, Any]
     patterns: dict[str, StoredPattern]
     left: dict[str, Any]
 
@@ -96,10 +100,8 @@ def load_tensors(path: Path, model: nn.Module) -> None:
 
     Raises ConfigError for a file that is missing, damaged or of another model.
     """
-    try:
+    with undamaged(path):
         stored = load_file(path)
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
     for name, parameter in _paired(stored, model, path):
         parameter.copy_(stored[name])
 
@@ -126,7 +128,7 @@ def save_checkpoint(
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Raises ConfigError for a damaged file or one of another version. Nothing in it is run."""
-    try:
+    with undamaged(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != _FORMAT:
             raise ConfigError(f"{path}: written by another version; start again with --overwrite")
@@ -134,10 +136,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         # Each step is timed.
         if state["progress"]["step"] != len(state["progress"]["step_seconds"]):
             raise TypeError("progress.step is not the number of its steps")
-    except ConfigError:
-        raise
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
+        json.dumps(state["progress"])  # as the run's result.json will tell it
     return state
 
 
@@ -162,8 +161,17 @@ def _check(name: str, value: Any, kind: Any) -> None:
             _check(f"an item of {name}", item, get_args(kind)[0])
 
 
-def _damaged(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{path}: the checkpoint is damaged ({error}); start again with --overwrite")
+@contextlib.contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Raises ConfigError, which names the file, where what is read out of it turns out damaged."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except _DAMAGE as error:
+        raise ConfigError(
+            f"{path}: the checkpoint is damaged ({error}); start again with --overwrite"
+        ) from error
 
 
 @torch.no_grad()
@@ -176,14 +184,68 @@ def restore_checkpoint(
     """
     for name, parameter in _paired(state["parameters"], model, path):
         parameter.copy_(state["parameters"][name])
-    try:
+    with undamaged(path):
         for name, part in parts.items():
             if part is not None:
-                part.load_state_dict(state["parts"][name])
+                part.load_state_dict(_fitting(name, state["parts"][name], part))
         _restore_random(state["random"])
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
     return Progress(**state["progress"])
+
+
+def _fitting(name: str, stored: Any, part: Any) -> Any:
+    """`stored` as a state for `part`, whose own `load_state_dict` takes nearly anything.
+
+    Raises one of `_DAMAGE` where it has another form.
+    """
+    if isinstance(part, torch.optim.Optimizer):
+        return _optimizer_state(stored, part)
+    _check_alike(name, stored, part.state_dict())
+    return stored
+
+
+def _optimizer_state(stored: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """AdamW's moments and rates out of `stored`; its other settings are those of `optimizer`."""
+    own = optimizer.state_dict()["param_groups"]
+    groups = [
+        {**group, "lr": float(kept["lr"])}
+        for group, kept in zip(own, stored["param_groups"], strict=True)
+    ]
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    moments = {}
+    for number, kept in stored["state"].items():
+        if kept.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise TypeError("the optimizer's state is not AdamW's")
+        moments[number] = {
+            "step": torch.tensor(float(kept["step"])),
+            **{key: _moment(kept[key], parameters[number]) for key in ("exp_avg", "exp_avg_sq")},
+        }
+    return {"state": moments, "param_groups": groups}
+
+
+def _moment(stored: Tensor, parameter: nn.Parameter) -> Tensor:
+    # The fused AdamW trusts sizes and strides, and writes past the end of what is smaller than it
+    # says: another shape is refused, and what comes in is memory of its own.
+    if stored.shape != parameter.shape:
+        raise TypeError(f"a moment has shape {tuple(stored.shape)}, not {tuple(parameter.shape)}")
+    return torch.empty_like(parameter).copy_(stored)
+
+
+def _check_alike(name: str, stored: Any, own: Any) -> None:
+    """Raises TypeError or KeyError, naming the part, for what `own` has not or has of another type.
+
+    A key may be missing: libraries give their objects new attributes from version to version.
+    """
+    kind: Any = (int, float) if type(own) is float else type(own)
+    if not isinstance(stored, kind):
+        raise TypeError(f"{name} is a {type(stored).__name__}")
+    if isinstance(own, dict):
+        for key, value in stored.items():
+            _check_alike(f"{name}.{key}", value, own[key])
+    elif isinstance(own, list | tuple):
+        if len(stored) != len(own):
+            raise TypeError(f"{name} has {len(stored)} items, not {len(own)}")
+        for value, other in zip(stored, own, strict=True):
+            _check_alike(f"an item of {name}", value, other)
 
 
 def _paired(

@@ -27,6 +27,7 @@ from .checkpoint import (
     restore_checkpoint,
     save_checkpoint,
     save_tensors,
+    undamaged,
 )
 from .config import RunConfig
 from .folder import Folder
@@ -111,9 +112,14 @@ class Loop:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continues from a checkpoint that `read_checkpoint` returned."""
-        self.progress = restore_checkpoint(
+        progress = self.progress = restore_checkpoint(
             state, self.folder.state, self.model, **self._stateful_parts()
         )
+        with undamaged(self.folder.state):
+            if progress.step > self.total_steps:
+                raise ValueError(f"step {progress.step} of {self.total_steps}")
+            for metrics in (progress.before, progress.best or progress.before):
+                _ = metrics[self.config.metric_name]
         self._drop_later_metrics()
 
     def run(self) -> Progress:

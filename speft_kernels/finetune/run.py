@@ -21,8 +21,8 @@ from ..errors import ConfigError, OutputError, shown
 from ..files import alone, write_json, writing
 from ..peak_memory import PeakMemory
 from . import methods
-from .checkpoint import Progress, read_checkpoint
-from .config import RunConfig, load_json
+from .checkpoint import Progress, read_checkpoint, undamaged
+from .config import PATHS, RunConfig, load_json
 from .folder import Folder
 from .inputs import Inputs, read_inputs
 from .loop import Loop, check_finite, check_moves, evaluate
@@ -160,7 +160,16 @@ def _resumed(
         )
     # Now with the rate that goes with the mask, too.
     check_same(folder, inputs.config)
-    patterns = methods.patterns_from(state["facts"]["patterns"])
+    now = inputs.config.to_dict()
+    for key, value in state["facts"]["settings"].items():
+        if now.get(key) != value:
+            raise ConfigError(
+                f"{folder.config} was changed: the run began with {key} = {shown(value)} and "
+                f"cannot go on with {shown(now.get(key))}; put it back, or start again with "
+                "--overwrite"
+            )
+    with undamaged(folder.state):
+        patterns = methods.patterns_from(state["facts"]["patterns"])
     batches, loss_fn = inputs.scoring_batches(stop), methods.mean_loss(inputs.task, accelerator)
     prepared = methods.prepare(
         inputs.model, inputs.config, inputs.targets, batches, loss_fn, patterns
@@ -168,7 +177,8 @@ def _resumed(
     loop = _loop(inputs, prepared, accelerator, folder, display, stop)
     loop.resume(state)
     if prepared.moving is not None:
-        prepared.moving.load_state_dict(prepared.model, state["facts"]["left"])
+        with undamaged(folder.state):
+            prepared.moving.load_state_dict(prepared.model, state["facts"]["left"])
     display.note(f"resuming after step {loop.progress.step} of {loop.total_steps}")
     return loop, prepared
 
@@ -187,6 +197,7 @@ def _loop(
     def facts() -> dict[str, Any]:
         return {
             "fingerprint": inputs.fingerprint,
+            "settings": {k: v for k, v in config.to_dict().items() if k not in PATHS},
             "patterns": methods.patterns_of(model),
             "left": {} if moving is None else moving.state_dict(),
         }
