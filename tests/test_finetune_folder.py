@@ -15,7 +15,7 @@ from tiny_text import write_tsv
 from transformers import AutoTokenizer
 
 from speft_kernels.cli import main
-from speft_kernels.errors import ConfigError, OutputError, SpeftError
+from speft_kernels.errors import AdapterError, ConfigError, OutputError, SpeftError
 from speft_kernels.files import alone, write_json
 from speft_kernels.finetune.signals import Interrupted
 
@@ -95,6 +95,50 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused(
     torch.save(state, output / "checkpoint" / "state.pt")
     with pytest.raises(ConfigError, match=f"checkpoint is damaged .{message}"):
         run(place, output, method, resume=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter", "checkpoint", "metrics.jsonl", "checkpoint/state.pt", "checkpoint/best"]
+)
+def test_a_run_that_goes_on_follows_no_link_out_of_its_folder(place, tmp_path, name):
+    """It replaces its adapter and deletes its checkpoint, wherever they are said to be."""
+    output = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(place, output, "full", display=Silent(14, terminate))
+    path = output / name.replace("best", "best.safetensors")
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match="is a link, .* so --resume does not write there"):
+        run(place, output, "full", resume=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint/state.pt"])
+def test_a_pipe_in_the_place_of_a_runs_file_is_not_waited_for(place, tmp_path, name):
+    output = interrupted(place, tmp_path / "run")
+    (output / name).unlink()
+    os.mkfifo(output / name)
+    with pytest.raises(ConfigError, match="no file, so --resume does not write there"):
+        run(place, output, resume=True)
+
+
+@pytest.mark.parametrize("method", ["speft", "full"])
+def test_what_else_lies_beside_an_adapter_is_not_lost(place, tmp_path, method):
+    output = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(place, output, method, display=Silent(14, terminate))
+    (output / "adapter" / "card.md").write_text("mine")
+    with pytest.raises(ConfigError, match="'card.md'.*, so --resume does not delete it"):
+        run(place, output, method, resume=True)
+
+    def write():
+        (other / "adapter" / "card.md").write_text("mine")
+
+    other = tmp_path / "other"
+    with pytest.raises(AdapterError, match="'card.md'"):
+        run(place, other, method, display=Silent(2, write), eval_every=1)
+    assert (other / "adapter" / "card.md").read_text() == "mine"
 
 
 def test_a_folder_is_one_processs(place, tmp_path):

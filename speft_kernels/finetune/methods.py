@@ -24,7 +24,7 @@ from ..adapter_file import CONFIG_FILE, TENSORS_FILE
 from ..atomic import new_folder
 from ..config import SpeftConfig
 from ..dynamic import MovingMask
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError, shown
 from ..files import read_json, write_json
 from ..model import apply_patterns, score_and_select, sparse_layers
 from ..pattern import SparsePattern
@@ -284,7 +284,8 @@ def save_trained(
     about: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Writes what was trained, replacing what is there.
+    """Writes what was trained, replacing what an earlier call wrote there. Raises AdapterError
+    where there is more than that.
 
     Methods "speft" and "head" give an adapter of this package, those of PEFT one of theirs, and
     "full" a whole model with its tokenizer. `recipe` goes along with what "speft" trained, `about`
@@ -297,6 +298,11 @@ def save_trained(
     if config.method in ("speft", "head"):
         save_adapter(model, folder, config=recipe, extra=about, overwrite=True)
         return
+    if folder.exists() and (others := {path.name for path in folder.iterdir()} - files_of(folder)):
+        raise AdapterError(
+            f"the folder {str(folder)!r} holds what no run has written ({shown(min(others))}), "
+            "which would be lost with the rest: move it elsewhere"
+        )
     with new_folder(folder) as draft:
         if config.method == "full":
             model.save_pretrained(draft)  # type: ignore[operator]

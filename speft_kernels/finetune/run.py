@@ -277,13 +277,13 @@ def check_run_alone(folder: Folder) -> None:
         check_nothing_else(folder.checkpoint, {folder.state.name, folder.best.name})
 
 
-def check_nothing_else(root: Path, names: Collection[str]) -> None:
-    """Raises ConfigError when a folder that is to be replaced holds more than these names."""
+def check_nothing_else(root: Path, names: Collection[str], flag: str = "--overwrite") -> None:
+    """Raises ConfigError when a folder that `flag` would replace holds more than these names."""
     others = sorted(path.name for path in root.iterdir() if path.name not in names)
     if others:
         raise ConfigError(
             f"output {root} holds what no run has written ({', '.join(map(shown, others[:5]))}"
-            f"{', ...' if len(others) > 5 else ''}), so --overwrite does not delete it; move that, "
+            f"{', ...' if len(others) > 5 else ''}), so {flag} does not delete it; move that, "
             "or choose another --output"
         )
 
@@ -309,11 +309,28 @@ def check_resumable(folder: Folder, config: RunConfig) -> None:
         raise ConfigError(
             f"{folder.root} holds no checkpoint to resume from; start again with --overwrite"
         )
+    check_places(folder)
     # What a budget means, and which rate goes with a mask, is found out again with the model.
     left_out = {"density", "lora_rank"} if config.lora_budget else set()
     if config.mask is not None and config.lr is None:
         left_out.add("lr")
     check_same(folder, config, left_out)
+
+
+def check_places(folder: Folder) -> None:
+    """Raises ConfigError where a run that goes on would write elsewhere, or over what it has not
+    written: a folder that comes from somebody else may hold links.
+    """
+    folders = (folder.adapter, folder.checkpoint)
+    for place in (*folders, folder.state, folder.best, folder.metrics):
+        known = place.is_dir() if place in folders else place.is_file()
+        if place.is_symlink() or (place.exists() and not known):
+            raise ConfigError(
+                f"{place} is a link, or no {'folder' if place in folders else 'file'}, so --resume "
+                "does not write there; put in its place what the run wrote"
+            )
+    if folder.adapter.is_dir():
+        check_nothing_else(folder.adapter, methods.files_of(folder.adapter), "--resume")
 
 
 def check_same(folder: Folder, config: RunConfig, left_out: Collection[str] = ()) -> None:
