@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, BinaryIO
 
 from .atomic import check_creatable, new_folder
 from .errors import ConfigError, OutputError, SpeftError
@@ -103,6 +103,16 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def lock_file(path: Path) -> BinaryIO:
+    """Open a file that is there for its lock, made where it is missing. Raises OSError.
+
+    A folder may come from somebody else: a link is not followed, what a file holds stays, and a
+    pipe, which opens at once for both directions, is not waited for.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    return open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import functools
 import typing
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,8 @@ def read_table(path: Path, kind: type[Row]) -> list[Row]:
         DataError: the file is no such table, which it names with the line.
     """
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise DataError(f"{path}: not a file")
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             _check_columns(path, kind, list(reader.fieldnames or ()))
@@ -84,6 +87,7 @@ def _check_columns(path: Path, kind: Any, found: list[str]) -> None:
     for what, names in (
         ("no", [name for name in needed if name not in found]),
         ("an unknown", [name for name in found if name not in known]),
+        ("a second", [name for name, count in Counter(found).items() if count > 1]),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

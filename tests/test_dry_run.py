@@ -31,6 +31,19 @@ def number(text, after):
     return int(re.search(rf"^ *([\d,]+) {after}", text, re.M)[1].replace(",", ""))
 
 
+def test_a_terminal_obeys_nothing_that_a_file_of_settings_holds(place, tmp_path, capsys):
+    write_tsv(tmp_path / "data.tsv", [("a warm film", "good"), ("a cold film", "\x1b[2Jbad")])
+    data, model, run = tmp_path / "data.tsv", place / "model", tmp_path / "run"
+    (tmp_path / "settings.yaml").write_text(
+        f"{{train: {data}, eval: {data}, model: {model}, output: {run}, "
+        'positive_label: "\\e[2Jbad"}'
+    )
+    assert main(["finetune", "--dry-run", "--config", str(tmp_path / "settings.yaml")]) == 0
+    text = capsys.readouterr().out
+    assert "positive_label: \ufffd[2Jbad" in text
+    assert "\x1b" not in text
+
+
 @pytest.mark.parametrize(
     "others",
     [

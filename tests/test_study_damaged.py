@@ -1,16 +1,21 @@
 """Studies whose folder holds what no study writes there: one line that names the file."""
 
 import json
+import os
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from tiny_studies import STUDY, fake_workers, silent, write_result
 
 from speft_kernels.cli import main
 from speft_kernels.errors import ConfigError, DataError
+from speft_kernels.files import write_json
+from speft_kernels.study import read_rows, write_rows
 from speft_kernels.study.config import read_study
 from speft_kernels.study.folder import Places
 from speft_kernels.study.runner import StudyError, collect, run_study
+from speft_kernels.study.worker import execute
 
 
 @pytest.fixture
@@ -107,6 +112,63 @@ def test_a_lock_that_is_no_file_is_named(study, fake, name):
     with pytest.raises(StudyError, match=f"{study.output / name}, the study's lock, .*directory"):
         run_study(study, jobs=1, say=silent)
     assert fake.began == []
+
+
+@pytest.mark.parametrize("name", [".lock", "runs/.lock"])
+def test_a_lock_is_taken_of_nothing_but_itself(study, fake, tmp_path, name):
+    """To open a file for writing empties it, also the one that a link leads to."""
+    other, lock = tmp_path / "letter", study.output / name
+    other.write_text("mine")
+    lock.parent.mkdir(parents=True)
+    lock.symlink_to(other)
+    with pytest.raises(StudyError, match=f"{lock}, the study's lock, .*remove it"):
+        run_study(study, jobs=1, say=silent)
+    assert other.read_text() == "mine"
+    lock.unlink()
+    os.mkfifo(lock)
+    run_study(study, jobs=1, say=silent, max_runs=1)
+
+
+def test_a_worker_takes_its_lock_of_nothing_but_itself(study, tmp_path, monkeypatch):
+    monkeypatch.setattr("speft_kernels.finetune.run.finetune", lambda config, resume: None)
+    run = study.search("films", "head")[0]
+    folder, other = Places(study.output).runs / run.id, tmp_path / "letter"
+    other.write_text("mine")
+    folder.mkdir(parents=True)
+    (folder.parent / ".lock").symlink_to(other)
+    with pytest.raises(OSError, match=r"\.lock"):
+        execute(run.config(folder, study.data), threads=1, slot=0)
+    assert other.read_text() == "mine"
+
+
+def test_a_table_that_is_a_pipe_is_not_waited_for(study, fake):
+    Places(study.output).root.mkdir()
+    os.mkfifo(Places(study.output).rows)
+    with pytest.raises(DataError, match="runs.csv: not a file"):
+        collect(study)
+
+
+def test_a_column_that_stands_twice_is_refused(study, fake):
+    run_study(study, jobs=1, say=silent, max_runs=1)
+    path = Places(study.output).rows
+    header, row = path.read_text().splitlines()
+    path.write_text(f"{header},score\n{row},0.99\n")
+    with pytest.raises(DataError, match="a second column 'score'"):
+        collect(study)
+
+
+def test_a_terminal_obeys_nothing_that_a_studys_folder_holds(study, study_file, fake, capsys):
+    places = Places(study.output)
+    run_study(study, jobs=1, say=silent, max_runs=1)
+    write_rows(places.rows, [replace(r, task="\x1b[2J") for r in read_rows(places.rows)])
+    run = next(run for id, run in study.grid().items() if id not in collect(study))
+    write_json(places.failures, {run.id: "\x1b]0;lost\x07"})
+    for more in (["--dry-run"], []):
+        assert main(["study", "--config", str(study_file), "--max-runs", "1", *more]) == 0
+        out, err = capsys.readouterr()
+        assert "\ufffd]0;lost\ufffd" in out + err
+        assert "\x1b" not in out + err
+    assert "\ufffd[2J" in out
 
 
 @pytest.mark.parametrize("name", ["study.json", "runs.csv", "failures.json"])

@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, plain
 from ..files import path_of
 from ..finetune.config import RunConfig, check_alone, load_json
 from ..finetune.folder import Folder
@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
 
         if args.resume:
             raise ConfigError("--resume goes on as the run began: there is nothing to try")
-        print(resolved(RunConfig.from_dict(settings), overwrite=args.overwrite))
+        # A file of settings may come from anybody, and a terminal obeys what is in it.
+        print(plain(resolved(RunConfig.from_dict(settings), overwrite=args.overwrite)))
         return 0
     try:
         if args.resume:

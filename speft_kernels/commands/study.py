@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..errors import plain
 from ..finetune.signals import Interrupted
 from ..study.folder import Places
 from .numbers import count
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         run_study(
             study,
             jobs=args.jobs or _jobs(),
-            say=lambda line: print(line, flush=True),
+            say=lambda line: print(plain(line), flush=True),
             max_runs=args.max_runs,
         )
     except Interrupted as interruption:
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{len(finished)} runs are in {Places(study.output).rows}")
     print(_failed(study.output, settled(study, finished)), end="")
     if finished:
-        print(f"\n{markdown(summarise(list(finished.values())))}", flush=True)
+        print(f"\n{plain(markdown(summarise(list(finished.values()))))}", flush=True)
         print(f"report: {write_report(study.output)}")
     if lost is not None:
         raise lost
@@ -77,12 +78,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _failed(folder: Path, failures: Mapping[str, str]) -> str:
-    """The runs that are not tried again; empty where there is none."""
+    """The runs that are not tried again; empty where there is none.
+
+    As the rows are, it is fit for a terminal, which obeys what is in it: the folder may come from
+    anybody.
+    """
     from ..study.runner import listed
 
     if not failures:
         return ""
-    return (
+    return plain(
         f"{len(failures)} failed and would fail again; to try one again all the same, take it out "
         f"of {Places(folder).failures}, or delete that file:\n{listed(failures)}\n"
     )

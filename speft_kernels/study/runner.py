@@ -8,12 +8,12 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import torch
 
 from ..errors import ConfigError, DataError, SpeftError
-from ..files import read_json, write_json
+from ..files import lock_file, read_json, write_json
 from ..finetune.folder import Folder
 from ..finetune.signals import Interrupted, StopSignals
 from .config import PATHS, Run, Study
@@ -199,9 +199,9 @@ def _alone(places: Places, say: Callable[[str], object]) -> Iterator[None]:
         yield
 
 
-def _lock_file(path: Path) -> TextIO:
+def _lock_file(path: Path) -> BinaryIO:
     try:
-        return open(path, "w", encoding="utf-8")
+        return lock_file(path)
     except OSError as error:
         raise StudyError(
             f"{path}, the study's lock, cannot be opened: {error.strerror}; remove it, or give the "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SalienceError, SpeftError
+from ..files import lock_file
 from ..finetune.config import RunConfig
 from ..finetune.folder import Folder
 
@@ -98,7 +99,7 @@ def execute(config: RunConfig, *, threads: int, slot: int) -> None:
     from ..finetune.run import finetune
 
     folder = Path(config.output)
-    with open(run_lock(folder.parent), "w", encoding="utf-8") as lock:
+    with lock_file(run_lock(folder.parent)) as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         resume = Folder(folder).state.exists()
         if folder.exists() and not resume:
