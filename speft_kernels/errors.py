@@ -58,7 +58,10 @@ def shown(value: object) -> str:
     """Return a repr of bounded length, for messages: a name may be as long as the file it is in,
     and in YAML a list of lists may have far more entries than the file has bytes.
     """
-    text = _REPR.repr(value)
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # of an integer of more digits than Python writes out
+        text = f"<{type(value).__name__} of thousands of digits>"
     return text if len(text) <= 120 else text[:117] + "..."
 
 

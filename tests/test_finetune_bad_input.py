@@ -2,6 +2,7 @@
 
 import copy
 import os
+import time
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from speft_kernels.finetune.inputs import ScoringBatches, check_rank
 from speft_kernels.finetune.models import pooling_of, resolve
 from speft_kernels.finetune.signals import StopSignals
 from speft_kernels.finetune.tasks import Encoded
+from speft_kernels.finetune.yaml_file import read_yaml
 from speft_kernels.targets import Targets
 
 
@@ -287,6 +289,11 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("head-lr: 1\nhead_lr: 2\n", "'head_lr' stands twice, with '-' and with '_'"),
         (BOMB.replace("i: &i", "train: &i").replace("a: &a", "lr: &a"), "key 'b' is unknown"),
         ("train: &a [x,x]\nlr: [*a,*a]\n", "train = .'x', 'x'. is not text"),
+        (f"train: 0x{'f' * 5000}\n", "train = <int of thousands of digits> is not text"),
+        (f"target_modules: [-0b{'1' * 20_000}]\n", "target_modules = <.*> is not a list of names"),
+        (f"? 0x{'f' * 5000}\n: 1\n", "key '<int of thousands of digits>' is unknown"),
+        ("a: &a {<<: {lr: 1, lr: 2}}\n", "the key 'lr' stands twice"),
+        ("a: [{<<: &c {lr: 1, lr: 2}}, *c]\n", "the key 'lr' stands twice"),
     ],
 )
 def test_a_file_of_settings_says_each_thing_once_and_is_answered_in_a_line(tmp_path, text, message):
@@ -295,6 +302,19 @@ def test_a_file_of_settings_says_each_thing_once_and_is_answered_in_a_line(tmp_p
     with pytest.raises(ConfigError, match=message) as refused:
         load_yaml(path)
     assert len(str(refused.value)) < 1000
+
+
+def test_mappings_that_are_merged_over_and_over_take_no_time(tmp_path):
+    """Each level has nine times the entries of the one before, and one key."""
+    bomb = BOMB.replace("[x,x,x,x,x,x,x,x,x]", "{lr: 1, epochs: 2}").replace("[", "{<<: [")
+    lines = bomb.replace("]", "]}").splitlines()
+    path = tmp_path / "settings.yaml"
+    path.write_text("\n".join([*lines, "j: {<<: *i, lr: 3}"]))
+    before = time.process_time()
+    loaded = read_yaml(path)
+    assert time.process_time() - before < 5  # it is hundreds of times that without an end
+    assert loaded["i"] == {"lr": 1, "epochs": 2}
+    assert loaded["j"] == {"lr": 3, "epochs": 2}
 
 
 def test_a_list_of_lists_without_end_is_not_written_out():

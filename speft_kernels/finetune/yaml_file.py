@@ -30,6 +30,8 @@ def read_yaml(path: Path) -> Any:
 def _loader() -> Any:
     """PyYAML's safe loader without what it takes in silence: the last of two entries with one key,
     and YAML 1.1's numbers that read otherwise elsewhere (1:30 is 90 in it, 010 is 8, 1_0 is 10).
+
+    Mappings that are merged (<<) out of others many times over take no more than their keys.
     """
     import yaml
 
@@ -40,15 +42,20 @@ def _loader() -> Any:
         def construct_yaml_float(self, node: Any) -> Any:
             return _plain(node, super().construct_yaml_float(node))
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            known: set[tuple[str, str]] = set()
-            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-                if (key.tag, key.value) in known:
+        def flatten_mapping(self, node: Any) -> None:
+            known = set()
+            for key, _ in node.value:
+                if _identity(key) in known:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"the key {shown(key.value)} stands twice", key.start_mark
                     )
-                known.add((key.tag, key.value))
-            return super().construct_mapping(node, deep)
+                known.add(_identity(key))
+            super().flatten_mapping(node)
+            # The last entry of a key counts, as in the mapping that is made of them.
+            node.value = list({_identity(pair[0]): pair for pair in node.value}.values())
+
+    def _identity(key: Any) -> tuple[Any, Any]:
+        return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else (None, id(key))
 
     def _plain(node: Any, number: Any) -> Any:
         if _ODD_NUMBER.search(node.value):
@@ -70,7 +77,7 @@ def one_name_each(where: str, loaded: Mapping[Any, Any]) -> dict[str, Any]:
     """`loaded` with `-` and `_` alike in its keys. Raises ConfigError where that makes two one."""
     settings: dict[str, Any] = {}
     for key, value in loaded.items():
-        name = str(key).replace("-", "_")
+        name = (key if isinstance(key, str) else shown(key)).replace("-", "_")
         if name in settings:
             raise ConfigError(f"{where}: {shown(name)} stands twice, with '-' and with '_'")
         settings[name] = value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -37,6 +38,8 @@ SEARCHES = ("all", "climb")
 _OWN = ("output", "seed", "lr")
 # Kept in rows and ids as the study's file has them: they say the same on another machine.
 PATHS = ("train", "eval", "test")
+# A list that several settings share spans billions in a few lines.
+_LARGEST_GRID = 100_000
 # Settings whose own values are lists: a list of them is one value, not an axis.
 _LISTS = ("target_modules", "exclude_modules", "block_shape")
 # Two of them and a run's rate, seed and digest are a file's name.
@@ -176,7 +179,7 @@ def _study(loaded: Any, output: str | None, data: str | None) -> Study:
         raise ConfigError(f"must hold the keys {', '.join(_KEYS)}")
     for key in loaded:
         if key not in _KEYS:
-            raise ConfigError(f"key {shown(key)} is unknown.{nearest(str(key), _KEYS)}")
+            raise ConfigError(f"key {shown(key)} is unknown.{nearest(shown(key), _KEYS)}")
     base = _settings("base", loaded.get("base", {}))
     tasks = {
         _label("task", name): {**base, **_settings(f"task {name}", own)}
@@ -186,10 +189,10 @@ def _study(loaded: Any, output: str | None, data: str | None) -> Study:
     rates: dict[str, tuple[float, ...]] = {}
     seeds: dict[str, tuple[int, ...]] = {}
     for entry, own in _mapping("methods", loaded.get("methods")).items():
-        own = _settings(f"method {entry}", own, also=("lr", "seeds"))
+        own = _settings(f"method {_label('method', entry)}", own, also=("lr", "seeds"))
         searched = _rates(own.pop("lr", loaded.get("lr")), entry)
         repeated = _seeds(own.pop("seeds", loaded.get("seeds", [0])), entry)
-        for name, settings in _expanded(_label("method", entry), own):
+        for name, settings in _expanded(entry, own):
             if name in methods:
                 raise ConfigError(f"two methods are called {name!r}")
             methods[name] = settings
@@ -206,13 +209,19 @@ def _study(loaded: Any, output: str | None, data: str | None) -> Study:
     number = isinstance(slack, int | float) and not isinstance(slack, bool)
     if not number or not 0 <= slack <= sys.float_info.max:
         raise ConfigError(f"search_slack = {shown(slack)} must be a number from 0 on")
+    runs = len(tasks) * sum(len(rates[name]) * len(seeds[name]) for name in methods)
+    if runs > _LARGEST_GRID:
+        raise ConfigError(f"the grid has {runs:,} runs; {_LARGEST_GRID:,} are the most it may have")
     where = output or loaded.get("output")
     if not where:
         raise ConfigError("output, the study's folder, is missing")
     place = _folder("output", where)
+    called = loaded.get("name", place.name)
+    if not isinstance(called, str | int | float):
+        raise ConfigError(f"name = {shown(called)} is no text")
     start = data or loaded.get("data")
     return Study(
-        name=str(loaded.get("name", place.name)),
+        name=str(called),
         output=place,
         data=_folder("data", "." if start is None else start),
         tasks=tasks,
@@ -266,8 +275,8 @@ def _folder(key: str, value: Any) -> Path:
 def _label(kind: str, name: Any) -> str:
     if not isinstance(name, str) or not _LABEL.fullmatch(name):
         raise ConfigError(
-            f"{kind} {name!r}: a label is made of letters, digits, and . _ + -, a hundred at most, "
-            "as it names folders"
+            f"{kind} {shown(name)}: a label is made of letters, digits, and . _ + -, a hundred at "
+            "most, as it names folders"
         )
     return name
 
@@ -278,6 +287,11 @@ def _expanded(name: str, own: dict[str, Any]) -> Iterable[tuple[str, dict[str, A
     for key, values in axes.items():
         if not values:
             raise ConfigError(f"method {name}: {key} is an empty list: nothing to run")
+    if (count := math.prod(map(len, axes.values()))) > _LARGEST_GRID:
+        raise ConfigError(
+            f"method {name}: its lists span {count:,} methods; a grid may have {_LARGEST_GRID:,} "
+            "runs at most"
+        )
     for combination in itertools.product(*axes.values()):
         chosen = dict(zip(axes, combination, strict=True))
         label = "-".join([name, *(_text(value) for value in combination)])
