@@ -166,9 +166,18 @@ def read_json(path: Path, error: type[SpeftError] = ConfigError) -> dict[str, An
     return content
 
 
+def json_bytes(content: Any, indent: int | None = None) -> bytes:
+    """JSON as UTF-8, letters as they are; halves of surrogate pairs, which UTF-8 does not hold and
+    JSON's escapes can say, stay such escapes.
+    """
+    return json.dumps(content, indent=indent, ensure_ascii=False).encode(
+        "utf-8", "backslashreplace"
+    )
+
+
 def write_json(path: Path, content: Any) -> None:
     with replaced(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_bytes(json_bytes(content, indent=2) + b"\n")
 
 
 def _umask() -> int:

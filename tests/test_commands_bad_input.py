@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from tiny_runs import make_place, run
+from tiny_text import write_tsv
 
 from speft_kernels.cli import main
 
@@ -14,7 +15,7 @@ from speft_kernels.cli import main
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     place = make_place(tmp_path_factory.mktemp("place"))
-    run(place, place / "run", max_steps=1)
+    run(place, place / "run", max_steps=12)
     return place / "run"
 
 
@@ -73,6 +74,17 @@ def test_what_an_adapter_says_does_not_reach_the_terminal_raw(folder, capsys):
     assert "note: \ufffd \ufffd[31mred" in text
     assert "\ufffd[2J: für später" in text
     assert "\x1b" not in text
+
+
+def test_what_utf_8_does_not_hold_is_written_as_json_says_it(folder, tmp_path, capsys):
+    change_extra(folder, labels=["\ud800 é", "good"], note="\udfff")
+    write_tsv(tmp_path / "data.tsv", [("dull cold clumsy bitter", "good"), ("warm", "good")])
+    merged, labels = tmp_path / "merged", tmp_path / "labels.jsonl"
+    assert main(["merge", "--adapter", str(folder), "--output", str(merged)]) == 0
+    assert json.loads((merged / "speft.json").read_text("utf-8"))["note"] == "\udfff"
+    command = ["evaluate", str(merged), "--data", str(tmp_path / "data.tsv")]
+    assert main([*command, "--predictions", str(labels)]) == 0
+    assert labels.read_text("utf-8").startswith('{"label": "\\ud800 é"}\n')
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from ..errors import ConfigError, shown
-from ..files import path_of, replaced
+from ..files import json_bytes, path_of, replaced
 from ..finetune.config import RunConfig
 from .outputs import output_file
 from .settings import add_flag, given_settings
@@ -80,6 +79,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(output: Path, labels: list[str]) -> None:
-    lines = [json.dumps({"label": label}, ensure_ascii=False) + "\n" for label in labels]
     with replaced(output) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.write_bytes(b"".join(json_bytes({"label": label}) + b"\n" for label in labels))
