@@ -8,9 +8,8 @@ keeps them in a file per user, which is read from then on.
 from __future__ import annotations
 
 import functools
-import json
-import math
 import os
+import sys
 import warnings
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 
 import torch
 
-from .files import write_json
+from .errors import ConfigError
+from .files import read_json, write_json
 from .machine import processor
 
 # Where `speft tune` and the GPU check time both ways of Triton's `sparse_delta_matmul`.
@@ -55,7 +55,7 @@ class Costs:
         if type(self.fused_tokens) is not int or self.fused_tokens < 1:
             raise ValueError(f"fused_tokens must be a positive int, got {self.fused_tokens!r}")
         for name, value in asdict(self).items():
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
                 raise ValueError(f"cost {name!r} must be a positive number of seconds, got {value}")
 
 
@@ -96,12 +96,18 @@ def _gpu(index: int) -> str:
 
 
 def cache_file() -> Path:
-    """The file of measured costs: `$SPEFT_CACHE/costs.json`, else in the user's cache folder."""
+    """The file of measured costs: `$SPEFT_CACHE/costs.json`, else in the user's cache folder.
+
+    Raises ConfigError where there is no such folder, as for a user of a container's own.
+    """
     folder = os.environ.get("SPEFT_CACHE")
     if folder:
         return Path(folder) / "costs.json"
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "speft_kernels" / "costs.json"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "speft_kernels" / "costs.json"
+    except RuntimeError as error:
+        raise ConfigError(f"costs are kept in a home folder: {error} Set SPEFT_CACHE") from error
 
 
 def remember(device: torch.device, costs: Costs) -> Path:
@@ -117,7 +123,11 @@ def remember(device: torch.device, costs: Costs) -> Path:
 
 @functools.lru_cache(maxsize=1)
 def _measured() -> dict[str, Costs]:
-    return _read(cache_file())
+    try:
+        path = cache_file()
+    except ConfigError:
+        return {}
+    return _read(path)
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:
@@ -131,10 +141,10 @@ def _known(values: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Costs]:
     """The costs in a file; a file that cannot be used is said so, and the defaults hold."""
-    if not path.exists():
-        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if not path.exists():
+            return {}
+        content = read_json(path)
         return {key: Costs(**_known(values)) for key, values in content.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(

@@ -111,6 +111,8 @@ DAMAGE = {
     "infinite": damaged(tile=math.inf),
     "a text": damaged(pack="fast"),
     "no value": damaged(pack=None),
+    "beyond any float": damaged(panel=10**400),
+    "lists without end": "[" * 100_000,
 }
 
 
@@ -130,6 +132,32 @@ def test_bytes_that_are_no_text_are_said_so(cache):
     path.write_bytes(b"\xff\xfe\x00{")
     with pytest.warns(RuntimeWarning, match="cannot be used"):
         assert costs_of(CPU) == DEFAULTS["cpu"]
+
+
+def test_a_cache_that_no_file_can_be_in_is_said_so(monkeypatch):
+    monkeypatch.setenv("SPEFT_CACHE", "a" * 300)
+    with pytest.warns(RuntimeWarning, match="cannot be used .*too long"):
+        assert costs_of(CPU) == DEFAULTS["cpu"]
+
+
+def test_a_cache_that_is_a_pipe_is_not_waited_for(cache):
+    cache.mkdir(parents=True)
+    os.mkfifo(cache / "costs.json")
+    with pytest.warns(RuntimeWarning, match="costs.json: not a file"):
+        assert costs_of(CPU) == DEFAULTS["cpu"]
+
+
+def test_a_user_without_a_home_folder_has_the_defaults(monkeypatch, quick, capsys):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SPEFT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(costs.Path, "home", none)
+    assert costs_of(CPU) == DEFAULTS["cpu"]
+    SparsityPlan.build(uniform_pattern((16, 16), 0.1), CPU, 8)
+    assert main(["tune"]) == 2
+    assert "Could not determine home directory. Set SPEFT_CACHE" in capsys.readouterr().err
 
 
 def test_measuring_again_puts_a_damaged_file_right(cache):
