@@ -170,7 +170,7 @@ def write_adapter(
         json.dumps(described, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise AdapterError(f"extra must be JSON data: {error}") from error
-    with writing(folder), new_folder(folder) as draft:
+    with writing(folder), new_folder(folder, replace=overwrite) as draft:
         # Copies: safetensors refuses views and tensors that share memory.
         copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
         data = safetensors.torch.save(copies, metadata={"format": "pt"})

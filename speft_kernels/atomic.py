@@ -16,14 +16,16 @@ _AT_FDCWD = -100
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield an empty folder to write into, which becomes `folder` when the block ends well.
 
-    It takes the place of a folder that exists. It lies beside `folder`, on the same file system.
-    What was written is on the disk before it is moved. When the block fails, `folder` is as it was.
+    With `replace` it takes the place of a folder that exists. It lies beside `folder`, on the same
+    file system. What was written is on the disk before it is moved. When the block fails, `folder`
+    is as it was.
 
     Raises:
-        OSError: the disk is full, a folder may not be written to, and so on.
+        OSError: the disk is full, a folder may not be written to, and so on; without `replace`,
+            another process has put something into `folder` meanwhile.
     """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -33,10 +35,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
         for path in sorted(draft.iterdir()):
             _flush(path)
         _flush(draft)
-        if folder.exists():
+        if replace and folder.exists():
             _replace(draft, folder)
         else:
-            os.replace(draft, folder)
+            os.replace(draft, folder)  # takes the place of an empty folder at most
         _flush(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

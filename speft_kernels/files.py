@@ -54,8 +54,10 @@ def check_output(output: Path) -> None:
 
 @contextlib.contextmanager
 def new_output(output: Path) -> Iterator[Path]:
-    """`new_folder` for what the user named; raises OutputError when it cannot be written."""
-    with writing(output), new_folder(output) as draft:
+    """`new_folder` for what the user named, where there is nothing yet; raises OutputError when it
+    cannot be written.
+    """
+    with writing(output), new_folder(output, replace=False) as draft:
         yield draft
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from speft_kernels import SparsePattern, atomic
 from speft_kernels.adapter import load_adapter, read_adapter, save_adapter
 from speft_kernels.dynamic import MovingMask
 from speft_kernels.errors import AdapterError, OutputError
+from speft_kernels.files import new_output
 from speft_kernels.model import (
     SpeftConfig,
     apply_patterns,
@@ -196,6 +198,30 @@ def test_a_failed_write_leaves_the_old_adapter(
         save_adapter(filled(trained_mlp(), seed=3), saved, overwrite=True)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in saved.parent.iterdir()] == ["adapter"]
+
+
+def _write_output(output: Path) -> None:
+    with new_output(output) as draft:
+        (draft / "ours").write_text("ours")
+
+
+@pytest.mark.parametrize("write", [_write_output, lambda out: save_adapter(trained_mlp(), out)])
+def test_a_folder_that_another_process_made_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    """Found to be free when the work begins, it need not be so when it ends."""
+    theirs, flush = tmp_path / "out" / "letter", atomic._flush
+
+    def meanwhile(path: Path) -> None:
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("theirs")
+        flush(path)
+
+    monkeypatch.setattr(atomic, "_flush", meanwhile)
+    with pytest.raises(OutputError, match="out cannot be written: Directory not empty"):
+        write(tmp_path / "out")
+    assert theirs.read_text() == "theirs"
+    assert os.listdir(tmp_path) == ["out"]
 
 
 _CRASHING = """
