@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 from speft_kernels.cli import main
 from speft_kernels.errors import AdapterError, ConfigError, OutputError, SpeftError
 from speft_kernels.files import alone, write_json
+from speft_kernels.finetune.inputs import weights_digest
+from speft_kernels.finetune.models import labels_of_head
 from speft_kernels.finetune.signals import Interrupted
 
 
@@ -196,6 +198,41 @@ def test_tokens_that_the_model_has_no_embeddings_for_are_refused(own, tmp_path):
     (own / "model" / "config.json").write_text(json.dumps(described))
     with pytest.raises(ConfigError, match="embeddings for 8: they do not belong together"):
         run(own, tmp_path / "run")
+
+
+def test_token_types_that_the_model_has_no_embeddings_for_are_refused(own, tmp_path):
+    """As where the tokenizer is one of BERT's kind and the model of RoBERTa's, which has one."""
+    rows = [("a film", "a film", "good"), ("a film", "a town", "bad")]
+    for name in ("train.tsv", "eval.tsv"):
+        write_tsv(own / name, rows, "sentence1\tsentence2\tlabel")
+    path = own / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("token_type_embeddings.weight"))
+    tensors[name] = tensors[name][:1].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    described = json.loads((own / "model" / "config.json").read_text())
+    (own / "model" / "config.json").write_text(json.dumps({**described, "type_vocab_size": 1}))
+    path = own / "model" / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_input_names": names}))
+    message = "makes token type 1 of .*train.tsv and the model has embeddings for 1: they do not"
+    with pytest.raises(ConfigError, match=message):
+        run(own, tmp_path / "run")
+
+
+def test_what_only_looks_like_weights_is_not_read(own, tmp_path):
+    whole = weights_digest(str(own / "model"))
+    (own / "model" / "a.safetensors").mkdir()
+    os.mkfifo(own / "model" / "b.safetensors")
+    assert weights_digest(str(own / "model")) == whole
+
+
+@pytest.mark.parametrize("architectures", [5, [5], "BertForSequenceClassification"])
+def test_architectures_that_are_no_list_of_names_are_none(own, tmp_path, architectures):
+    described = json.loads((own / "model" / "config.json").read_text())
+    described["architectures"] = architectures
+    (own / "model" / "config.json").write_text(json.dumps(described))
+    assert labels_of_head(str(own / "model"), ["x", "y"], "model") == (("x", "y"), "")
 
 
 def test_a_padding_token_that_the_model_has_no_embedding_for_is_refused(own, tmp_path):

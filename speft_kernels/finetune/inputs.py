@@ -284,7 +284,10 @@ def digest_of(config: RunConfig, name: str) -> str:
 
 def weights_digest(model: str) -> str:
     folder = Path(str(cached_file(resolve(model), "config.json"))).parent
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    # A folder of such a name holds no weights, and a pipe would wait for its writer.
+    found = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [path for path in found if path.suffix == ".safetensors"]
+    files = files or [path for path in found if path.suffix == ".bin"]
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
@@ -328,12 +331,16 @@ def check_fit(
                 f"{sources[name].source}: its longest example has {longest} tokens, and the model "
                 f"has positions for {positions}; lower --max-length to {positions}"
             )
-        largest = max((max(item.inputs["input_ids"], default=0) for item in items), default=0)
-        if largest >= rows:
-            raise ConfigError(
-                f"the tokenizer makes token {largest} of {sources[name].source} and the model has "
-                f"embeddings for {rows}: they do not belong together"
-            )
+        for key, what, known in (
+            ("input_ids", "token", rows),
+            ("token_type_ids", "token type", _types_of(model)),
+        ):
+            largest = max((max(item.inputs.get(key, ()), default=0) for item in items), default=0)
+            if known is not None and largest >= known:
+                raise ConfigError(
+                    f"the tokenizer makes {what} {largest} of {sources[name].source} and the model "
+                    f"has embeddings for {known}: they do not belong together"
+                )
 
 
 def positions_of(model: nn.Module) -> int | None:
@@ -344,6 +351,14 @@ def positions_of(model: nn.Module) -> int | None:
             padding = module.padding_idx
             first = getattr(module, "offset", 0) if padding is None else padding + 1
             return int(module.num_embeddings) - int(first)
+    return None
+
+
+def _types_of(model: nn.Module) -> int | None:
+    """How many types of tokens the model has embeddings for; None where it reads none."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("token_type_embeddings"):
+            return int(module.num_embeddings)
     return None
 
 

@@ -204,7 +204,8 @@ def labels_of_head(
         config = AutoConfig.from_pretrained(resolve(model))
     if pooling == "auto":
         pooling = pooling_of(model)
-    architectures = config.architectures or []
+    found = config.architectures
+    architectures = [str(name) for name in found] if isinstance(found, list) else []
     kept = architectures == [MeanPoolClassifier.__name__] or (
         pooling == "model" and any(n.endswith("ForSequenceClassification") for n in architectures)
     )
