@@ -263,9 +263,20 @@ class MovingMask:
         return {name: delta.state() for name, delta in self._left.items()}
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned, in a model whose layers have the same patterns."""
+        """Put back what `state_dict` returned, in a model whose layers have the same patterns.
+
+        Raises ValueError, or what reading such a state raises, for another one's.
+        """
         for name, layer in sparse_layers(model).items():
-            self._left[name] = Delta.from_state(state[name], layer.weight.device)
+            left = Delta.from_state(state[name], layer.weight.device)
+            there, own = left.pattern, layer.pattern
+            if (there.shape, there.block_shape) != (own.shape, own.block_shape):
+                raise ValueError(f"layer {name!r} has another shape than what it left behind")
+            if not left.values.shape == left.base_values.shape == there.values_shape:
+                raise ValueError(f"layer {name!r} left other values behind than entries")
+            if bool((places(there.indices, own.indices) >= 0).any()):
+                raise ValueError(f"layer {name!r} trains entries that it left behind")
+            self._left[name] = left
         _put(model, self._left)
 
     def _install(

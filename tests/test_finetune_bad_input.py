@@ -235,6 +235,7 @@ DAMAGES = {
     "a scheduler's method": (["parts", "scheduler", "step"], 1),
     "figures that no JSON holds": (["progress", "salience", "a"], torch.ones(1)),
     "settings as list": (["facts", "settings"], []),
+    "settings that no JSON holds": (["facts", "settings"], {"lr": torch.ones(2)}),
 }
 
 

@@ -100,6 +100,36 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda left, own: {"values": left["values"][:-1]}, "left other values"),
+        (lambda left, own: {"base_values": left["base_values"][:, None]}, "left other values"),
+        (lambda left, own: {"shape": left["shape"][::-1]}, "another shape"),
+        (
+            lambda left, own: {
+                "indices": own[:1],
+                **{key: left[key][:1] for key in ("values", "base_values")},
+            },
+            "trains entries that",
+        ),
+    ],
+)
+def test_what_a_moving_mask_left_behind_has_to_fit_its_layers(place, tmp_path, change, message):
+    output = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(place, output, "merge", display=Silent(14, terminate))
+    path = output / "checkpoint" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    facts = state["facts"]
+    name = next(name for name in facts["left"] if name.endswith("intermediate.dense"))
+    left, own = facts["left"][name], facts["patterns"][name]["indices"]
+    left.update(change(left, own))
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match=f"checkpoint is damaged .layer '{name}'.* {message}"):
+        run(place, output, "merge", resume=True)
+
+
+@pytest.mark.parametrize(
     "name", ["adapter", "checkpoint", "metrics.jsonl", "checkpoint/state.pt", "checkpoint/best"]
 )
 def test_a_run_that_goes_on_follows_no_link_out_of_its_folder(place, tmp_path, name):

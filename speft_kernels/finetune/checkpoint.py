@@ -136,7 +136,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         # Each step is timed.
         if state["progress"]["step"] != len(state["progress"]["step_seconds"]):
             raise TypeError("progress.step is not the number of its steps")
-        json.dumps(state["progress"])  # as the run's result.json will tell it
+        # A run's result.json tells of the one; settings with a tensor in them equal nothing.
+        json.dumps([state["progress"], state["facts"]["settings"]])
     return state
 
 
