@@ -15,6 +15,7 @@ from tiny_runs import make_place
 from speft_kernels.adapter import read_adapter
 from speft_kernels.cli import main
 from speft_kernels.errors import ConfigError
+from speft_kernels.pattern import SparsePattern
 from speft_kernels.report import write_report
 from speft_kernels.report.page import plain
 from speft_kernels.study.rows import read_rows, write_rows
@@ -222,6 +223,24 @@ def test_no_number_breaks_the_page(run, value):
     (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     recorded = "50 steps are recorded" if value == 5e-324 else "No step is recorded"
     assert recorded in report(run).text
+
+
+def test_no_page_is_endless(run, monkeypatch):
+    """Layers whose names are all different span a square, metrics of their own a panel each."""
+    one = SparsePattern((4, 4), torch.tensor([1]))
+    masks = {f"layer.{n}.part{n}": one for n in range(150)}
+    monkeypatch.setattr("speft_kernels.report.run.read_masks", lambda folder: masks)
+    monkeypatch.setattr("speft_kernels.report.study.read_masks", lambda folder: masks)
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": n, "eval": {f"m{n}": 0.5}}) + "\n" for n in range(200))
+    )
+    page = report(run)
+    assert "150 trained entries, in 150 layers. They are too many to be drawn" in page.text
+    assert len(page.table_with("used columns")) == 151
+    assert "180 more metrics are left out" in page.text
+    assert page.tags.count("svg") == 1
+    study = write_study(run / "study", tasks=("sst2",))
+    assert "The masks have too many layers to be drawn: sst2, seed 0" in report(study).text
 
 
 def test_what_cannot_be_reported(tmp_path, trained, capsys, monkeypatch):

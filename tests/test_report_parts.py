@@ -13,7 +13,7 @@ from speft_kernels.report.aggregate import markdown, summarise
 from speft_kernels.report.folder import asked_for
 from speft_kernels.report.masks import grid_of, overlap
 from speft_kernels.report.page import Cell, Column, table
-from speft_kernels.report.study import _by_density
+from speft_kernels.report.study import _by_density, study_page
 from speft_kernels.study.config import Run
 from speft_kernels.study.rows import Row, read_rows, write_rows
 
@@ -228,3 +228,10 @@ def test_no_number_breaks_the_page(tmp_path, value):
     assert "All runs" in page
     write_rows(tmp_path / "study" / "runs.csv", rows[1::2])
     write_report(tmp_path / "study")
+
+
+def test_a_time_of_next_to_nothing_does_not_break_the_page(tmp_path):
+    rows = [row(salience_seconds=1.0, train_seconds=5e-324)]
+    (tmp_path / "study.json").write_text("{}")
+    write_rows(tmp_path / "runs.csv", rows)
+    assert "Scoring time" in study_page(tmp_path)

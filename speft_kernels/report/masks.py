@@ -92,6 +92,13 @@ class Grid:
     columns: tuple[str, ...]
     density: dict[tuple[int | None, str], float]
 
+    @property
+    def is_drawable(self) -> bool:
+        """A thousand layers of twenty projections are; names that are all different would make as
+        many columns as rows, and a page without end.
+        """
+        return len(self.rows) * len(self.columns) <= 20_000
+
 
 _PLACE = re.compile(r"(?P<prefix>.*?)(?:^|\.)(?P<number>\d{1,9})(?:\.(?P<rest>.+))?", re.DOTALL)
 

@@ -87,6 +87,7 @@ def _results(result: dict[str, Any]) -> Html:
     )
 
 
+_MOST_METRICS = 20  # of an evaluation, which has four
 _FACTS = (
     ("best_step", "step of the best model", cell),
     ("steps", "steps", cell),
@@ -131,7 +132,9 @@ def _evaluations(metrics: Metrics) -> Html:
     found = metrics.evaluations
     if not found:
         return section("Evaluations", paragraph("There is none yet."))
-    names = list(dict.fromkeys(name for entry in found for name in entry["eval"]))
+    every = list(dict.fromkeys(name for entry in found for name in entry["eval"]))
+    names = every[:_MOST_METRICS]
+    left = [f"{len(every) - len(names):,} more metrics are left out."] if every != names else []
     columns = [Column("step", True), Column("epoch", True)]
     columns += [*(Column(name, True) for name in names), Column("best so far")]
     rows = [
@@ -144,7 +147,8 @@ def _evaluations(metrics: Metrics) -> Html:
         for entry in found
     ]
     drawn = _evaluation_figure(found, names) if len(found) > 1 else Html("")
-    return section("Evaluations", drawn, table(columns, rows, "Metrics on the held-out data"))
+    listed = table(columns, rows, "Metrics on the held-out data")
+    return section("Evaluations", notices(left), drawn, listed)
 
 
 def _evaluation_figure(found: list[dict[str, Any]], names: list[str]) -> Html:
@@ -171,14 +175,12 @@ def _mask(masks: Masks, folder: Path, merged: bool) -> Html:
     count = sum(pattern.nnz for pattern in masks.values())
     # A mask that merges moved leaves a delta also where it trains no longer.
     what = "entries that hold a delta" if merged else "trained entries"
-    drawn = cells.heat_maps(
-        "mask", "Density of the mask by layer and projection", {"": grid_of(masks)}
-    )
-    return section(
-        "Where the mask lies",
-        figure(drawn, f"{count:,} {what}, in {len(masks)} layers."),
-        mask_table(masks),
-    )
+    text, grid = f"{count:,} {what}, in {len(masks)} layers.", grid_of(masks)
+    told = paragraph(f"{text} They are too many to be drawn.")
+    if grid.is_drawable:
+        title = "Density of the mask by layer and projection"
+        told = figure(cells.heat_maps("mask", title, {"": grid}), text)
+    return section("Where the mask lies", told, mask_table(masks))
 
 
 def _settings(settings: dict[str, Any], config: dict[str, Any]) -> Html:

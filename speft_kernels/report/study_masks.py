@@ -54,7 +54,9 @@ def _task(summary: Summary, task: str, files: Files, number: int) -> list[Html]:
         if len(names) > 1:
             key = f"overlap-{number}-{place}"
             parts.append(_compared(key, f"{where}, density {start:.3%}", names, masks))
-    grids = {name: grid_of(found) for name, found in masks.items()}
+    grids = {n: grid for n, found in masks.items() if (grid := grid_of(found)).is_drawable}
+    if not grids:
+        return [*parts, paragraph(f"The masks have too many layers to be drawn: {where}.")]
     drawn = cells.heat_maps(
         f"masks-{number}", f"Density of each mask by layer and projection: {where}", grids
     )

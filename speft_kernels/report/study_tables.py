@@ -87,7 +87,8 @@ def cost_section(summary: Summary) -> Html:
             _known(runs, "salience_peak_memory_bytes"),
         )
         if scored and trained and statistics.median(trained) > 0:
-            shares[name] = 100 * statistics.median(scored) / statistics.median(trained)
+            ratio = as_number(100 * statistics.median(scored) / statistics.median(trained))
+            shares |= {} if ratio is None else {name: ratio}
         if used:
             peaks[name] = max(used) / 2**30
         steps = _known(runs, "step_ms_median")
