@@ -35,7 +35,7 @@ from speft_kernels.bench.harness import (
 )
 from speft_kernels.bench.machine import Light, Machine
 from speft_kernels.bench.memory import saved_for_backward
-from speft_kernels.bench.plot import bars_of
+from speft_kernels.bench.plot import bars_of, plot
 from speft_kernels.bench.records import read_records, records_of, write_records
 from speft_kernels.bench.report import describe, goals
 from speft_kernels.bench.trainers import DenseMaskLinear
@@ -278,6 +278,8 @@ def test_a_row_with_the_same_key_is_replaced_where_it_stands(tmp_path):
         (lambda text: text.replace("=0.28125", "=low"), "and the quartiles 'peer=ratio'"),
         (lambda text: text.replace("=0.34375", ""), "and the quartiles 'peer=ratio'"),
         (lambda text: text.replace("<=0.5", "<=half"), "line 2: goals = 'peer, dense<=half'"),
+        (lambda text: text.replace("<=0.5", "<=inf"), "line 2: goals = 'peer, dense<=inf'"),
+        (lambda text: text.replace("=0.28125", "=nan"), "and the quartiles 'peer=ratio'"),
         (lambda text: text + '"', "cannot be read as CSV"),
         (lambda text: text.replace("a processor", "\udce9"), "cannot be read"),
     ],
@@ -302,6 +304,13 @@ def test_the_figure_divides_only_within_one_run():
     (bar,) = bars_of([*old, *new])
     assert (bar.ratio, bar.met) == (0.75, False)
     assert bars_of([*old, new[0]]) == []
+
+
+def test_a_dollar_in_the_name_of_a_case_begins_no_formula(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = records_of(result_of(1e-3, goals={"peer, dense": 0.5}), MACHINE)
+    plot([replace(row, case="$x_{$") for row in rows], tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").stat().st_size
 
 
 def test_bytes_saved_for_backward():

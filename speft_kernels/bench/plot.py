@@ -81,7 +81,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
         if bar.at_most is not None:
             axes.plot([bar.at_most] * 2, [place - 0.45, place + 0.45], color="black", lw=2)
     axes.axvline(1, color="black", lw=0.8, ls=":")
-    axes.set_yticks(places, [bar.label for bar in bars], fontsize=7)
+    # A case may be named by anybody, and a dollar begins a formula.
+    axes.set_yticks(places, [bar.label for bar in bars], fontsize=7, parse_math=False)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlim(0, 1.1 * max(1.0, *(max(bar.ratio, bar.at_most or 0.0) for bar in bars)))
     axes.set_xlabel("time of ours / time of the peer (shorter is better; black: the goal, at most)")

@@ -6,6 +6,7 @@ committed file changes in the rows that were measured and nowhere else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,8 +78,11 @@ class Record(Machine):
 
 
 def _pairs(text: str, sign: str) -> dict[str, float]:
-    pairs = (entry.rpartition(sign) for entry in text.split("; ") if entry)
-    return {peer: float(ratio) for peer, _, ratio in pairs}
+    pairs = [entry.rpartition(sign) for entry in text.split("; ") if entry]
+    found = {peer: float(ratio) for peer, _, ratio in pairs}
+    if not all(map(math.isfinite, found.values())):  # no axis could hold it
+        raise ValueError
+    return found
 
 
 KEY = (
