@@ -3,6 +3,7 @@
 import copy
 import os
 import time
+import zipfile
 
 import pytest
 import torch
@@ -196,16 +197,18 @@ def test_a_sound_checkpoint_is_restored(saved):
 def test_moments_are_taken_into_memory_of_their_own(saved):
     """One number that says it were a matrix has the right shape, and no room to write to."""
     path, _, model, parts = saved
-    state = torch.load(path, weights_only=True)
+    state = read_checkpoint(path)
     state["parts"]["optimizer"]["state"][0]["exp_avg"] = torch.tensor([0.5]).expand(2, 3)
-    torch.save(state, path)
-    restore_checkpoint(read_checkpoint(path), path, model, **parts)
+    restore_checkpoint(state, path, model, **parts)
     moment = parts["optimizer"].state[model.weight]["exp_avg"]
     assert moment.stride() == (3, 1)
     assert torch.equal(moment, torch.full((2, 3), 0.5))
 
 
 MISSING = object()
+NESTED: list[object] = [1]
+for _ in range(30):
+    NESTED = [NESTED, NESTED]
 DAMAGES = {
     "no facts": (["facts"], MISSING),
     "no fingerprint": (["facts", "fingerprint"], MISSING),
@@ -234,6 +237,10 @@ DAMAGES = {
     "rates of another number": (["parts", "scheduler", "base_lrs"], [0.1, 0.1]),
     "a scheduler's method": (["parts", "scheduler", "step"], 1),
     "figures that no JSON holds": (["progress", "salience", "a"], torch.ones(1)),
+    "a tensor that repeats one number": (["facts", "left"], {"a": torch.ones(1).expand(10**12)}),
+    "a tensor of no device": (["facts", "left"], {"a": torch.ones(1, device="meta")}),
+    "a tensor of few entries": (["facts", "left"], {"a": torch.ones(1).to_sparse()}),
+    "lists without end": (["progress", "salience", "a"], NESTED),
     "settings as list": (["facts", "settings"], []),
     "settings that no JSON holds": (["facts", "settings"], {"lr": torch.ones(2)}),
 }
@@ -259,6 +266,19 @@ def test_a_checkpoint_with_a_flipped_bit_in_a_key_is_refused(saved):
     path = saved[0]
     path.write_bytes(path.read_bytes().replace(b"fingerprint", b"fingerprin\xff"))
     with pytest.raises(ConfigError, match="checkpoint is damaged"):
+        read_checkpoint(path)
+
+
+def test_a_compressed_checkpoint_is_not_unpacked(saved):
+    """Of a compressed megabyte torch makes a gigabyte."""
+    path = saved[0]
+    with zipfile.ZipFile(path) as archive:
+        parts = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    assert torch.load(path, weights_only=True)
+    with pytest.raises(ConfigError, match="checkpoint is damaged .it is compressed"):
         read_checkpoint(path)
 
 

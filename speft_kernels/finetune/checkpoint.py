@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from ..errors import ConfigError
 from ..files import replaced
 
 _FORMAT = 4
+_MOST_PARTS = 10**7  # each step is one, its time
 # What reading and restoring raise where a file is not as it was written.
 _DAMAGE = (
-    *(OSError, EOFError, pickle.UnpicklingError, SafetensorError),
+    *(OSError, EOFError, pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile),
     *(RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError),
     OverflowError,
 )
@@ -129,7 +131,9 @@ def save_checkpoint(
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Raises ConfigError for a damaged file or one of another version. Nothing in it is run."""
     with undamaged(path):
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_size(state)
         if state["format"] != _FORMAT:
             raise ConfigError(f"{path}: written by another version; start again with --overwrite")
         _check("state", state, State)
@@ -139,6 +143,36 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         # A run's result.json tells of the one; settings with a tensor in them equal nothing.
         json.dumps([state["progress"], state["facts"]["settings"]])
     return state
+
+
+def _check_archive(path: Path) -> None:
+    """Raises TypeError for what would unpack to more than the file: torch.save compresses nothing,
+    and torch.load makes a gigabyte of a compressed megabyte.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise TypeError("it is compressed")
+
+
+def _check_size(state: Any) -> None:
+    """Raises TypeError for what is larger than the file: tensors that repeat what they hold, and
+    lists that stand in each other many times over.
+    """
+    parts, count = [state], 0
+    while parts:
+        value, count = parts.pop(), count + 1
+        if count > _MOST_PARTS:
+            raise TypeError("it has parts without end")
+        if isinstance(value, dict):
+            parts += value.values()
+        elif isinstance(value, list | tuple):
+            parts += value
+        elif isinstance(value, Tensor):
+            whole = value.layout == torch.strided and value.device.type == "cpu"
+            if not whole or value.nbytes > value.untyped_storage().nbytes():
+                raise TypeError("a tensor is not as large as it says")
 
 
 def _check(name: str, value: Any, kind: Any) -> None:
