@@ -178,7 +178,7 @@ class SparsePattern:
         """`[nnz]`: the flat index into the weight of each trained scalar, in the order of
         `values.reshape(-1)`.
         """
-        if not self.is_block:
+        if not self.is_block or self.is_empty:
             return self.indices
         (bh, bw), dtype = self.block_shape, self.indices.dtype
         row = self.block_rows.to(dtype)[:, None] * bh + torch.arange(
@@ -302,7 +302,7 @@ def _sorted(indices: Tensor) -> Tensor:
 
 
 def _expand(blocks: Tensor, size: int) -> Tensor:
-    if size == 1:
+    if size == 1 or not blocks.numel():  # of a file that holds none, blocks may be of any size
         return blocks
     return (
         blocks[:, None] * size + torch.arange(size, dtype=blocks.dtype, device=blocks.device)

@@ -115,3 +115,13 @@ def test_views_agree_with_the_mask(data):
         weight.view(-1)[pattern.entry_indices.long()] = values.reshape(-1)
         r, c = int(pattern.block_rows[0]) * bh, int(pattern.block_cols[0]) * bw
         assert torch.equal(weight[r : r + bh, c : c + bw], values[0])
+
+
+def test_no_blocks_of_any_size_take_no_memory():
+    """A file may say that they are as large as no memory is, and hold none."""
+    side = 2**40
+    pattern = SparsePattern((side, side), torch.empty(0, dtype=torch.int64), (side, side))
+    for indices in (pattern.entry_indices, pattern.used_rows, pattern.used_cols, pattern.rows):
+        assert indices.shape == (0,)
+    assert pattern.entry_indices.dtype == torch.int64
+    assert pattern.used_rows.dtype == pattern.rows.dtype == torch.int32
