@@ -73,10 +73,10 @@ DTYPES = {"fp32": torch.float32, **SIXTEEN_BITS}
 ONE_GPU = {"archs": (90,)}
 
 
-def odd(*shape: int) -> torch.Tensor:
+def odd(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """As a slice that begins one element into longer rows of an odd length."""
     length = shape[-1] + 2 - shape[-1] % 2
-    return torch.empty(*shape[:-1], length + 1, dtype=torch.bfloat16)[..., 1 : 1 + shape[-1]]
+    return torch.empty(*shape[:-1], length + 1, dtype=dtype)[..., 1 : 1 + shape[-1]]
 
 
 @contextlib.contextmanager

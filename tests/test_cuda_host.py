@@ -111,9 +111,8 @@ FAULTS = (
     ("patched", "multiply_many.h", "sync_block();  // the next", "sync_block()", "void(0)"),
     ("barrier", "block_grad.cu", "sync_block();  // everyone's", "sync_block()", "void(0)"),
     ("run", "topk_kernels.h", "sync_block();  // the run has", "sync_block()", "void(0)"),
-    # Of the grid: one that nobody waits at, one that half of the blocks never reach, and one of
-    # blocks that need not run together.
-    ("grid", "topk_kernels.h", "sync_grid();  // each segment has its b", "sync_grid()", "void(0)"),
+    # Of the grid: one that half of the blocks never reach, and one of blocks that need not run
+    # together.
     (
         "half",
         "topk_kernels.h",
@@ -121,7 +120,7 @@ FAULTS = (
         "sync_grid()",
         "blockIdx.x == 0 ? sync_grid() : void(0)",
     ),
-    ("alone", "topk_kernels.h", "sync_block();  // each tile", "sync_block()", "sync_grid()"),
+    ("alone", "topk_kept.h", "sync_block();  // each tile", "sync_block()", "sync_grid()"),
     # One group of copies too few is waited for.
     ("wait", "block_grad.cu", *("cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()")),
     ("late", "multiply_many.h", *("cp_async_wait<kStages - 3>()", "cp_async_wait<kStages - 2>()")),
@@ -129,7 +128,7 @@ FAULTS = (
     # Rows that start between two multiples of 16 bytes, which only a GPU refuses.
     ("misaligned", "sampled_grad.cu", "* kPitch + column;", "kPitch", "kPitch - 4"),
     # A key equal to the k-th too few; more set aside than there is room for.
-    ("tie", "topk_kernels.h", "tie++ >= ties", "tie++ >= ties - 1"),
+    ("tie", "topk_kept.h", "tie++ >= ties", "tie++ >= ties - 1"),
     ("room", "topk_work.h", "found <= uint64_t(segment.capacity)", "true"),
     # A token beyond the end of a part is added, and counts twice.
     ("off by one", "tokens.h", "? begin + size :", "begin + size", "begin + size + 1"),

@@ -277,7 +277,9 @@ def test_a_padding_token_that_the_model_has_no_embedding_for_is_refused(own, tmp
 
 def test_an_output_that_links_back_to_itself_is_refused(place, tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(ConfigError, match="output = .*loop.* is no path"):
+    # Python tells of it before 3.13, then the system.
+    found = r"output = .*loop.* is no path|loop.* cannot be written: .*symbolic links"
+    with pytest.raises((ConfigError, OutputError), match=found):
         run(place, tmp_path / "loop" / "run")
 
 

@@ -32,9 +32,11 @@ TARGET = "arch=compute_80,code=compute_80"
 # orders of the warps, until one of them comes out wrong.
 SCRIPT = """
 import ctypes, os
+import torch
 import speft_kernels._cuda_host as module
 from speft_kernels.bench.gpu.small import Place, wrong
 
+torch.use_deterministic_algorithms(True)  # which fills what torch.empty makes
 os.environ["SPEFT_PTX"] = {ptx!r}
 for seed in range({orders}):
     ctypes.CDLL(module.__file__).ptx_set_seed(ctypes.c_uint64(seed))
