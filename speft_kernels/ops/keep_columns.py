@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import _cuda_native, _native, _triton
 from ..plan import SparsityPlan
@@ -62,7 +61,8 @@ def unpack(kept: Tensor, tokens: int) -> Tensor:
 @registry.implement("keep_columns", "reference")
 def _reference(x: Tensor, columns: Tensor, kept: Tensor) -> None:
     blocks, _, width = kept.shape
-    some = F.pad(x[:, columns.long()], (0, 0, 0, blocks * width - x.shape[0]))
+    some = x.new_zeros(blocks * width, columns.numel())
+    some[: x.shape[0]] = x[:, columns.long()]
     kept.copy_(some.reshape(blocks, width, columns.numel()).transpose(1, 2))
 
 
