@@ -285,7 +285,8 @@ count_digit(Work work, int level, int parts) {
 }
 
 // Calls f(number) for those of `count` that are this block's, by all of its threads. Each has the
-// block's shared memory to itself.
+// block's shared memory to itself. What is made of a number is made in its turn, for registers are
+// short.
 template <class F>
 SPEFT_DEVICE void each_of_grid(int64_t count, F&& f) {
     SPEFT_UNROLL_BY(1)

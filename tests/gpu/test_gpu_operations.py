@@ -21,9 +21,11 @@ from rig import (
 from torch.nn import functional as F
 
 from speft_kernels import SparsePattern, SparsityPlan, ops
+from speft_kernels._cuda_native import MODULES
 from speft_kernels.bench.gpu.bounds import summation_bound
 from speft_kernels.errors import SalienceError
 from speft_kernels.ops.keep_columns import unpack
+from speft_kernels.ops.ways import topk_ways
 from speft_kernels.plan import plan_of
 
 BLOCKS = ((4, 4), (1, 8)) if DRY else ((4, 4), (16, 16), (32, 32), (1, 64), (64, 1), (8, 24))
@@ -253,6 +255,20 @@ def test_topk_salience(backend, dtype, metric):
             wanted = by_sorting(weights, grads, k, metric)
             for found, expected in zip(got, wanted, strict=True):
                 assert torch.equal(found.long(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [b for b in backends("topk_salience") if b in MODULES])
+def test_topk_salience_in_either_number_of_launches(backend, dtype):
+    """Fewer tiles than a GPU holds blocks, and several for each of them."""
+    for shapes in ([(20, 30), (1, 9)], [(90, 401)] if DRY else [(700, 300), (4096, 8192)]):
+        weights = [randn(*shape, dtype=dtype) for shape in shapes]
+        grads = [randn(*shape, dtype=dtype) for shape in shapes]
+        k = sum(weight.numel() for weight in weights) // 200
+        wanted = by_sorting(weights, grads, k, "snip")
+        for select in topk_ways(weights, grads, [k], True, backend).values():
+            for found, expected in zip(select(), wanted, strict=True):
+                assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
