@@ -87,7 +87,7 @@ def test_matrices_that_are_not_aligned(backend, scope):
 
 
 @pytest.mark.skipif("cuda-host" not in BACKENDS, reason="cuda-host is not built")
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 180), st.integers(1, 400)), min_size=1, max_size=4),
     st.floats(1e-4, 0.9),
