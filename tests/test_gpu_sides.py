@@ -78,29 +78,28 @@ def test_both_ways_of_few_tokens_are_timed_around_the_crossover(tmp_path):
 
 
 @pytest.mark.skipif(_cuda_native.missing("cuda-host") is not None, reason="cuda-host is not built")
-def test_tiles_of_both_heights_are_timed_in_cuda(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "ways", "spec", "stage", "expected"),
+    [
+        (
+            *(case_of_products, cuda_ways, Spec("sparse_delta_matmul", "q", 512)),
+            *(cases.kernel_specs, {"tiles of 256 tokens", "tiles of 128 tokens"}),
+        ),
+        (
+            *(case_of_topk, topk_ways, Spec("topk_salience", "launches")),
+            *(cases.goal_specs, {"five launches", "one launch"}),
+        ),
+    ],
+)
+def test_both_ways_of_cuda_are_timed(tmp_path, monkeypatch, case, ways, spec, stage, expected):
     monkeypatch.setattr(Workbench, "backends", lambda *_, **__: ["cuda"])
-    monkeypatch.setattr(case_of_products, "cuda_ways", partial(cuda_ways, backend="cuda-host"))
-    spec = Spec("sparse_delta_matmul", "q", 512)
-    assert spec in cases.kernel_specs()
+    monkeypatch.setattr(case, ways.__name__, partial(ways, backend="cuda-host"))
+    assert spec in stage()
     book = Journal(tmp_path / journal.NAME, "kernels", "abc", "cpu")
     run._measure(spec, Workbench(Device("cpu"), TINY), book)
     (entry,) = book.entries("case")
     ours = {name for name, values in entry["sides"].items() if values[0]}
-    assert ours == {"cuda, tiles of 256 tokens", "cuda, tiles of 128 tokens"}
-
-
-@pytest.mark.skipif(_cuda_native.missing("cuda-host") is not None, reason="cuda-host is not built")
-def test_one_launch_is_timed_beside_five(tmp_path, monkeypatch):
-    monkeypatch.setattr(Workbench, "backends", lambda *_, **__: ["cuda"])
-    monkeypatch.setattr(case_of_topk, "topk_ways", partial(topk_ways, backend="cuda-host"))
-    spec = Spec("topk_salience", "launches")
-    assert spec in cases.goal_specs()
-    book = Journal(tmp_path / journal.NAME, "kernels", "abc", "cpu")
-    run._measure(spec, Workbench(Device("cpu"), TINY), book)
-    (entry,) = book.entries("case")
-    ours = {name for name, values in entry["sides"].items() if values[0]}
-    assert ours == {"cuda, five launches", "cuda, one launch"}
+    assert ours == {f"cuda, {way}" for way in expected}
 
 
 def test_the_matrix_is_all_that_is_asked_for_and_not_yet_measured():

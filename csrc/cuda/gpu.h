@@ -59,6 +59,7 @@ int launch_resident(void (*kernel)(Parameters...), int64_t multiprocessors, int 
     if (const int error = told(
             cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes)))
         return error;
+    if (each == 0) return cudaErrorLaunchOutOfResources;
     cudaLaunchAttribute together = {};
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = 1;

@@ -128,6 +128,7 @@ class Block {
 
   private:
     static void enter();
+    void wait(State state, char* passed, int line);
     void pause(State state, int line);
     void switch_to(int next);
     int count(State state) const {
@@ -154,9 +155,9 @@ class Block {
     const bool warp_by_warp_ = random_() % 2 == 1;
     int ahead_ = -1;         // that warp
     int waiting_ = 0;        // at a barrier, of the block or of the grid
-    unsigned barriers_ = 0;  // that all have passed
-    char passed_[2] = {};    // what orders threads at even ones and at odd ones
     unsigned of_grid_ = 0;   // barriers of the grid that all have passed
+    unsigned barriers_ = 0;  // and of the block
+    char passed_[2] = {};    // what orders threads at even ones and at odd ones
     char started_ = 0;       // and at the block's start
     char ended_ = 0;         // and its end
     void* const watched_ = races::current();

@@ -22,11 +22,12 @@ thread_local Index3 threadIdx, blockIdx, blockDim, gridDim;
 namespace host {
 namespace {
 
-thread_local Block* t_block = nullptr;
+thread_local Block* t_block = nullptr;  // that runs, as long as a Current is there
 struct Current {
     explicit Current(Block* block) { t_block = block; }
     ~Current() { t_block = nullptr; }
 };
+
 char g_passed[2] = {};  // what orders the threads of a grid at even and odd barriers of it
 
 void deliver(std::vector<Copy>& copies) {
@@ -91,20 +92,20 @@ void Block::pause(State state, int line) {
 #endif
 }
 
+// A thread may come to the next barrier before another one has left this one: so there are two of
+// what orders them.
 void Block::barrier(int line) {
-    // A thread may come to the next barrier before another one has left this one.
-    char* const passed = &passed_[barriers_ % 2];
-    races::release(passed);
-    ++waiting_;
-    pause(State::kAtBarrier, line);
-    races::acquire(passed);
+    wait(State::kAtBarrier, &passed_[barriers_ % 2], line);
 }
 
 void Block::barrier_of_grid(int line) {
-    char* const passed = &g_passed[of_grid_ % 2];
+    wait(State::kAtGrid, &g_passed[of_grid_ % 2], line);
+}
+
+void Block::wait(State state, char* passed, int line) {
     races::release(passed);
     ++waiting_;
-    pause(State::kAtGrid, line);
+    pause(state, line);
     races::acquire(passed);
 }
 
@@ -174,9 +175,7 @@ bool Block::run(Index3 block) {
     if (!begun_) start();
     std::vector<int> ready;
     for (int left = alive(); left > 0; left = alive()) {
-        if (waiting_ == left && count(State::kAtGrid) == left) {
-            return false;
-        }
+        if (waiting_ == left && count(State::kAtGrid) == left) return false;
         if (waiting_ == left && count(State::kAtBarrier) == left) release(State::kAtBarrier);
         ready.clear();
         for (size_t i = 0; i < fibers_.size(); ++i)

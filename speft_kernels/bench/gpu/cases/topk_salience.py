@@ -61,12 +61,17 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
     operands = 2 * total * weights[0].element_size()
     # For each entry a product and a comparison.
     work = Work({"w and g": operands, "indices": 4 * k}, 2 * total, dtype)
-    sides = []
+    sides, reading = [], "reading w and g once"
     backends = bench.backends("topk_salience", dtype=dtype)
     if spec.projection == "launches" and "cuda" in backends:
         backends.remove("cuda")
         sides = [
-            GpuSide(f"cuda, {way}", select, True, work, check=check, waits=True)
+            GpuSide(
+                *(f"cuda, {way}", select, True, work),
+                check=check,
+                floors=[Floor(reading, operands, None)],
+                waits=True,
+            )
             for way, select in topk_ways(weights, grads, [k], True).items()
         ]
     for backend in backends:
@@ -80,11 +85,7 @@ def setup(spec: Spec, bench: Workbench) -> GpuCase:
                 work,
                 {TOPK: TOPK_GOAL} if goal else {},
                 check=check,
-                floors=[
-                    Floor(
-                        "reading w and g once", operands, READING_GOALS[backend] if goal else None
-                    )
-                ],
+                floors=[Floor(reading, operands, READING_GOALS[backend] if goal else None)],
                 waits=True,
             )
         )
