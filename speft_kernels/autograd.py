@@ -17,6 +17,7 @@ from . import ops
 from .dtypes import accumulator_dtype
 from .errors import StaleWeightError
 from .ops.sampled_grad import add_sampled_grad
+from .pattern import SparsePattern
 from .plan import SparsityPlan
 
 
@@ -75,8 +76,9 @@ def version_of(tensor: Tensor, sink: Sink | None = None) -> int:
     return own if sink is None else own + sink.parameter._version
 
 
-def _refuse_changed_values(ctx: Any) -> None:
-    if version_of(ctx.values, ctx.sink) != ctx.version:
+def refuse_changed_values(values: Tensor, sink: Sink | None, version: int) -> None:
+    """Raise StaleWeightError unless `version` is still that of the values."""
+    if version_of(values, sink) != version:
         raise StaleWeightError(
             "the values of a SparseDeltaLinear changed between its forward and its backward pass, "
             "so the weight no longer matches this graph; call backward() before optimizer.step(), "
@@ -92,6 +94,36 @@ def _refuse_a_graph() -> None:
             "a SparseDeltaLinear has no second derivative, and create_graph=True asks for one; "
             "desparsify the model first"
         )
+
+
+def product(
+    x: Tensor,
+    values: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pattern: SparsePattern,
+    resident: bool,
+) -> Tensor:
+    """What `SparseLinear` computes, without a gradient."""
+    if resident:
+        # Under autocast x arrives in the lower precision, and the product casts the weight.
+        assert weight is not None
+        return F.linear(x, weight, bias)
+    if weight is None:
+        return ops.delta_matmul(x, values, pattern)
+    return ops.sparse_delta_matmul(x, weight, values, pattern, bias)
+
+
+def input_gradient(
+    dy: Tensor, values: Tensor, weight: Tensor | None, pattern: SparsePattern, resident: bool
+) -> Tensor:
+    """The gradient of `product` to x."""
+    if resident:
+        assert weight is not None
+        return dy @ weight.to(dy.dtype)
+    if weight is None:
+        return ops.delta_matmul_grad_input(dy, values, pattern)
+    return ops.sparse_delta_matmul_grad_input(dy, weight, values, pattern)
 
 
 class SparseLinear(torch.autograd.Function):
@@ -120,14 +152,7 @@ class SparseLinear(torch.autograd.Function):
         ctx.plan, ctx.sink, ctx.values, ctx.resident = plan, sink, values, resident
         ctx.version = version_of(values, sink)
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
-        if resident:
-            # Under autocast x arrives in the lower precision, and the product casts the weight.
-            assert weight is not None
-            y = F.linear(x, weight, bias)
-        elif weight is None:
-            y = ops.delta_matmul(x, values, plan.pattern)
-        else:
-            y = ops.sparse_delta_matmul(x, weight, values, plan.pattern, bias)
+        y = product(x, values, weight, bias, plan.pattern, resident)
         # Torch lets nobody write into a view that a Function returns, as `relu_` and `+=` do; and
         # products of more than two dimensions are views.
         return y.detach() if y._is_view() else y
@@ -135,19 +160,12 @@ class SparseLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_a_graph()
-        _refuse_changed_values(ctx)
+        refuse_changed_values(ctx.values, ctx.sink, ctx.version)
         kept, weight = ctx.saved_tensors
         d_values = None if kept is None else _values_gradient(ctx, dy, kept)
-        dx = _input_gradient(ctx, dy, weight) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            values = ctx.values.detach()
+            dx = input_gradient(dy, values, weight, ctx.plan.pattern, ctx.resident)
         d_bias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
         return dx, d_values, None, d_bias, None, None, None, None
-
-
-def _input_gradient(ctx: Any, dy: Tensor, weight: Tensor | None) -> Tensor:
-    if ctx.resident:
-        assert weight is not None
-        return dy @ weight.to(dy.dtype)
-    values, pattern = ctx.values.detach(), ctx.plan.pattern
-    if weight is None:
-        return ops.delta_matmul_grad_input(dy, values, pattern)
-    return ops.sparse_delta_matmul_grad_input(dy, weight, values, pattern)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import family, ops, stepping
+from . import compiled, family, ops, stepping
 from .autograd import Sink, SparseLinear, version_of
 from .dtypes import accumulator_dtype
 from .errors import ConfigError, PatternError, nearest
@@ -86,11 +86,17 @@ class SparseDeltaLinear(nn.Module):
 
     def _start(self) -> None:
         """What belongs to this object alone, not to a copy of it."""
-        self._input = SharedInput(self._pattern)
+        self._keep_of_input()
         # For the package's own use, as is what `family` asks of a layer.
         self.family: family.Family | None = None
         self.sink: Sink | None = None
         stepping.watch(self)
+
+    def _keep_of_input(self) -> None:
+        """Settle what the backward pass keeps of the input, anew for each pattern."""
+        self._input = SharedInput(self._pattern)
+        # Found now, as it cannot be where a graph is made.
+        self._columns = compiled.columns_to_keep(self._pattern)
 
     def _take_plain(self, linear: nn.Linear, pattern: SparsePattern, mode: str) -> None:
         weight = linear.weight
@@ -172,9 +178,37 @@ class SparseDeltaLinear(nn.Module):
             NotImplementedError: in a backward pass that is to be differentiated itself.
         """
         if torch.compiler.is_compiling():
-            # What a layer knows by versions and identities would be as old as the graph.
-            return _untraced(self, x)
+            return self._trace(x)
         return self._compute(x)
+
+    def _trace(self, x: Tensor) -> Tensor:
+        """`forward` as a graph is made of it. What cannot be a part of one, or is to be refused,
+        runs as it does without a graph.
+        """
+        parameters = self._parameters
+        values, weight = parameters.get("values"), parameters.get("weight")
+        # `functional_call` has other tensors in their place.
+        own = isinstance(values, nn.Parameter) and isinstance(weight, nn.Parameter | None)
+        if torch.compiler.is_exporting() or not own:
+            return _untraced(self, x)
+        assert values is not None
+        if self.base is not None:
+            y: Tensor = self.base(x)
+            if self._pattern.is_empty:
+                return y
+            x, columns = x.to(y.dtype), self._columns
+            return y + compiled.sparse_linear(x, values, None, None, columns, self.out_features)
+        device = x.device.type
+        cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        trains = torch.is_grad_enabled() and weight is not None and weight.requires_grad
+        if weight is None or trains or (weight.dtype != x.dtype and not cast):
+            return _untraced(self, x)
+        if self._pattern.is_empty:
+            return F.linear(x, weight, self.bias)
+        if cast:
+            x = x.to(torch.get_autocast_dtype(device))
+        columns, bias = self._columns, self.bias
+        return compiled.sparse_linear(x, values, weight, bias, columns, self.out_features)
 
     def _compute(self, x: Tensor) -> Tensor:
         if self.base is not None:
@@ -195,7 +229,7 @@ class SparseDeltaLinear(nn.Module):
         bias = parameters.get("bias")
         if bias is None:
             bias = self.bias  # none, or one that is computed
-        self._sync_if_changed()
+        self.sync_if_changed()
         assert values is not None
         assert weight is not None
         needs_grad = torch.is_grad_enabled()
@@ -285,7 +319,8 @@ class SparseDeltaLinear(nn.Module):
         """
         family.sync([self])
 
-    def _sync_if_changed(self) -> None:
+    def sync_if_changed(self) -> None:
+        """Have the weight hold what the mode says, where it does not; the base must be plain."""
         if self._is_stale():
             # An optimizer changes the values of all: one call writes them all.
             family.write([layer for layer in self._siblings() if layer._is_stale()])
@@ -383,7 +418,7 @@ class SparseDeltaLinear(nn.Module):
         if self.indices.device.type != "meta":
             self._pattern = self._pattern.to(self.indices.device)
             self.indices = self._pattern.indices
-            self._input = SharedInput(self._pattern)
+            self._keep_of_input()
         return self
 
     def _widen_values(self, values: Tensor) -> None:
@@ -400,7 +435,7 @@ class SparseDeltaLinear(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        self._sync_if_changed()  # or `weight` would be one optimizer step behind `values`
+        self.sync_if_changed()  # or `weight` would be one optimizer step behind `values`
         # Averaging a model with its buffers (AveragedModel) truncates what it makes of integers.
         # What the layer computes follows the pattern, and so must what is loaded from this.
         self.indices = self._pattern.indices
@@ -441,7 +476,7 @@ class SparseDeltaLinear(nn.Module):
                 self._restore()
                 self._pattern = pattern.to(self.indices.device)
                 self.indices = self._pattern.indices
-                self._input = SharedInput(self._pattern)
+                self._keep_of_input()
         if self.is_written:
             self.doubt_written()  # as in `_apply`
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -464,7 +499,7 @@ class SparseDeltaLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses mean nothing in a copy.
-        own = ("_input", "family", "sink")
+        own = ("_input", "_columns", "family", "sink")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
         return {**state, "_written_for": _UNKNOWN if self.is_written else None}
 

@@ -24,14 +24,15 @@ def watch(layer: SparseDeltaLinear) -> None:
     _layers[id(layer)] = layer
 
 
-def _alive() -> list[SparseDeltaLinear]:
+def alive() -> list[SparseDeltaLinear]:
+    """All layers that exist."""
     # The references are taken at once: other threads make layers, and drop them, meanwhile.
     return [layer for ref in _layers.valuerefs() if (layer := ref()) is not None]
 
 
 def _settle_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Before a step of any optimizer, let the buffers that it holds be what layers' `.grad` are."""
-    sinks = {id(s.parameter): s for layer in _alive() if (s := layer.sink) is not None}
+    sinks = {id(s.parameter): s for layer in alive() if (s := layer.sink) is not None}
     if sinks:
         for group in optimizer.param_groups:
             for held in {id(p) for p in group["params"]} & sinks.keys():
@@ -45,7 +46,7 @@ def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     fused optimizers, torch's own among them, write past it.
     """
     ours: dict[int, list[Tensor]] = {}
-    for layer in _alive():
+    for layer in alive():
         ours.setdefault(id(layer.values), []).append(layer.values)
         if layer.sink is not None:  # an optimizer may hold either: `model.parameters()` has values
             ours.setdefault(id(layer.sink.parameter), []).append(layer.values)

@@ -34,7 +34,9 @@ class Operation:
         )
 
 
-def operation(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Operation]:
+def operation(
+    name: str, mutates: Iterable[str] = (), tags: Iterable[torch.Tag] = ()
+) -> Callable[[Callable[..., Any]], Operation]:
     """Register the decorated body as the operation `name`, on every device.
 
     Autocast is off inside: it would change the dtype of a product between the checks and the
@@ -61,7 +63,7 @@ def operation(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[...,
 
         schema = torch.library.infer_schema(body, mutates_args=tuple(mutates))
         short = name.removeprefix("speft::")
-        _LIBRARY.define(short + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.define(short + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _LIBRARY.impl(short, exact, "CompositeExplicitAutograd")
         return Operation(name)
 

@@ -1,0 +1,208 @@
+"""A sparse layer within the graphs of `torch.compile`: operations that the compiler does not look
+into.
+
+A graph keeps what was so when it was made, and a layer goes by what is so when it is called: its
+pattern, its mode, and whether its weight was written for its values. So at each call the operations
+ask the layer that holds the tensors they are given, which they know by the addresses.
+
+The layer may write into its weight then, as it does outside of a graph. The schema does not speak
+of it: declared, a compiler might copy the weight instead. What a graph could do with a tensor that
+it takes for constant does no harm here, as nothing but these operations reads the weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import ops, stepping
+from .autograd import input_gradient, product, refuse_changed_values, version_of
+from .dtypes import accumulator_dtype
+from .ops._library import operation
+from .pattern import SparsePattern
+from .row_panels import KEEP_COLUMNS_SHARE
+
+if TYPE_CHECKING:
+    from .nn import SparseDeltaLinear
+
+
+def columns_to_keep(pattern: SparsePattern) -> Tensor | None:
+    """int32 `[C]`, sorted: the columns of its input that a compiled layer keeps for the backward
+    pass; None for all of it.
+    """
+    if pattern.device.type == "meta":
+        return None
+    used = pattern.used_cols
+    return used if used.numel() <= KEEP_COLUMNS_SHARE * pattern.shape[1] else None
+
+
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    columns: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """`autograd.SparseLinear` of a layer's own tensors, to be traced. x is of another dtype than
+    the weight only where autocast has made it so.
+
+    Args:
+        columns: `columns_to_keep`, which cannot be computed where a graph is made.
+    """
+    y: Tensor = torch.ops.speft.sparse_linear(x, values, weight, bias, columns, out_features)[0]
+    return y
+
+
+# The layers that were called, by the addresses of their values.
+_known: dict[int, weakref.ref[SparseDeltaLinear]] = {}
+
+
+def _layer_of(values: Tensor, weight: Tensor | None) -> SparseDeltaLinear:
+    """The layer that holds these very tensors."""
+    wanted = values.data_ptr(), _address(weight)
+
+    def holds(layer: SparseDeltaLinear | None) -> bool:
+        return layer is not None and wanted == (layer.values.data_ptr(), _address(layer.weight))
+
+    known = _known.get(wanted[0])
+    layer = None if known is None else known()
+    if not holds(layer):
+        # Called for the first time, moved, or gone.
+        layer = next(filter(holds, stepping.alive()), None)
+        if layer is None:
+            raise RuntimeError(
+                "a compiled SparseDeltaLinear was given tensors that no layer holds, such as those "
+                "of another model by functional_call; call it without torch.compile"
+            )
+        for address, ref in list(_known.items()):
+            if ref() in (None, layer):
+                _known.pop(address, None)
+        _known[wanted[0]] = weakref.ref(layer)
+    assert layer is not None
+    return layer
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _in_dtype(like: Tensor, values: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The values and a layer's other tensors, as they are multiplied with activations `like`."""
+    cast = (None if other is None else other.to(like.dtype) for other in others)
+    return values.to(accumulator_dtype(like.dtype)), *cast
+
+
+# A graph on a GPU that is replayed without Python would write no weight. Where torch does not have
+# the tag, the version, which is on the CPU, keeps it from making one.
+_TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+
+
+@operation("speft::sparse_linear", tags=_TAGS)
+def _sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    columns: Tensor | None,
+    out_features: int,
+) -> tuple[Tensor, Tensor]:
+    """Return y, and which version of the values it was computed with."""
+    layer = _layer_of(values, weight)
+    if weight is not None:
+        layer.sync_if_changed()
+    version = torch.tensor(version_of(layer.values, layer.sink))
+    with torch.no_grad():
+        own = _in_dtype(x, values, weight, bias)
+        y = product(x, *own, layer.pattern, layer.mode == "resident")
+    return y.contiguous(), version
+
+
+@_sparse_linear.register_fake
+def _(x, values, weight, bias, columns, out_features):  # type: ignore[no-untyped-def]
+    version = torch.empty((), dtype=torch.int64, device="cpu")
+    return x.new_empty(*x.shape[:-1], out_features), version
+
+
+@operation("speft::sparse_linear_grad_input", tags=_TAGS)
+def _grad_input(
+    dy: Tensor, values: Tensor, weight: Tensor | None, version: Tensor, in_features: int
+) -> Tensor:
+    layer = _unchanged(values, weight, version)
+    with torch.no_grad():
+        own = _in_dtype(dy, values, weight)
+        return input_gradient(dy, *own, layer.pattern, layer.mode == "resident").contiguous()
+
+
+@_grad_input.register_fake
+def _(dy, values, weight, version, in_features):  # type: ignore[no-untyped-def]
+    return dy.new_empty(*dy.shape[:-1], in_features)
+
+
+@operation("speft::sparse_linear_grad_values", tags=_TAGS)
+def _grad_values(
+    dy: Tensor, kept: Tensor, values: Tensor, weight: Tensor | None, version: Tensor
+) -> Tensor:
+    pattern = _unchanged(values, weight, version).pattern
+    if kept.shape[-1] != pattern.shape[1]:
+        pattern = _within_used_columns(pattern)
+    gradient = ops.block_grad if pattern.is_block else ops.sampled_grad
+    with torch.no_grad():
+        return gradient(dy, kept, pattern).to(values.dtype)
+
+
+@_grad_values.register_fake
+def _(dy, kept, values, weight, version):  # type: ignore[no-untyped-def]
+    return torch.empty_like(values)
+
+
+def _unchanged(values: Tensor, weight: Tensor | None, version: Tensor) -> SparseDeltaLinear:
+    """The layer, if its values still are those of the forward pass."""
+    layer = _layer_of(values, weight)
+    refuse_changed_values(layer.values, layer.sink, int(version))
+    return layer
+
+
+def _within_used_columns(pattern: SparsePattern) -> SparsePattern:
+    """The pattern of a weight that has no other columns, made once for each."""
+    found: SparsePattern | None = vars(pattern).get("_within_used_columns")
+    if found is None:
+        groups, place = torch.unique(pattern.block_cols, return_inverse=True)
+        indices = pattern.block_rows.long() * groups.numel() + place
+        shape = pattern.shape[0], pattern.used_cols.numel()
+        found = SparsePattern(shape, indices, pattern.block_shape)
+        vars(pattern)["_within_used_columns"] = found
+    return found
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, values, weight, _, columns, _ = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.set_materialize_grads(False)
+    kept = None
+    if ctx.needs_input_grad[1]:
+        # By an operation that the compiler knows: it makes that a part of what computes x, and
+        # weighs whether to keep x itself, for all layers that read it.
+        kept = x if columns is None else x.detach().index_select(-1, columns)
+    # Nothing else of the layer: autograd would refuse to go on where buffers were written to, as
+    # data-parallel training does at each pass.
+    ctx.save_for_backward(kept, values, weight, output[1])
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    kept, *own = ctx.saved_tensors
+    dx = d_values = d_bias = None
+    if dy is not None:
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.speft.sparse_linear_grad_input(dy, *own, ctx.in_features)
+        if ctx.needs_input_grad[1]:
+            d_values = torch.ops.speft.sparse_linear_grad_values(dy, kept, *own)
+        if ctx.needs_input_grad[3]:
+            d_bias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dx, d_values, None, d_bias, None, None
+
+
+_sparse_linear.register_autograd(_backward, setup_context=_save)
