@@ -90,10 +90,8 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _in_dtype(like: Tensor, values: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The values and a layer's other tensors, as they are multiplied with activations `like`."""
-    cast = (None if other is None else other.to(like.dtype) for other in others)
-    return values.to(accumulator_dtype(like.dtype)), *cast
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 # A graph on a GPU that is replayed without Python would write no weight. Where torch does not have
@@ -115,9 +113,10 @@ def _sparse_linear(
     if weight is not None:
         layer.sync_if_changed()
     version = torch.tensor(version_of(layer.values, layer.sink))
+    values = values.to(accumulator_dtype(x.dtype))
+    weight, bias = _cast(weight, x.dtype), _cast(bias, x.dtype)
     with torch.no_grad():
-        own = _in_dtype(x, values, weight, bias)
-        y = product(x, *own, layer.pattern, layer.mode == "resident")
+        y = product(x, values, weight, bias, layer.pattern, layer.mode == "resident")
     return y.contiguous(), version
 
 
@@ -132,9 +131,10 @@ def _grad_input(
     dy: Tensor, values: Tensor, weight: Tensor | None, version: Tensor, in_features: int
 ) -> Tensor:
     layer = _unchanged(values, weight, version)
+    values, weight = values.to(accumulator_dtype(dy.dtype)), _cast(weight, dy.dtype)
     with torch.no_grad():
-        own = _in_dtype(dy, values, weight)
-        return input_gradient(dy, *own, layer.pattern, layer.mode == "resident").contiguous()
+        dx = input_gradient(dy, values, weight, layer.pattern, layer.mode == "resident")
+    return dx.contiguous()
 
 
 @_grad_input.register_fake

@@ -152,6 +152,16 @@ def speft(patterns: Mapping[str, SparsePattern]) -> Prepare:
     return prepare
 
 
+def compiled(prepare: Prepare) -> Prepare:
+    """The same, compiled by torch's default compiler, Inductor."""
+
+    def prepare_and_compile(model: nn.Module) -> nn.Module:
+        found: nn.Module = torch.compile(prepare(model))  # type: ignore[assignment]
+        return found
+
+    return prepare_and_compile
+
+
 def dense_mask(patterns: Mapping[str, SparsePattern]) -> Prepare:
     def prepare(model: nn.Module) -> nn.Module:
         frozen(model)

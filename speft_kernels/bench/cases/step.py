@@ -15,12 +15,13 @@ import torch
 from ...pattern import SparsePattern
 from .. import masks
 from ..checks import close
-from ..harness import Case, Side, Work, WrongResultError
-from ..memory import saved_for_backward
+from ..harness import Case, Saved, Side, Work, WrongResultError
+from ..memory import saved_by, saved_for_backward
 from ..trainers import (
     HEAD,
     LORA_RANK,
     Trainer,
+    compiled,
     dense_mask,
     frozen,
     full,
@@ -38,6 +39,9 @@ GOALS = {
     DRAWN: {},
 }
 SAVED_GOAL = 0.30
+# Of the compiled step: the time over the floor's, and the bytes that are saved for backward, of all
+# the model, over those of the floor.
+COMPILED_GOAL, COMPILED_SAVED_GOAL = 1.06, 1.05
 
 
 def setup(density: float = DENSITY) -> Case:
@@ -99,6 +103,45 @@ def _setup(density: float) -> Case:
             )
         )
     name = f"{masks.MODEL}, {masks.BATCH} x {masks.LENGTH} tokens, masks {density:.1%}"
+    return Case("step", f"{name} ({text.source})", sides, check, rounds=12, calls=2)
+
+
+def setup_compiled(density: float = DENSITY) -> Case:
+    """The step with the model's forward and backward pass compiled by Inductor, on every side."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _setup_compiled(density)
+
+
+def _setup_compiled(density: float) -> Case:
+    torch.manual_seed(0)
+    text = masks.text()
+    patterns = masks.real_masks(density, "layer")
+    lora = {n: p for n, p in peft_methods(patterns).items() if n.startswith("PEFT LoRA")}
+    prepares = {LAYER: speft(patterns), FLOOR: frozen, **lora}
+    trainers = {n: Trainer(text.model, compiled(p), text.steps) for n, p in prepares.items()}
+    reference = Trainer(text.model, full, text.steps)
+
+    def check() -> None:
+        _check_losses(trainers)
+        _check_gradients(LAYER, trainers[LAYER], reference, patterns)
+
+    works = _works(patterns, 0)
+    saved = {name: saved_by(trainer.core, trainer.loss) for name, trainer in trainers.items()}
+    goals = {FLOOR: COMPILED_GOAL}
+    what = "bytes saved for backward by the model", f"{FLOOR}, the same"
+    sides = [
+        Side(
+            name,
+            trainer.step,
+            name == LAYER,
+            next((work for start, work in works.items() if name.startswith(start)), None),
+            goals if name == LAYER else {},
+            Saved(saved[name], saved[FLOOR], COMPILED_SAVED_GOAL if name == LAYER else None, *what),
+        )
+        for name, trainer in trainers.items()
+    ]
+    name = f"{masks.MODEL}, {masks.BATCH} x {masks.LENGTH} tokens, masks {density:.1%}, compiled"
     return Case("step", f"{name} ({text.source})", sides, check, rounds=12, calls=2)
 
 
@@ -164,5 +207,5 @@ def _works(patterns: Mapping[str, SparsePattern], global_entries: int) -> dict[s
     }
 
 
-CASES = {"step": setup}
+CASES = {"step": setup, "compiled": setup_compiled}
 QUICK = ("step",)

@@ -23,7 +23,7 @@ STAGES = {
     "test": Stage(470, "the GPU suite: pytest -m gpu tests/gpu"),
     "kernels": Stage(470, "the same operations at other tokens, densities and masks"),
     "step": Stage(
-        470, "training steps of Llama models of 8B and 1B against the frozen model and LoRA"
+        590, "training steps of Llama models of 8B and 1B against the frozen model and LoRA"
     ),
     "sanitize": Stage(470, "the GPU kernels on small tensors under compute-sanitizer"),
     "matrix": Stage(

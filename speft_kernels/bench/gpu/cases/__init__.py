@@ -42,8 +42,11 @@ def matrix_specs() -> list[Spec]:
 
 
 def step_specs() -> list[Spec]:
-    """A case for each backend, the two with kernels first: torch's way is bound by the host."""
-    return [Spec("step", size, backend=b) for b in BACKENDS for size in ("8B", "1B")]
+    """A case for each backend, the two with kernels first: torch's way is bound by the host. Then
+    one that is compiled, for which the backend serves that needs no compiler of its own.
+    """
+    eager = [Spec("step", size, backend=b) for b in BACKENDS for size in ("8B", "1B")]
+    return [*eager, Spec("step", "1B compiled", backend="torch")]
 
 
 def _goals() -> Iterator[Spec]:
