@@ -135,6 +135,20 @@ def test_a_compiled_layer_sees_that_its_values_changed(mode):
         assert torch.equal(forward(x), layer(x))
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_is_not_computed_again_with_other_values(mode, flat):
+    model = chain(mode, checkpointed=True)
+    own = [layer.values for layer in sparse_layers(model).values()]
+    optimizer = torch.optim.SGD([FlatValues(model).parameter] if flat else own, lr=1.0)
+    forward, x = whole(model), torch.randn(3, 16, dtype=torch.float64)
+    forward(x).sum().backward()
+    y = forward(x)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|values of a"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_it_sees_that_flat_values_changed(mode):
     """Which have another version than the layer's values."""
