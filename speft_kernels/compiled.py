@@ -76,7 +76,8 @@ def _layer_of(values: Tensor, weight: Tensor | None) -> SparseDeltaLinear:
         if layer is None:
             raise RuntimeError(
                 "a compiled SparseDeltaLinear was given tensors that no layer holds, such as those "
-                "of another model by functional_call; call it without torch.compile"
+                "of another model by functional_call, or of a program that torch.export saved: "
+                "call it without torch.compile, or desparsify the model before it is exported"
             )
         for address, ref in list(_known.items()):
             if ref() in (None, layer):
@@ -117,7 +118,7 @@ def _sparse_linear(
     weight, bias = _cast(weight, x.dtype), _cast(bias, x.dtype)
     with torch.no_grad():
         y = product(x, values, weight, bias, layer.pattern, layer.mode == "resident")
-    return y.contiguous(), version
+    return y.contiguous(), version  # as the fake has it
 
 
 @_sparse_linear.register_fake
@@ -134,7 +135,7 @@ def _grad_input(
     values, weight = values.to(accumulator_dtype(dy.dtype)), _cast(weight, dy.dtype)
     with torch.no_grad():
         dx = input_gradient(dy, values, weight, layer.pattern, layer.mode == "resident")
-    return dx.contiguous()
+    return dx.contiguous()  # as the fake has it
 
 
 @_grad_input.register_fake

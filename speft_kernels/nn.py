@@ -177,7 +177,7 @@ class SparseDeltaLinear(nn.Module):
             StaleWeightError: in the backward pass, where `values` changed since this one.
             NotImplementedError: in a backward pass that is to be differentiated itself.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self._trace(x)
         return self._compute(x)
 
@@ -188,8 +188,8 @@ class SparseDeltaLinear(nn.Module):
         parameters = self._parameters
         values, weight = parameters.get("values"), parameters.get("weight")
         # `functional_call` has other tensors in their place.
-        own = isinstance(values, nn.Parameter) and isinstance(weight, nn.Parameter | None)
-        if torch.compiler.is_exporting() or not own:
+        own = isinstance(values, nn.Parameter) and isinstance(weight, (nn.Parameter, type(None)))
+        if not own:
             return _untraced(self, x)
         assert values is not None
         if self.base is not None:
