@@ -10,6 +10,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import ops
     from .adapter import load_adapter, read_adapter, save_adapter
+    from .experts import join_experts, split_experts
     from .flat import FlatValues
     from .model import (
         SpeftConfig,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # Loaded on first use: `speft --help` must not wait for torch.
 _HOME = {
     "adapter": ("load_adapter", "read_adapter", "save_adapter"),
+    "experts": ("join_experts", "split_experts"),
     "flat": ("FlatValues",),
     "model": (
         *("SpeftConfig", "apply_patterns", "desparsify", "merge", "score_and_select"),
@@ -56,6 +58,7 @@ __all__ = [
     "__version__",
     "apply_patterns",
     "desparsify",
+    "join_experts",
     "load_adapter",
     "merge",
     "ops",
@@ -64,6 +67,7 @@ __all__ = [
     "score_and_select",
     "sparse_layers",
     "sparsify",
+    "split_experts",
     "summary",
     "trainable_parameters",
     "unmerge",

@@ -41,7 +41,7 @@ from .model import refuse_delta_in_shared
 from .nn import SparseDeltaLinear
 from .overview import sparse_layers, unwrapped
 from .pattern import SparsePattern
-from .targets import is_below
+from .targets import is_below, remedy_for_missing
 
 __all__ = [
     "AdapterFile",
@@ -339,7 +339,7 @@ def check_shapes(model: nn.Module, patterns: Mapping[str, SparsePattern]) -> Non
         if module is None:
             raise AdapterError(
                 f"the model has no layer {shown(name)}, which the adapter "
-                f"trains.{nearest(name, modules)}"
+                f"trains.{remedy_for_missing(modules, name)}"
             )
         shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
         if None in shape:

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ConfigError, PatternError, nearest
+from .errors import ConfigError, PatternError
 from .family import Family
 from .nn import SparseDeltaLinear
 from .overview import sparse_layers, unwrapped
 from .pattern import SparsePattern
-from .targets import check_layers
+from .targets import check_layers, remedy_for_missing
 
 _STATE = "_speft_state"
 
@@ -61,7 +61,8 @@ def install(
     modules = dict(model.named_modules())
     for name in patterns:
         if name not in modules:
-            raise ConfigError(f"the model has no module {name!r}.{nearest(name, modules)}")
+            remedy = remedy_for_missing(modules, name)
+            raise ConfigError(f"the model has no module {name!r}.{remedy}")
     check_layers(model, {name: modules[name] for name in patterns}, mode)
 
     tensors = model.state_dict(keep_vars=True)  # of sparse layers it would write the weights

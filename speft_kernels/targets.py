@@ -136,10 +136,44 @@ def note_of_left_out(model: nn.Module, targets: Targets, config: SpeftConfig) ->
     if left <= _MUCH * total:
         return ()
     listed = ", ".join(key for key, _ in sizes.most_common(3)) + (", ..." if len(sizes) > 3 else "")
-    return (
+    note = (
         f"{ALL_LINEAR!r} leaves out {left / total:.0%} of the weights, which are in no nn.Linear "
-        f"that can train sparsely: {listed} stay frozen",
+        f"that can train sparsely: {listed} stay frozen"
     )
+    if any(map(can_be_split, model.modules())):
+        note += "; experts that are split train: split_experts(model), or --experts split"
+    return (note,)
+
+
+def can_be_split(module: nn.Module) -> bool:
+    """Return whether a module holds experts that `experts.split_experts` serves."""
+    # `_apply_gate` marks what transformers' decorator says can be computed by other means than the
+    # module's own forward pass.
+    others = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
+    if not hasattr(module, "_apply_gate") or any(getattr(module, flag, False) for flag in others):
+        return False
+    own = dict(module.named_parameters(recurse=False))
+    return set(own) == set(expert_weights(module)) and all(
+        parameter.ndim == 3 and parameter.is_floating_point() for parameter in own.values()
+    )
+
+
+def is_experts_part(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Return whether `name` is what a layer is called once the experts above it are split."""
+    above = modules.get(name.rpartition(".")[0].rpartition(".")[0])
+    return above is not None and can_be_split(above)
+
+
+def remedy_for_missing(modules: Mapping[str, nn.Module], name: str) -> str:
+    """What to say to someone who names a module that is not among those of a model."""
+    if is_experts_part(modules, name):
+        return " Split the model's experts first: split_experts(model), or --experts split"
+    return nearest(name, modules)
+
+
+def expert_weights(module: nn.Module) -> tuple[str, str]:
+    """The names of the two weights of experts, in the order of the products."""
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
 
 
 def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -> None:

@@ -36,6 +36,15 @@ def llama(seed: int = 0, **settings: Any) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+def mixtral(seed: int = 0, experts: int = 4, **settings: Any) -> nn.Module:
+    """A two-layer mixture of experts, two of them for each token, that predicts tokens."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    own = {"num_key_value_heads": 1, "num_local_experts": experts}
+    config = transformers.MixtralConfig(**{**_SIZES, **own, **settings})
+    return transformers.MixtralForCausalLM(config)
+
+
 def opt(seed: int = 0, **settings: Any) -> nn.Module:
     """A two-layer OPT that predicts tokens; unlike Llama's, its norms keep to the model's dtype."""
     transformers = pytest.importorskip("transformers")

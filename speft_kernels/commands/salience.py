@@ -16,7 +16,8 @@ from .settings import add_settings, given_settings
 SETTINGS = (
     *("train", "output", "model", "task", "max_length", "pooling", "density", "salience", "scope"),
     *("selection", "sample_columns"),
-    *("target_modules", "exclude_modules", "block_shape", "scoring_examples", "scoring_batches"),
+    *("target_modules", "exclude_modules", "experts", "block_shape"),
+    *("scoring_examples", "scoring_batches"),
     *("accumulate", "accumulator_dtype", "accumulator_device", "grasp_sign", "grasp_temperature"),
     *("lora_budget", "head_warmup_steps", "head_lr", "dtype", "seed"),
 )

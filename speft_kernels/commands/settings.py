@@ -17,7 +17,7 @@ GROUPS = {
     ),
     "what trains": (
         *("method", "mask", "density", "salience", "scope", "selection", "sample_columns"),
-        *("target_modules", "exclude_modules"),
+        *("target_modules", "exclude_modules", "experts"),
         *("block_shape", "mode", "scoring_examples", "scoring_batches", "accumulate"),
         *("accumulator_dtype", "accumulator_device", "grasp_sign", "grasp_temperature"),
         *("dynamic", "dynamic_every", "dynamic_share", "dynamic_until", "head_warmup_steps"),

@@ -121,6 +121,12 @@ class RunConfig:
         "all-linear", "layers to adapt: names, suffixes or regular expressions"
     )
     exclude_modules: tuple[str, ...] = option((), "layers to leave out")
+    experts: str = option(
+        "frozen",
+        "what becomes of experts that transformers holds in parameters of three dimensions: "
+        "'split' makes linear layers of them, which train like others",
+        choices=("frozen", "split"),
+    )
     block_shape: tuple[int, int] = option((1, 1), "train blocks of this shape, e.g. 16x16")
     mode: str = option(
         "resident",
@@ -284,6 +290,11 @@ class RunConfig:
             raise ConfigError(
                 f"dynamic = {self.dynamic!r} moves the mask of method 'speft' in mode 'resident'; "
                 f"this is method {self.method!r} in mode {self.mode!r}"
+            )
+        if self.experts == "split" and self.method != "speft":
+            raise ConfigError(
+                f"experts = 'split' is for method 'speft'; method {self.method!r} leaves experts "
+                "that are no linear layers frozen"
             )
         if self.mask is not None:
             self._check_mask()

@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 
 from .._version import __version__
 from ..errors import ConfigError
+from ..experts import split_experts
 from ..salience.custom import source_of
 from ..targets import Targets
 from . import methods
@@ -200,6 +201,8 @@ def load_model(
             new_head=bool(note),
         )
     check_weights(model, config.model)
+    if config.experts == "split":
+        split_experts(model)
     targets = methods.find(model, config, mask)
     config = rated(methods.budgeted(config, targets), mask)
     check_rank(config, targets)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..adapter import load_adapter
 from ..adapter_file import CONFIG_FILE, TENSORS_FILE, read_adapter
 from ..errors import AdapterError, ConfigError, shown
+from ..experts import join_experts, names_experts, split_experts
 from ..files import read_json
 from ..model import desparsify, sparse_layers
 from . import baselines
@@ -80,9 +81,14 @@ def load_trained(
     if (folder / PEFT_FILE).is_file():
         network = baselines.load(network, folder)
     elif not whole:
+        split = names_experts(network, read_adapter(folder).layers)
+        if split:
+            split_experts(network)
         load_adapter(network, folder)
         if sparse_layers(network):
             desparsify(network)
+        if split:
+            join_experts(network)
     return Trained(network.eval(), tokenizer, task, labels, positive)
 
 

@@ -79,6 +79,7 @@ def _unread(config: RunConfig) -> set[str]:
         "lora_rank": config.method in ("lora", "pissa", "shira") and not config.lora_budget,
         "sample_columns": sparse and drawn,
         **dict.fromkeys(("salience", "scope", "selection", "block_shape", "mode"), sparse),
+        "experts": sparse,
         **dict.fromkeys(("accumulate", "accumulator_dtype", "accumulator_device"), sparse),
         **dict.fromkeys(("grasp_sign", "grasp_temperature"), config.salience == "grasp"),
         **dict.fromkeys(("dynamic_every", "dynamic_share", "dynamic_until"), config.dynamic),
