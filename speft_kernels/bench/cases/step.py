@@ -75,9 +75,9 @@ def _setup(density: float) -> Case:
     def check() -> None:
         if sides[0].saved is None or not sides[0].saved.bytes:
             raise WrongResultError(f"{LAYER}: what it keeps for backward escaped the hooks")
-        _check_losses(trainers)
+        check_losses(trainers)
         for name, patterns in {**chosen, MASKED: per_layer}.items():
-            _check_gradients(name, trainers[name], trainers[FULL], patterns)
+            check_gradients(name, trainers[name], trainers[FULL], patterns)
 
     works = _works(per_layer, sum(p.nnz for p in chosen[GLOBAL].values()))
     head = sum(p.numel() for p in text.model.get_submodule(HEAD).parameters())
@@ -123,8 +123,8 @@ def _setup_compiled(density: float) -> Case:
     reference = Trainer(text.model, full, text.steps)
 
     def check() -> None:
-        _check_losses(trainers)
-        _check_gradients(LAYER, trainers[LAYER], reference, patterns)
+        check_losses(trainers)
+        check_gradients(LAYER, trainers[LAYER], reference, patterns)
 
     works = _works(patterns, 0)
     saved = {name: saved_by(trainer.core, trainer.loss) for name, trainer in trainers.items()}
@@ -145,7 +145,7 @@ def _setup_compiled(density: float) -> Case:
     return Case("step", f"{name} ({text.source})", sides, check, rounds=12, calls=2)
 
 
-def _check_losses(trainers: Mapping[str, Trainer]) -> None:
+def check_losses(trainers: Mapping[str, Trainer]) -> None:
     """Before the first step no delta is there, so every side computes the loss of the bare model.
 
     They add exact zeros to its products, and may sum these in other orders: a few roundings in each
@@ -158,7 +158,7 @@ def _check_losses(trainers: Mapping[str, Trainer]) -> None:
             close(f"{name}, first loss", trainer.loss().double().view(1), expected, bound)
 
 
-def _check_gradients(
+def check_gradients(
     name: str, side: Trainer, reference: Trainer, patterns: Mapping[str, SparsePattern]
 ) -> None:
     """The gradient of the trained entries is full fine-tuning's at the same places.
