@@ -147,6 +147,19 @@ def test_the_weights_are_not_copied_and_come_back_bit_for_bit():
     assert trains == {name: True for name, _ in other.named_parameters()}
 
 
+def test_a_write_into_one_expert_is_none_into_the_others():
+    """Else a graph that saved those weights could not be gone back through."""
+    model = mixtral()
+    split_experts(model)
+    sparsify(model, CONFIG, [BATCH])
+    one, *others = model.get_submodule(MIXTURES[0]).gate_up_proj
+    y = sum(other(torch.ones(2, 16, requires_grad=True)).sum() for other in others)
+    with torch.no_grad():
+        one.values.add_(1.0)
+    one.sync()
+    y.backward()
+
+
 def test_experts_that_were_moved_are_joined_by_a_copy():
     model = mixtral()
     wanted = {name: tensor.double() for name, tensor in model.state_dict().items()}
