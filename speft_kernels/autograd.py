@@ -76,8 +76,8 @@ def version_of(tensor: Tensor, sink: Sink | None = None) -> int:
     return own if sink is None else own + sink.parameter._version
 
 
-def refuse_changed_values(values: Tensor, sink: Sink | None, version: int) -> None:
-    """Raise StaleWeightError unless `version` is still that of the values."""
+def refuse_changed_values(values: Tensor, sink: Sink | None, version: int | None) -> None:
+    """Raise StaleWeightError unless `version` is still that of the values. None is of no values."""
     if version_of(values, sink) != version:
         raise StaleWeightError(
             "the values of a SparseDeltaLinear changed between its forward and its backward pass, "

@@ -3,7 +3,8 @@ into.
 
 A graph keeps what was so when it was made, and a layer goes by what is so when it is called: its
 pattern, its mode, and whether its weight was written for its values. So at each call the operations
-ask the layer that holds the tensors they are given, which they know by the addresses.
+ask the layer: in the forward pass the one that holds the tensors they are given, which they know by
+the addresses, and in the backward pass the one that the forward pass found.
 
 The layer may write into its weight then, as it does outside of a graph. The schema does not speak
 of it: declared, a compiler might copy the weight instead. What a graph could do with a tensor that
@@ -109,29 +110,30 @@ def _sparse_linear(
     columns: Tensor | None,
     out_features: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return y, and which version of the values it was computed with."""
+    """Return y; and int64 `[3]`, which layer it is of, which values, and which version of them."""
     layer = _layer_of(values, weight)
     if weight is not None:
         layer.sync_if_changed()
-    version = torch.tensor(version_of(layer.values, layer.sink))
+    version = version_of(layer.values, layer.sink)
+    used = torch.tensor([layer.number, id(layer.values), version])
     values = values.to(accumulator_dtype(x.dtype))
     weight, bias = _cast(weight, x.dtype), _cast(bias, x.dtype)
     with torch.no_grad():
         y = product(x, values, weight, bias, layer.pattern, layer.mode == "resident")
-    return y.contiguous(), version  # as the fake has it
+    return y.contiguous(), used  # as the fake has it
 
 
 @_sparse_linear.register_fake
 def _(x, values, weight, bias, columns, out_features):  # type: ignore[no-untyped-def]
-    version = torch.empty((), dtype=torch.int64, device="cpu")
-    return x.new_empty(*x.shape[:-1], out_features), version
+    used = torch.empty(3, dtype=torch.int64, device="cpu")
+    return x.new_empty(*x.shape[:-1], out_features), used
 
 
 @operation("speft::sparse_linear_grad_input", tags=_TAGS)
 def _grad_input(
-    dy: Tensor, values: Tensor, weight: Tensor | None, version: Tensor, in_features: int
+    dy: Tensor, values: Tensor, weight: Tensor | None, used: Tensor, in_features: int
 ) -> Tensor:
-    layer = _unchanged(values, weight, version)
+    layer = _unchanged(used)
     values, weight = values.to(accumulator_dtype(dy.dtype)), _cast(weight, dy.dtype)
     with torch.no_grad():
         dx = input_gradient(dy, values, weight, layer.pattern, layer.mode == "resident")
@@ -139,15 +141,13 @@ def _grad_input(
 
 
 @_grad_input.register_fake
-def _(dy, values, weight, version, in_features):  # type: ignore[no-untyped-def]
+def _(dy, values, weight, used, in_features):  # type: ignore[no-untyped-def]
     return dy.new_empty(*dy.shape[:-1], in_features)
 
 
 @operation("speft::sparse_linear_grad_values", tags=_TAGS)
-def _grad_values(
-    dy: Tensor, kept: Tensor, values: Tensor, weight: Tensor | None, version: Tensor
-) -> Tensor:
-    pattern = _unchanged(values, weight, version).pattern
+def _grad_values(dy: Tensor, kept: Tensor, values: Tensor, used: Tensor) -> Tensor:
+    pattern = _unchanged(used).pattern
     if kept.shape[-1] != pattern.shape[1]:
         pattern = _within_used_columns(pattern)
     gradient = ops.block_grad if pattern.is_block else ops.sampled_grad
@@ -156,14 +156,24 @@ def _grad_values(
 
 
 @_grad_values.register_fake
-def _(dy, kept, values, weight, version):  # type: ignore[no-untyped-def]
+def _(dy, kept, values, used):  # type: ignore[no-untyped-def]
     return torch.empty_like(values)
 
 
-def _unchanged(values: Tensor, weight: Tensor | None, version: Tensor) -> SparseDeltaLinear:
-    """The layer, if its values still are those of the forward pass."""
-    layer = _layer_of(values, weight)
-    refuse_changed_values(layer.values, layer.sink, int(version))
+def _unchanged(used: Tensor) -> SparseDeltaLinear:
+    """The layer, if its values still are those of the forward pass. Not by the addresses of what
+    was saved: a hook on saved tensors gives others back, as `save_on_cpu` does.
+    """
+    number, held, version = used.tolist()
+    layer = stepping.by_number(number)
+    if layer is None:
+        raise RuntimeError(
+            "a compiled SparseDeltaLinear no longer exists when its backward pass runs: keep the "
+            "model until then"
+        )
+    # Others, as `load_state_dict(assign=True)` puts there, may have the version of the former ones.
+    version = version if id(layer.values) == held else None
+    refuse_changed_values(layer.values, layer.sink, version)
     return layer
 
 
@@ -190,17 +200,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
         kept = x if columns is None else x.detach().index_select(-1, columns)
     # Nothing else of the layer: autograd would refuse to go on where buffers were written to, as
     # data-parallel training does at each pass.
+    weight = weight if ctx.needs_input_grad[0] else None
     ctx.save_for_backward(kept, values, weight, output[1])
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    kept, *own = ctx.saved_tensors
+    kept, values, weight, used = ctx.saved_tensors
     dx = d_values = d_bias = None
     if dy is not None:
         if ctx.needs_input_grad[0]:
-            dx = torch.ops.speft.sparse_linear_grad_input(dy, *own, ctx.in_features)
+            dx = torch.ops.speft.sparse_linear_grad_input(dy, values, weight, used, ctx.in_features)
         if ctx.needs_input_grad[1]:
-            d_values = torch.ops.speft.sparse_linear_grad_values(dy, kept, *own)
+            d_values = torch.ops.speft.sparse_linear_grad_values(dy, kept, values, used)
         if ctx.needs_input_grad[3]:
             d_bias = dy.reshape(-1, dy.shape[-1]).sum(0)
     return dx, d_values, None, d_bias, None, None

@@ -90,7 +90,7 @@ class SparseDeltaLinear(nn.Module):
         # For the package's own use, as is what `family` asks of a layer.
         self.family: family.Family | None = None
         self.sink: Sink | None = None
-        stepping.watch(self)
+        self.number = stepping.watch(self)
 
     def _keep_of_input(self) -> None:
         """Settle what the backward pass keeps of the input, anew for each pattern."""
@@ -499,7 +499,7 @@ class SparseDeltaLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses mean nothing in a copy.
-        own = ("_input", "_columns", "family", "sink")
+        own = ("_input", "_columns", "family", "sink", "number")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
         return {**state, "_written_for": _UNKNOWN if self.is_written else None}
 

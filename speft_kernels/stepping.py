@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,23 @@ from torch.optim.optimizer import (
 if TYPE_CHECKING:
     from .nn import SparseDeltaLinear
 
-# The layers that exist, by their id, for the hooks below.
+# The layers that exist, by numbers that no two ever have.
 _layers: weakref.WeakValueDictionary[int, SparseDeltaLinear] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
-def watch(layer: SparseDeltaLinear) -> None:
-    """Take part, for this layer, in every step of every optimizer, as long as it lives."""
-    _layers[id(layer)] = layer
+def watch(layer: SparseDeltaLinear) -> int:
+    """Take part, for this layer, in every step of every optimizer, as long as it lives; return the
+    layer's number.
+    """
+    number = next(_numbers)
+    _layers[number] = layer
+    return number
+
+
+def by_number(number: int) -> SparseDeltaLinear | None:
+    """The layer, if it still exists."""
+    return _layers.get(number)
 
 
 def alive() -> list[SparseDeltaLinear]:

@@ -69,7 +69,9 @@ def nothing_compiled():
 
 def whole(module, backend="aot_eager"):
     """Compiled without a break in its graph, and to be compiled once for what it is called with."""
-    return torch.compile(module, backend=backend, fullgraph=True)
+    # A graph that was cached knows the operations as they were then.
+    options = {"fx_graph_cache": False} if backend == "inductor" else None
+    return torch.compile(module, backend=backend, fullgraph=True, options=options)
 
 
 def graphs():
@@ -322,7 +324,7 @@ def test_it_keeps_used_columns_or_what_the_graph_has_anyway():
             forward(x)
         return sum(sizes.values())
 
-    versions = 3 * 8
+    versions = 3 * 3 * 8
     few, many = Three(0.002), Three(0.03)
     used = [[layer.pattern.used_cols.numel() for layer in model.layers] for model in (few, many)]
     assert sum(used[0]) < 128
@@ -384,6 +386,45 @@ def test_a_layer_that_was_compiled_is_let_go():
     assert [ref() for ref in compiled._known.values()] == [other]
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("mode", MODES)
+def test_hooks_on_saved_tensors_may_give_others_back(mode, backend):
+    """As `save_on_cpu` does, which moves them."""
+    layer = make_layer(mode=mode, dtype=torch.float64)
+    x = torch.randn(3, 48, dtype=torch.float64, requires_grad=True)
+
+    def gradients(forward):
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            y = forward(x)
+        return torch.autograd.grad(y.square().sum(), (x, layer.values))
+
+    torch.testing.assert_close(gradients(whole(layer, backend)), gradients(layer))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_backward_pass_refuses_other_values_of_the_same_version(mode):
+    layer = make_layer(mode=mode, fill=False)
+    y = whole(layer)(torch.randn(3, 48))
+    others = make_layer(make_pattern("uniform", 32, 48), mode, fill=False).state_dict()
+    others["indices"] = others["indices"][: layer.pattern.nnz]
+    for name in ("values", "base_values"):
+        others[name] = nn.Parameter(others[name][: layer.pattern.nnz])
+    layer.load_state_dict(others, assign=True)
+    assert layer.values._version == 0
+    with pytest.raises(StaleWeightError):
+        y.sum().backward()
+
+
+def test_a_backward_pass_says_that_its_layer_is_gone():
+    layer = make_layer()
+    y = whole(layer)(torch.randn(3, 48))
+    del layer
+    torch._dynamo.reset()
+    gc.collect()
+    with pytest.raises(RuntimeError, match="no longer exists"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("pattern", [make_pattern("uniform", 32, 48), BLOCKS])
 def test_the_operations_are_what_they_are_registered_as(mode, pattern, monkeypatch):
@@ -397,14 +438,14 @@ def test_the_operations_are_what_they_are_registered_as(mode, pattern, monkeypat
     for columns in (None, layer._columns):
         arguments = (x, *own, layer.bias, columns, 32)
         torch.library.opcheck(torch.ops.speft.sparse_linear.default, arguments)
-    dy, version = torch.randn(5, 32, dtype=torch.float64), torch.tensor(layer.values._version)
-    own = (layer.values.detach(), layer.weight.detach(), version)
-    arguments = (dy, *own, 48)
+    dy, values = torch.randn(5, 32, dtype=torch.float64), layer.values.detach()
+    used = torch.tensor([layer.number, id(layer.values), layer.values._version])
+    arguments = (dy, values, layer.weight.detach(), used, 48)
     operation = torch.ops.speft.sparse_linear_grad_input.default
     torch.library.opcheck(operation, arguments)
     for kept in (x.detach(), x.detach()[:, pattern.used_cols]):
         operation = torch.ops.speft.sparse_linear_grad_values.default
-        torch.library.opcheck(operation, (dy, kept, *own))
+        torch.library.opcheck(operation, (dy, kept, values, used))
 
 
 def test_the_compiler_is_not_imported_for_a_layer():
