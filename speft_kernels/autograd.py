@@ -108,10 +108,14 @@ def product(
     if resident:
         # Under autocast x arrives in the lower precision, and the product casts the weight.
         assert weight is not None
-        return F.linear(x, weight, bias)
-    if weight is None:
-        return ops.delta_matmul(x, values, pattern)
-    return ops.sparse_delta_matmul(x, weight, values, pattern, bias)
+        y = F.linear(x, weight, bias)
+    elif weight is None:
+        y = ops.delta_matmul(x, values, pattern)
+    else:
+        y = ops.sparse_delta_matmul(x, weight, values, pattern, bias)
+    # Torch lets nobody write into a view that a Function returns, as `relu_` and `+=` do; and
+    # products of more than two dimensions are views.
+    return y.detach() if y._is_view() else y
 
 
 def input_gradient(
@@ -152,10 +156,7 @@ class SparseLinear(torch.autograd.Function):
         ctx.plan, ctx.sink, ctx.values, ctx.resident = plan, sink, values, resident
         ctx.version = version_of(values, sink)
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
-        y = product(x, values, weight, bias, plan.pattern, resident)
-        # Torch lets nobody write into a view that a Function returns, as `relu_` and `+=` do; and
-        # products of more than two dimensions are views.
-        return y.detach() if y._is_view() else y
+        return product(x, values, weight, bias, plan.pattern, resident)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

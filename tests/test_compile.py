@@ -388,6 +388,20 @@ def test_a_layer_that_was_compiled_is_let_go():
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(3, 48), (2, 3, 48), (48,)])
+def test_what_it_returns_may_be_written_to(mode, shape, backend):
+    layer = make_layer(mode=mode, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def gradients(forward):
+        y = forward(x).add_(1.0).relu_()
+        return torch.autograd.grad(y.square().sum(), (x, layer.values))
+
+    torch.testing.assert_close(gradients(whole(layer, backend)), gradients(layer))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("mode", MODES)
 def test_hooks_on_saved_tensors_may_give_others_back(mode, backend):
     """As `save_on_cpu` does, which moves them."""
     layer = make_layer(mode=mode, dtype=torch.float64)
