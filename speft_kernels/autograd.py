@@ -86,7 +86,8 @@ def refuse_changed_values(values: Tensor, sink: Sink | None, version: int | None
         )
 
 
-def _refuse_a_graph() -> None:
+def refuse_a_graph() -> None:
+    """Raise NotImplementedError in a backward pass that is to be differentiated itself."""
     # Torch's `once_differentiable` raises only where a later pass runs through what it returned.
     # `autograd.grad`, and all of `autograd.functional`, take a path that ends there for a zero.
     if torch.is_grad_enabled():
@@ -160,7 +161,7 @@ class SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_a_graph()
+        refuse_a_graph()
         refuse_changed_values(ctx.values, ctx.sink, ctx.version)
         kept, weight = ctx.saved_tensors
         d_values = None if kept is None else _values_gradient(ctx, dy, kept)

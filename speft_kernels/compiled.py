@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import ops, stepping
-from .autograd import input_gradient, product, refuse_changed_values, version_of
+from .autograd import input_gradient, product, refuse_a_graph, refuse_changed_values, version_of
 from .dtypes import accumulator_dtype
 from .ops._library import operation
 from .pattern import SparsePattern
@@ -205,6 +205,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    refuse_a_graph()
     kept, values, weight, used = ctx.saved_tensors
     dx = d_values = d_bias = None
     if dy is not None:

@@ -358,6 +358,18 @@ def test_a_weight_that_is_to_train_is_refused():
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_second_derivative_is_refused(mode):
+    layer = make_layer(mode=mode, dtype=torch.float64)
+    x = torch.randn(3, 48, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(whole(layer, "eager")(x).square().sum(), x, create_graph=True)
+    torch._dynamo.reset()
+    (dx,) = torch.autograd.grad(whole(layer)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):  # torch's own
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_copies_and_moved_layers_are_themselves(mode):
     layer, x = make_layer(mode=mode), torch.randn(3, 48)
     forward = whole(layer)
