@@ -22,7 +22,7 @@ from torch import Tensor
 from . import ops, stepping
 from .autograd import input_gradient, product, refuse_a_graph, refuse_changed_values, version_of
 from .dtypes import accumulator_dtype
-from .ops._library import operation
+from .ops._library import operation, refuse_tangents
 from .pattern import SparsePattern
 from .row_panels import KEEP_COLUMNS_SHARE
 
@@ -54,6 +54,7 @@ def sparse_linear(
     Args:
         columns: `columns_to_keep`, which cannot be computed where a graph is made.
     """
+    refuse_tangents("speft::sparse_linear", x)  # as for the other operations, before the dispatcher
     y: Tensor = torch.ops.speft.sparse_linear(x, values, weight, bias, columns, out_features)[0]
     return y
 

@@ -370,6 +370,18 @@ def test_a_second_derivative_is_refused(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_forward_mode_derivative_is_refused(mode):
+    """It was zero. The layer raises in the place of the graph."""
+    layer = make_layer(mode=mode)
+
+    def jvp(x):
+        return torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+
+    with pytest.raises(RuntimeError, match=r"functorch|forward-mode"):
+        torch.compile(jvp, backend="aot_eager")(torch.randn(3, 48))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_copies_and_moved_layers_are_themselves(mode):
     layer, x = make_layer(mode=mode), torch.randn(3, 48)
     forward = whole(layer)
