@@ -67,5 +67,8 @@ def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         torch.autograd.graph.increment_version(changed)
 
 
-register_optimizer_step_pre_hook(_settle_gradients)
-register_optimizer_step_post_hook(_raise_versions)
+# Not to be traced where a step is compiled: a graph would keep the layers that existed then, and
+# raises no version. Torch's own way imports the compiler with the first call, as optimizers do.
+_untraced = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+register_optimizer_step_pre_hook(_untraced(_settle_gradients))
+register_optimizer_step_post_hook(_untraced(_raise_versions))

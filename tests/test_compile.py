@@ -124,6 +124,25 @@ def test_blocks_that_are_compiled_one_by_one_share_their_graphs(mode):
     assert graphs() <= 5
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_compiled_step_of_a_fused_optimizer_is_seen(flat):
+    """Which writes past the version of the values."""
+    models = [make_layer(dtype=torch.float64)]
+    models.append(copy.deepcopy(models[0]))
+    trained = [[FlatValues(model).parameter if flat else model.values] for model in models]
+    optimizers = [torch.optim.AdamW(own, lr=0.1, fused=True) for own in trained]
+    steps = [optimizers[0].step, torch.compile(lambda: optimizers[1].step(), backend="aot_eager")]
+    forwards = [models[0], whole(models[1])]
+    for _ in range(3):
+        x = torch.randn(3, 48, dtype=torch.float64)
+        outputs = [forward(x) for forward in forwards]
+        torch.testing.assert_close(*outputs)
+        for model, y, step in zip(models, outputs, steps, strict=True):
+            y.square().sum().backward()
+            step()
+            model.zero_grad()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compiled_layer_sees_that_its_values_changed(mode):
     layer = make_layer(mode=mode)
