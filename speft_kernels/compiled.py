@@ -68,7 +68,11 @@ def _layer_of(values: Tensor, weight: Tensor | None) -> SparseDeltaLinear:
     wanted = values.data_ptr(), _address(weight)
 
     def holds(layer: SparseDeltaLinear | None) -> bool:
-        return layer is not None and wanted == (layer.values.data_ptr(), _address(layer.weight))
+        if layer is None:
+            return False
+        # Any layer may be asked, also one whose values are computed, so that it holds none.
+        held = layer._parameters
+        return wanted == (_address(held.get("values")), _address(held.get("weight")))
 
     known = _known.get(wanted[0])
     layer = None if known is None else known()

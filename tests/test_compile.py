@@ -369,6 +369,13 @@ def test_tensors_that_no_layer_holds_break_the_graph_or_are_refused():
         torch.compile(call, backend="aot_eager")(x)
 
 
+def test_layers_whose_values_are_computed_are_passed_over():
+    other = make_layer()
+    del other.values  # as weight norm and pruning do
+    layer, x = make_layer(), torch.randn(3, 48)
+    assert torch.equal(whole(layer)(x), layer(x))
+
+
 def test_a_weight_that_is_to_train_is_refused():
     layer = make_layer()
     layer.weight.requires_grad_(True)
