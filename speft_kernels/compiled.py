@@ -101,9 +101,8 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-# A graph on a GPU that is replayed without Python would write no weight. Where torch does not have
-# the tag, the version, which is on the CPU, keeps it from making one.
-_TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+# A graph on a GPU that is replayed without Python would write no weight.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 @operation("speft::sparse_linear", tags=_TAGS)
