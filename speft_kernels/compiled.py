@@ -14,10 +14,12 @@ it takes for constant does no harm here, as nothing but these operations reads t
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import ops, stepping
 from .autograd import input_gradient, product, refuse_a_graph, refuse_changed_values, version_of
@@ -40,22 +42,50 @@ def columns_to_keep(pattern: SparsePattern) -> Tensor | None:
     return used if used.numel() <= KEEP_COLUMNS_SHARE * pattern.shape[1] else None
 
 
-def sparse_linear(
+def forward(
+    layer: SparseDeltaLinear, x: Tensor, untraced: Callable[[SparseDeltaLinear, Tensor], Tensor]
+) -> Tensor:
+    """A layer's forward pass as a graph is made of it. What cannot be a part of one, or is to be
+    refused, runs `untraced`, as it does without a graph.
+    """
+    parameters = layer._parameters
+    values, weight = parameters.get("values"), parameters.get("weight")
+    # `functional_call` has other tensors in their place.
+    own = isinstance(values, nn.Parameter) and isinstance(weight, (nn.Parameter, type(None)))
+    if not own:
+        return untraced(layer, x)
+    assert values is not None
+    if layer.base is not None:
+        y: Tensor = layer.base(x)
+        if layer.pattern.is_empty:
+            return y
+        return y + _traced(layer, x.to(y.dtype), values, None, None)
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    trains = torch.is_grad_enabled() and weight is not None and weight.requires_grad
+    if weight is None or trains or (weight.dtype != x.dtype and not cast):
+        return untraced(layer, x)
+    if layer.pattern.is_empty:
+        return F.linear(x, weight, layer.bias)
+    if cast:
+        x = x.to(torch.get_autocast_dtype(device))
+    return _traced(layer, x, values, weight, layer.bias)
+
+
+def _traced(
+    layer: SparseDeltaLinear,
     x: Tensor,
     values: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    columns: Tensor | None,
-    out_features: int,
 ) -> Tensor:
-    """`autograd.SparseLinear` of a layer's own tensors, to be traced. x is of another dtype than
-    the weight only where autocast has made it so.
-
-    Args:
-        columns: `columns_to_keep`, which cannot be computed where a graph is made.
+    """`autograd.SparseLinear` of a layer's own tensors. x is of another dtype than the weight only
+    where autocast has made it so.
     """
     refuse_tangents("speft::sparse_linear", x)  # as for the other operations, before the dispatcher
-    y: Tensor = torch.ops.speft.sparse_linear(x, values, weight, bias, columns, out_features)[0]
+    y: Tensor = torch.ops.speft.sparse_linear(
+        x, values, weight, bias, layer.kept_columns, layer.out_features
+    )[0]
     return y
 
 

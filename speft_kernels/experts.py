@@ -7,7 +7,7 @@ expert has an `nn.Linear` for either. Its weight is a part of the parameter's me
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ def split_experts(model: nn.Module) -> list[str]:
             f"{type(model).__name__} has no experts that can be split: none in parameters of three "
             "dimensions that transformers multiplies as they are, without biases"
         )
+    _refuse_itself(found)
     refuse_hooks(found)
     swap_modules(model, {module: SplitExperts(module) for module in found.values()})
     return list(found)
@@ -68,8 +69,19 @@ def join_experts(model: nn.Module) -> None:
                     f"expert {f'{name}.{below}'!r} is a {type(layer).__name__}: call "
                     "desparsify(model) first"
                 )
+    _refuse_itself(found)
     refuse_hooks(found)
-    swap_modules(model, {module: module.joined() for module in found.values()})
+    # All of them before the first is given back: there may be no memory for a copy.
+    weights = {module: module.stacked() for module in found.values()}
+    swap_modules(model, {module: module.joined(own) for module, own in weights.items()})
+
+
+def _refuse_itself(found: Mapping[str, nn.Module]) -> None:
+    if "" in found:
+        raise ConfigError(
+            "the model itself is the module of experts, which cannot replace itself: wrap it in an "
+            "nn.Sequential"
+        )
 
 
 def names_experts(model: nn.Module, names: Iterable[str]) -> bool:
@@ -133,12 +145,19 @@ class SplitExperts(nn.Module):
     def _lists(self) -> tuple[nn.ModuleList, nn.ModuleList]:
         return getattr(self, self._first), self.down_proj  # type: ignore[return-value]
 
-    def joined(self) -> nn.Module:
-        """The module that was split, with the weights as they are now; this one gives them away."""
-        experts: nn.Module = self._between
+    def stacked(self) -> dict[str, nn.Parameter]:
+        """The weights as they are now, as parameters of three dimensions."""
+        found = {}
         for name, layers in zip((self._first, "down_proj"), self._lists(), strict=True):
             weights: list[Any] = [layer.weight for layer in layers]
-            experts.register_parameter(name, _stacked(weights))
+            found[name] = _stacked(weights)
+        return found
+
+    def joined(self, weights: Mapping[str, nn.Parameter]) -> nn.Module:
+        """The module that was split, with `weights`; this one is not to be used afterwards."""
+        experts: nn.Module = self._between
+        for name, weight in weights.items():
+            experts.register_parameter(name, weight)
         return experts.train(self.training)
 
 

@@ -96,7 +96,7 @@ class SparseDeltaLinear(nn.Module):
         """Settle what the backward pass keeps of the input, anew for each pattern."""
         self._input = SharedInput(self._pattern)
         # Found now, as it cannot be where a graph is made.
-        self._columns = compiled.columns_to_keep(self._pattern)
+        self.kept_columns = compiled.columns_to_keep(self._pattern)
 
     def _take_plain(self, linear: nn.Linear, pattern: SparsePattern, mode: str) -> None:
         weight = linear.weight
@@ -178,37 +178,8 @@ class SparseDeltaLinear(nn.Module):
             NotImplementedError: in a backward pass that is to be differentiated itself.
         """
         if torch.compiler.is_dynamo_compiling():
-            return self._trace(x)
+            return compiled.forward(self, x, _untraced)
         return self._compute(x)
-
-    def _trace(self, x: Tensor) -> Tensor:
-        """`forward` as a graph is made of it. What cannot be a part of one, or is to be refused,
-        runs as it does without a graph.
-        """
-        parameters = self._parameters
-        values, weight = parameters.get("values"), parameters.get("weight")
-        # `functional_call` has other tensors in their place.
-        own = isinstance(values, nn.Parameter) and isinstance(weight, (nn.Parameter, type(None)))
-        if not own:
-            return _untraced(self, x)
-        assert values is not None
-        if self.base is not None:
-            y: Tensor = self.base(x)
-            if self._pattern.is_empty:
-                return y
-            x, columns = x.to(y.dtype), self._columns
-            return y + compiled.sparse_linear(x, values, None, None, columns, self.out_features)
-        device = x.device.type
-        cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-        trains = torch.is_grad_enabled() and weight is not None and weight.requires_grad
-        if weight is None or trains or (weight.dtype != x.dtype and not cast):
-            return _untraced(self, x)
-        if self._pattern.is_empty:
-            return F.linear(x, weight, self.bias)
-        if cast:
-            x = x.to(torch.get_autocast_dtype(device))
-        columns, bias = self._columns, self.bias
-        return compiled.sparse_linear(x, values, weight, bias, columns, self.out_features)
 
     def _compute(self, x: Tensor) -> Tensor:
         if self.base is not None:
@@ -499,7 +470,7 @@ class SparseDeltaLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses mean nothing in a copy.
-        own = ("_input", "_columns", "family", "sink", "number")
+        own = ("_input", "kept_columns", "family", "sink", "number")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
         return {**state, "_written_for": _UNKNOWN if self.is_written else None}
 

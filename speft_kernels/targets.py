@@ -160,8 +160,15 @@ def can_be_split(module: nn.Module) -> bool:
 
 def is_experts_part(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Return whether `name` is what a layer is called once the experts above it are split."""
-    above = modules.get(name.rpartition(".")[0].rpartition(".")[0])
-    return above is not None and can_be_split(above)
+    stacked, _, expert = name.rpartition(".")
+    above, _, weight = stacked.rpartition(".")
+    module = modules.get(above)
+    return (
+        module is not None
+        and can_be_split(module)
+        and weight in expert_weights(module)
+        and expert.isdecimal()
+    )
 
 
 def remedy_for_missing(modules: Mapping[str, nn.Module], name: str) -> str:

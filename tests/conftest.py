@@ -95,3 +95,14 @@ def memory_high_water():
         return peak.bytes() - before
 
     return grown
+
+
+@pytest.fixture
+def nothing_compiled():
+    """The compiler as it starts, whatever was compiled before."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -276,6 +276,21 @@ def test_what_cannot_be_split_or_joined_is_refused():
     assert len(sparse_layers(model)) == 2 * (4 + 8)
 
 
+def test_a_model_that_is_nothing_but_experts_is_refused():
+    """It would lose its parameters, and nothing would take their place."""
+    experts = mixtral().get_submodule(MIXTURES[0])
+    before = Snapshot(experts)
+    with pytest.raises(ConfigError, match="wrap it in an nn.Sequential"):
+        split_experts(experts)
+    before.assert_untouched()
+    model = nn.Sequential(experts)
+    split_experts(model)
+    with pytest.raises(ConfigError, match="wrap it in an nn.Sequential"):
+        join_experts(model[0])
+    join_experts(model)
+    assert list(model.state_dict()) == ["0.gate_up_proj", "0.down_proj"]
+
+
 def test_experts_of_other_layouts_stay_as_they_are():
     config = transformers.GptOssConfig(
         hidden_size=16,

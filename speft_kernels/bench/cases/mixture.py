@@ -23,6 +23,7 @@ from ..trainers import Prepare, Trainer
 from .step import DENSITY, check_gradients, check_losses
 
 OURS, FLOOR, SPLIT = "SPEFT, experts split", "frozen floor", "frozen, experts split"
+# What was measured at first, 1.07 and 1.25, with room for noise: what gets worse is to be seen.
 GOAL, SAVED_GOAL = 1.08, 1.30
 BATCH, LENGTH, BATCHES = 8, 256, 2
 EXPERTS, CHOSEN = 16, 2
@@ -56,8 +57,8 @@ def setup(density: float = DENSITY) -> Case:
     reference = Trainer(model, _split, batches)
 
     def check() -> None:
-        check_losses(trainers)
-        check_gradients(OURS, trainers[OURS], reference, patterns)
+        check_losses(trainers)  # four layers of six products each have fewer roundings than 36
+        check_gradients(OURS, trainers[OURS], reference, patterns, BATCH * LENGTH)
 
     for trainer in trainers.values():
         trainer.loss()  # the first pass finds out which layers read the same input
