@@ -33,10 +33,18 @@ from .adapter_file import (
 )
 from .atomic import new_folder
 from .config import SpeftConfig
+from .conv1d import is_plain_linear
 from .errors import AdapterError, ConfigError, nearest, shown
 from .family import refuse_sharded, set_modes, to_linears
 from .files import writing
-from .install import install, is_sparse, state_of, swap_modules
+from .install import (
+    conv1d_for_linear,
+    install,
+    is_sparse,
+    linear_for_conv1d,
+    state_of,
+    swap_modules,
+)
 from .model import refuse_delta_in_shared
 from .nn import SparseDeltaLinear
 from .overview import sparse_layers, unwrapped
@@ -209,10 +217,23 @@ def load_adapter(
     file = read_adapter(folder)
     model = unwrapped(model)
     refuse_sharded(model.named_parameters())
-    present = sparse_layers(model)
     if mode not in (None, "resident", "additive"):
         raise ConfigError(f"mode must be 'resident' or 'additive', got {mode!r}")
-    patterns = file.patterns
+    with linear_for_conv1d(model, file.patterns):
+        _load(model, file, mode, check_base)
+    conv1d_for_linear(model)  # those that no longer train
+    return AdapterInfo(
+        folder=file.folder,
+        layers=tuple(file.layers),
+        nnz=file.nnz,
+        dense=tuple(file.dense),
+        config=file.config,
+        extra=file.extra,
+    )
+
+
+def _load(model: nn.Module, file: AdapterFile, mode: str | None, check_base: bool) -> None:
+    present, patterns = sparse_layers(model), file.patterns
     check_shapes(model, patterns)
     bases = {name: layer.base_sha256 for name, layer in file.layers.items()}
     if check_base and (name := another_base(model, bases)) is not None:
@@ -242,14 +263,6 @@ def load_adapter(
         _write([(targets[name], tensor) for name, tensor in file.dense.items()], undo)
         set_modes({layer: mode or layer.mode for layer in layers.values()})
         undo.pop_all()
-    return AdapterInfo(
-        folder=file.folder,
-        layers=tuple(file.layers),
-        nnz=file.nnz,
-        dense=tuple(file.dense),
-        config=file.config,
-        extra=file.extra,
-    )
 
 
 def fingerprint(layer: nn.Module) -> str:
@@ -262,8 +275,8 @@ def fingerprint(layer: nn.Module) -> str:
     tensors: Iterable[tuple[str, Tensor]]
     if isinstance(layer, SparseDeltaLinear):
         tensors = [("weight", layer.base_weight())]
-    elif type(layer) is nn.Linear:
-        tensors = [("weight", layer.weight)]
+    elif is_plain_linear(layer):
+        tensors = [("weight", layer.weight)]  # type: ignore[list-item]
     else:
         tensors = [*layer.named_parameters(), *layer.named_buffers()]
     digest = hashlib.sha256()
@@ -365,7 +378,8 @@ def another_base(model: nn.Module, bases: Mapping[str, str]) -> str | None:
 def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
     """Return the model's tensors that the adapter's dense tensors go to, by name."""
     # A layer that is sparse now and not in the adapter will be a plain one when its tensors come.
-    becoming_plain = [name for name in sparse_layers(model) if name not in file.layers]
+    sparse = sparse_layers(model)
+    becoming_plain = [name for name in sparse if name not in file.layers]
     stored = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -377,6 +391,11 @@ def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
             raise AdapterError(
                 f"the model has no tensor {shown(name)}, which the adapter "
                 f"brings.{nearest(name, stored)}"
+            )
+        if any(name == f"{layer}.weight" and sparse[layer].is_transposed for layer in sparse):
+            raise AdapterError(
+                f"the adapter brings the weight of {shown(name[:-7])}, a Conv1D that is sparse in "
+                "the model: call desparsify(model) first"
             )
         if is_below(name, file.layers) and not (
             _is_bias(name, file.layers) and _has_plain_base(model.get_submodule(name[:-5]))
@@ -402,7 +421,7 @@ def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
 def _has_plain_base(layer: nn.Module) -> bool:
     if isinstance(layer, SparseDeltaLinear):
         return layer.base is None
-    return type(layer) is nn.Linear
+    return is_plain_linear(layer)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 transformers holds the experts of a layer in parameters of three dimensions, `gate_up_proj`
 `[E, 2 I, H]` and `down_proj` `[E, H, I]`, and has them multiplied past any module. Split, each
-expert has an `nn.Linear` for either. Its weight is a part of the parameter's memory, not a copy.
+expert has an `nn.Linear` for either. Its weight is a part of the parameter's memory, not a copy;
+where a model holds the transposes (gpt-oss, Aria), of the parameter laid out anew.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .errors import ConfigError
 from .family import refuse_sharded
 from .install import swap_modules
 from .overview import unwrapped
-from .targets import can_be_split, expert_weights, is_experts_part, refuse_hooks
+from .targets import can_be_split, expert_bias, expert_weights, is_experts_part, refuse_hooks
 
 
 def split_experts(model: nn.Module) -> list[str]:
@@ -32,9 +33,8 @@ def split_experts(model: nn.Module) -> list[str]:
         The names of the modules that hold experts.
 
     Raises:
-        ConfigError: there are no experts that can be split (those with biases, with transposed
-            weights, as of gpt-oss and Llama 4, or spread over processes stay as they are), or their
-            module has hooks. The model is as it was.
+        ConfigError: there are no experts that can be split (those of Llama 4 or spread over
+            processes stay as they are), or their module has hooks. The model is as it was.
     """
     model = unwrapped(model)
     refuse_sharded(model.named_parameters())
@@ -42,21 +42,22 @@ def split_experts(model: nn.Module) -> list[str]:
     if not found:
         raise ConfigError(
             f"{type(model).__name__} has no experts that can be split: none in parameters of three "
-            "dimensions that transformers multiplies as they are, without biases"
+            "dimensions that transformers' own experts' implementations multiply"
         )
     _refuse_itself(found)
     refuse_hooks(found)
-    swap_modules(model, {module: SplitExperts(module) for module in found.values()})
+    for module in found.values():  # one by one, so that no more than one is there twice
+        swap_modules(model, {module: SplitExperts(module)})
     return list(found)
 
 
 def join_experts(model: nn.Module) -> None:
     """Undo `split_experts`: put the experts' weights back into parameters of three dimensions,
-    without a copy where they still lie side by side.
+    without a copy where they still lie side by side and are not to be transposed.
 
     Raises:
         ConfigError: no experts are split, or some are sparse: call `desparsify` first. The model is
-            as it was.
+            as it was. Where memory runs out, the modules before stay joined.
     """
     model = unwrapped(model)
     found = {n: module for n, module in model.named_modules() if isinstance(module, SplitExperts)}
@@ -71,9 +72,8 @@ def join_experts(model: nn.Module) -> None:
                 )
     _refuse_itself(found)
     refuse_hooks(found)
-    # All of them before the first is given back: there may be no memory for a copy.
-    weights = {module: module.stacked() for module in found.values()}
-    swap_modules(model, {module: module.joined(own) for module, own in weights.items()})
+    for module in found.values():
+        swap_modules(model, {module: module.joined()})
 
 
 def _refuse_itself(found: Mapping[str, nn.Module]) -> None:
@@ -95,13 +95,24 @@ class SplitExperts(nn.Module):
 
     def __init__(self, experts: Any) -> None:
         super().__init__()
-        self._first = expert_weights(experts)[0]
-        # Without its parameters, for what it does between the two products.
+        self._first, _ = names = expert_weights(experts)
+        self._transposed: bool = getattr(experts, "is_transposed", False)
+        stacks = {name: self._laid_out(experts._parameters[name]) for name in names}
+        # Without its parameters, for what it does between the two products and after them.
         self._between = experts
-        for name in expert_weights(experts):
-            stacked = experts._parameters.pop(name)
-            self.add_module(name, nn.ModuleList(_linear(part, stacked) for part in stacked))
+        for name, stacked in stacks.items():
+            del experts._parameters[name]
+            biases = experts._parameters.pop(expert_bias(name), None)
+            linears = (_linear(stacked, biases, expert) for expert in range(len(stacked)))
+            self.add_module(name, nn.ModuleList(linears))
         self.train(experts.training)
+
+    def _laid_out(self, stacked: nn.Parameter) -> nn.Parameter:
+        """The weights with those of each expert transposed, where transformers holds them so."""
+        if not self._transposed:
+            return stacked
+        transposed = stacked.detach().transpose(1, 2).contiguous()
+        return nn.Parameter(transposed, requires_grad=stacked.requires_grad)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the sum over each token's experts, `[T, H]`.
@@ -119,7 +130,7 @@ class SplitExperts(nn.Module):
         # With gradients all take part: those that no token reaches have one of zero, as scoring and
         # data-parallel training expect.
         outputs = [
-            second[expert](self._activate(first[expert](part)))
+            self._finished(second[expert](self._activate(first[expert](part))))
             for expert, part in enumerate(parts)
             if part.shape[0] or torch.is_grad_enabled()
         ]
@@ -136,6 +147,11 @@ class SplitExperts(nn.Module):
         )
         return activated
 
+    def _finished(self, output: Tensor) -> Tensor:
+        norm = getattr(self._between, "has_post_expert_norm", False)
+        finished: Tensor = self._between.post_expert_norm(output) if norm else output
+        return finished
+
     def linears(self) -> Iterator[tuple[str, nn.Module]]:
         """The names of the experts' layers in this module, and the layers."""
         for name, layers in zip((self._first, "down_proj"), self._lists(), strict=True):
@@ -145,27 +161,29 @@ class SplitExperts(nn.Module):
     def _lists(self) -> tuple[nn.ModuleList, nn.ModuleList]:
         return getattr(self, self._first), self.down_proj  # type: ignore[return-value]
 
-    def stacked(self) -> dict[str, nn.Parameter]:
-        """The weights as they are now, as parameters of three dimensions."""
+    def joined(self) -> nn.Module:
+        """The module that was split, with the parameters as they are now; this one is not to be
+        used afterwards.
+        """
+        experts: nn.Module = self._between
         found = {}
         for name, layers in zip((self._first, "down_proj"), self._lists(), strict=True):
-            weights: list[Any] = [layer.weight for layer in layers]
-            found[name] = _stacked(weights)
-        return found
-
-    def joined(self, weights: Mapping[str, nn.Parameter]) -> nn.Module:
-        """The module that was split, with `weights`; this one is not to be used afterwards."""
-        experts: nn.Module = self._between
-        for name, weight in weights.items():
-            experts.register_parameter(name, weight)
+            linears: list[Any] = list(layers)
+            found[name] = self._laid_out(_stacked([linear.weight for linear in linears]))
+            if linears[0].bias is not None:
+                found[expert_bias(name)] = _stacked([linear.bias for linear in linears])
+        for name, parameter in found.items():
+            experts.register_parameter(name, parameter)
         return experts.train(self.training)
 
 
-def _linear(part: Tensor, stacked: nn.Parameter) -> nn.Linear:
-    out_features, in_features = part.shape
-    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+def _linear(weights: nn.Parameter, biases: nn.Parameter | None, expert: int) -> nn.Linear:
+    out_features, in_features = weights[expert].shape
+    linear = nn.Linear(in_features, out_features, bias=biases is not None, device="meta")
     # Of a version of its own: a write into another expert's part is none into this one.
-    linear.weight = nn.Parameter(part.data, requires_grad=stacked.requires_grad)
+    linear.weight = nn.Parameter(weights.data[expert], requires_grad=weights.requires_grad)
+    if biases is not None:
+        linear.bias = nn.Parameter(biases.data[expert], requires_grad=biases.requires_grad)
     return linear
 
 

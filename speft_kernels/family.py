@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .conv1d import in_place_of
 from .errors import ConfigError
 from .pattern import SparsePattern
 
@@ -150,12 +151,9 @@ def _given_away(layer: SparseDeltaLinear) -> nn.Module:
     if layer.base is not None:
         return layer.base
     layer.family = None
-    linear = nn.Linear(
+    linear = layer.plain_type(
         layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
     )
     linear.weight = layer.weight
     linear.bias = layer.bias  # type: ignore[assignment]
-    # Hooks stay what they were, and so do the handles that remove them: these know the dicts.
-    hooks = {key: value for key, value in vars(layer).items() if "_hook" in key}
-    vars(linear).update(hooks)
-    return linear.train(layer.training)
+    return in_place_of(layer, linear)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from . import conv1d
 from .errors import ConfigError, PatternError
 from .family import Family
 from .nn import SparseDeltaLinear
 from .overview import sparse_layers, unwrapped
 from .pattern import SparsePattern
-from .targets import check_layers, remedy_for_missing
+from .targets import check_layers, refuse_unready, remedy_for_missing, shared_weights
 
 _STATE = "_speft_state"
 
@@ -113,6 +114,57 @@ def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
         for key, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[key] = replacements[child]
+
+
+@contextmanager
+def linear_for_conv1d(model: nn.Module, names: Container[str] | None = None) -> Iterator[None]:
+    """`put_linear_for_conv1d` for a while: at the end those that have become sparse stay so, and
+    the others are what they were.
+    """
+    loans: list[conv1d.Loan] = []
+    try:
+        loans.extend(_lent(model, names))
+        yield
+    finally:
+        present = set(model.modules())
+        for loan in loans:
+            if loan.linear in present:
+                swap_modules(model, {loan.linear: loan.given_back()})
+
+
+def put_linear_for_conv1d(model: nn.Module, names: Container[str] | None = None) -> None:
+    """Put a linear layer in the place of each `Conv1D` of the model, or of those called `names`.
+
+    A weight that is shared stays where it is, and so does a `Conv1D` that is the model itself.
+
+    Raises ConfigError where a parameter is sharded.
+    """
+    for _ in _lent(model, names):
+        pass
+
+
+def _lent(model: nn.Module, names: Container[str] | None) -> Iterator[conv1d.Loan]:
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name and conv1d.is_conv1d(module) and (names is None or name in names)
+    }
+    if not found:
+        return
+    refuse_unready(model)
+    shared = shared_weights(model)
+    for name, module in found.items():
+        if "weight" in module._parameters and f"{name}.weight" not in shared:
+            loan = conv1d.Loan(module)
+            swap_modules(model, {module: loan.linear})
+            yield loan
+
+
+def conv1d_for_linear(model: nn.Module) -> None:
+    """Put a new `Conv1D` in the place of each linear layer that came in the place of one."""
+    for module in list(model.modules()):
+        if isinstance(module, conv1d.Conv1DLinear):
+            swap_modules(model, {module: conv1d.to_conv1d(module)})
 
 
 Flags = list[tuple[nn.Parameter, bool, Any]]

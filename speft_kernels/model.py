@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config import SpeftConfig
 from .errors import ConfigError
 from .family import refuse_sharded, set_modes, to_linears
-from .install import forget, install, swap_modules
+from .install import conv1d_for_linear, forget, install, linear_for_conv1d, swap_modules
 from .nn import SparseDeltaLinear
 from .overview import (
     Summary,
@@ -83,10 +83,11 @@ def sparsify(
         On any error, also one out of `loss_fn`, the model is as it was.
     """
     model = unwrapped(model)
-    targets = _targets_to_score(model, config, batches)
-    with undone_on_error(_head(model, config, targets)):
-        patterns, report = _score(model, config, targets, batches, loss_fn)
-        apply_patterns(model, patterns, config)
+    with linear_for_conv1d(model):
+        targets = _targets_to_score(model, config, batches)
+        with undone_on_error(_head(model, config, targets)):
+            patterns, report = _score(model, config, targets, batches, loss_fn)
+            apply_patterns(model, patterns, config)
     return report
 
 
@@ -101,9 +102,10 @@ def score_and_select(
     With `head_warmup_steps` the task head stays warmed up. Arguments and errors as for `sparsify`.
     """
     model = unwrapped(model)
-    targets = _targets_to_score(model, config, batches)
-    with undone_on_error(_head(model, config, targets)):
-        return _score(model, config, targets, batches, loss_fn)
+    with linear_for_conv1d(model):
+        targets = _targets_to_score(model, config, batches)
+        with undone_on_error(_head(model, config, targets)):
+            return _score(model, config, targets, batches, loss_fn)
 
 
 def apply_patterns(
@@ -122,7 +124,7 @@ def apply_patterns(
     dense = find_dense_modules(model, config.modules_to_train)
     refuse_dense(patterns, dense)
     tensors = tensors_below(model, dense)
-    with ExitStack() as undo:
+    with linear_for_conv1d(model, patterns), ExitStack() as undo:
         install(model, patterns, config.mode, tensors, undo)
         undo.pop_all()
 
@@ -153,7 +155,8 @@ def unmerge(model: nn.Module) -> None:
 
 
 def desparsify(model: nn.Module, keep_delta: bool = True) -> None:
-    """Put plain linear layers back: with base plus delta, or without `keep_delta` exactly the base.
+    """Put plain layers back, `nn.Linear` or transformers' `Conv1D`, whichever they were: with base
+    plus delta, or without `keep_delta` exactly the base.
 
     Parameters keep their `requires_grad`, so the layers' weights stay frozen; hooks go along.
 
@@ -166,6 +169,7 @@ def desparsify(model: nn.Module, keep_delta: bool = True) -> None:
     if keep_delta:
         refuse_delta_in_shared(model, layers)
     swap_modules(model, to_linears(layers.values(), keep_delta))
+    conv1d_for_linear(model)
     forget(model)
 
 

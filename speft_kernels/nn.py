@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from . import compiled, family, ops, stepping
 from .autograd import Sink, SparseLinear, version_of
+from .conv1d import Conv1DLinear, is_plain_linear, transpose_saved, transpose_to_load
 from .dtypes import accumulator_dtype
 from .errors import ConfigError, PatternError, nearest
 from .pattern import SparsePattern
@@ -51,6 +52,7 @@ class SparseDeltaLinear(nn.Module):
     indices: Tensor
     base_values: Tensor
     base: nn.Module | None
+    plain_type: type[nn.Linear] = nn.Linear  # what the layer is once it is plain again
 
     def __init__(self, linear: nn.Module, pattern: SparsePattern, mode: str = "resident") -> None:
         super().__init__()
@@ -64,8 +66,8 @@ class SparseDeltaLinear(nn.Module):
                 f"the pattern is for a weight of shape {pattern.shape}, the layer's is "
                 f"{(self.out_features, self.in_features)}"
             )
-        if type(linear) is nn.Linear:
-            self._take_plain(linear, pattern, mode)
+        if is_plain_linear(linear):
+            self._take_plain(cast(nn.Linear, linear), pattern, mode)
         elif mode == "additive" and type(linear).forward is not nn.Linear.forward:
             self._take_opaque(linear, pattern)
         else:
@@ -111,6 +113,7 @@ class SparseDeltaLinear(nn.Module):
         if linear.bias is not None:
             linear.bias.requires_grad_(False)
         self.base = None
+        self.plain_type = type(linear)
         self.weight = cast(nn.Parameter, weight)
         self.bias = cast("nn.Parameter | None", linear.bias)
         with torch.inference_mode(False):
@@ -249,6 +252,11 @@ class SparseDeltaLinear(nn.Module):
         kept, plan = self._keep(source, x)
         sink = self.sink if values is self.values else None
         return y + SparseLinear.apply(x, values, None, None, kept, plan, sink, False)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether a state dict holds the weight as `[K, N]`, as the `Conv1D` did that this was."""
+        return issubclass(self.plain_type, Conv1DLinear)
 
     @property
     def is_written(self) -> bool:
@@ -411,6 +419,8 @@ class SparseDeltaLinear(nn.Module):
         # What the layer computes follows the pattern, and so must what is loaded from this.
         self.indices = self._pattern.indices
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_transposed:
+            transpose_saved(destination, prefix, keep_vars)
         if self.sink is not None and not keep_vars:
             # Of tensors that share a storage safetensors' `save_model`, say, keeps a single one.
             destination[prefix + "values"] = self.values.detach().clone()
@@ -419,6 +429,8 @@ class SparseDeltaLinear(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         errors: list[str] = args[-1]
+        if self.is_transposed:
+            transpose_to_load(state_dict, prefix)
 
         def comes(name: str) -> bool:
             own, stored = getattr(self, name), state_dict.get(prefix + name)

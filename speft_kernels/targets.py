@@ -13,16 +13,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from .config import ALL_LINEAR, SpeftConfig
+from .conv1d import is_conv1d, is_plain_linear
 from .errors import ConfigError, nearest
 from .family import refuse_sharded
 
 # A smaller share of the weights is left out of many a model: a patch embedding, a convolution.
 _MUCH = 0.2
 _LAYER = re.compile(r".*\.\d+\.")
-_CONV1D = (
-    "transformers' Conv1D, as GPT-2 has it, holds the transposed weight; put an nn.Linear with "
-    "weight.T in its place, or take a model of nn.Linear layers"
-)
+_CONV1D = "its weight is shared, and a Conv1D holds it transposed: give it a copy of its own"
 _ELSEWHERE = (
     'a mask that was chosen elsewhere trains in it through apply_patterns and mode="additive"'
 )
@@ -51,7 +49,7 @@ def find_targets(model: nn.Module, config: SpeftConfig) -> Targets:
             sparsely, a target's weight is shared in resident mode, the blocks do not tile a weight,
             or no layer is left.
     """
-    _refuse_unready(model)
+    refuse_unready(model)
     dense = find_dense_modules(model, config.modules_to_train)
     closed = [*dense, *_named_below(model, config.exclude_modules, "exclude_modules")]
     if config.target_modules == ALL_LINEAR:
@@ -149,12 +147,14 @@ def can_be_split(module: nn.Module) -> bool:
     """Return whether a module holds experts that `experts.split_experts` serves."""
     # `_apply_gate` marks what transformers' decorator says can be computed by other means than the
     # module's own forward pass.
-    others = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
-    if not hasattr(module, "_apply_gate") or any(getattr(module, flag, False) for flag in others):
+    if not hasattr(module, "_apply_gate") or getattr(module, "_is_expert_parallel", False):
         return False
+    wanted = {(name, 3) for name in expert_weights(module)}
+    if getattr(module, "has_bias", False):
+        wanted |= {(expert_bias(name), 2) for name in expert_weights(module)}
     own = dict(module.named_parameters(recurse=False))
-    return set(own) == set(expert_weights(module)) and all(
-        parameter.ndim == 3 and parameter.is_floating_point() for parameter in own.values()
+    return {(name, parameter.ndim) for name, parameter in own.items()} == wanted and all(
+        parameter.is_floating_point() for parameter in own.values()
     )
 
 
@@ -183,13 +183,18 @@ def expert_weights(module: nn.Module) -> tuple[str, str]:
     return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
 
 
+def expert_bias(weight: str) -> str:
+    """The name of the bias that goes with a weight of experts."""
+    return f"{weight}_bias"
+
+
 def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -> None:
     """Check that each of `layers` can be replaced by a sparse layer in `mode`.
 
     Raises:
         ConfigError: one cannot; the message names it, the reason and the remedy.
     """
-    _refuse_unready(model)
+    refuse_unready(model)
     shared = shared_weights(model) if mode == "resident" else {}
     for name, layer in layers.items():
         if name == "":
@@ -236,7 +241,8 @@ def shared_weights(model: nn.Module) -> dict[str, str]:
     return shared
 
 
-def _refuse_unready(model: nn.Module) -> None:
+def refuse_unready(model: nn.Module) -> None:
+    """Raise ConfigError where a parameter or buffer of `model` is sharded, or has no shape yet."""
     refuse_sharded(model.named_parameters())
     for name, tensor in _named_tensors(model):
         if is_lazy(tensor):
@@ -287,7 +293,7 @@ def _all_linear(model: nn.Module, closed: list[str]) -> dict[str, nn.Linear]:
     head = _output_embeddings(model)
     for name, module in model.named_modules():
         opaque = _is_opaque(module)
-        if not (isinstance(module, nn.Linear) or opaque or _is_conv1d(module)):
+        if not (isinstance(module, nn.Linear) or opaque or is_conv1d(module)):
             continue
         if module is head or is_below(name, closed):
             continue
@@ -321,7 +327,7 @@ def _listed(model: nn.Module, patterns: Sequence[str], closed: list[str]) -> dic
                 if _is_opaque(module):
                     remedy = _ELSEWHERE
                 elif not any(isinstance(below, nn.Linear) for below in module.modules()):
-                    conv1d = any(_is_conv1d(below) for below in module.modules())
+                    conv1d = any(map(is_conv1d, module.modules()))
                     remedy = _CONV1D if conv1d else "there is none in it"
                 raise ConfigError(
                     f"target_modules: {pattern!r} matches {name!r}, which is a "
@@ -341,7 +347,7 @@ def _listed(model: nn.Module, patterns: Sequence[str], closed: list[str]) -> dic
 
 def _not_served(module: nn.Module) -> str | None:
     """Why the weight of this kind of module cannot be scored and written to; None where it can."""
-    if _is_conv1d(module):
+    if is_conv1d(module):  # Those that can be are linear layers by now: see `install`.
         return _CONV1D
     if not isinstance(module, nn.Linear):
         return f"it is a {_kind(module)}, not an nn.Linear"
@@ -351,7 +357,7 @@ def _not_served(module: nn.Module) -> str | None:
         return (
             "its weight is computed (parametrised, weight-normed): remove the parametrisation first"
         )
-    if type(module) is not nn.Linear or "forward" in vars(module):
+    if not is_plain_linear(module) or "forward" in vars(module):
         return (
             f"it ({type(module).__name__}) computes in a way of its own, not as a plain nn.Linear"
         )
@@ -375,10 +381,6 @@ def refuse_hooks(layers: Mapping[str, nn.Module]) -> None:
 
 def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Linear)
 
 
 def _is_opaque(module: nn.Module) -> bool:

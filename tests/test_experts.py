@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import Snapshot, llama, mixtral, token_batches
+from tiny_models import Snapshot, gpt_oss, llama, mixtral, token_batches
 from tiny_text import save_llama, write_jsonl
 from torch import nn
 
@@ -43,9 +43,10 @@ def gradients(model):
     return found
 
 
+@pytest.mark.parametrize("make", [mixtral, gpt_oss])
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-def test_a_split_model_computes_the_same(implementation):
-    model = mixtral().eval()
+def test_a_split_model_computes_the_same(implementation, make):
+    model = make().eval()
     try:
         model.set_experts_implementation(implementation)
     except ImportError as error:
@@ -58,8 +59,13 @@ def test_a_split_model_computes_the_same(implementation):
     expected, found = gradients(model), gradients(split)
     for name in MIXTURES:
         for weight in ("gate_up_proj", "down_proj"):
-            parts = [found[f"{name}.{weight}.{e}.weight"] for e in range(4)]
-            torch.testing.assert_close(torch.stack(parts), expected[f"{name}.{weight}"])
+            parts = torch.stack([found[f"{name}.{weight}.{e}.weight"] for e in range(4)])
+            wanted = expected[f"{name}.{weight}"]
+            if make is gpt_oss:
+                wanted = wanted.transpose(1, 2)
+                biases = torch.stack([found[f"{name}.{weight}.{e}.bias"] for e in range(4)])
+                torch.testing.assert_close(biases, expected[f"{name}.{weight}_bias"])
+            torch.testing.assert_close(parts, wanted)
     assert found.keys() - expected.keys() == {n for n in found if ".experts." in n}
 
 
@@ -74,40 +80,66 @@ class Between:
 class Experts(Between, nn.Module):
     """Experts of one token or more each, with or without a gate, as transformers computes them."""
 
-    is_transposed = has_bias = False
-
-    def __init__(self, gated):
+    def __init__(self, gated, transposed, biased, normed):
         super().__init__()
         self.has_gate, self.act_fn = gated, nn.Softplus()
+        self.is_transposed, self.has_bias, self.has_post_expert_norm = transposed, biased, normed
         self.first = "gate_up_proj" if gated else "up_proj"
-        self.register_parameter(self.first, nn.Parameter(torch.randn(3, 12 if gated else 6, 5)))
-        self.down_proj = nn.Parameter(torch.randn(3, 5, 6))
+        for name, shape in ((self.first, (12 if gated else 6, 5)), ("down_proj", (5, 6))):
+            laid_out = shape[::-1] if transposed else shape
+            self.register_parameter(name, nn.Parameter(torch.randn(3, *laid_out)))
+            if biased:
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(3, shape[0])))
+        if normed:
+            self.post_expert_norm = nn.LayerNorm(5)
+
+    def product(self, name, expert, x):
+        weight = getattr(self, name)[expert]
+        y = x @ weight if self.is_transposed else weight @ x
+        return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
 
     def forward(self, x, chosen, weights):
         rows = []
         for token, experts, by in zip(x, chosen, weights, strict=True):
             row = 0
             for expert, weight in zip(experts, by, strict=True):
-                hidden = getattr(self, self.first)[expert] @ token
+                hidden = self.product(self.first, expert, token)
                 hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-                row = row + weight * (self.down_proj[expert] @ hidden)
+                output = self.product("down_proj", expert, hidden)
+                if self.has_post_expert_norm:
+                    output = self.post_expert_norm(output)
+                row = row + weight * output
             rows.append(row)
         return torch.stack(rows)
 
 
 @pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    "layout", [(), ("transposed",), ("biased",), ("normed",), ("transposed", "biased", "normed")]
+)
 @pytest.mark.parametrize("each", [1, 2, 3])
-def test_experts_with_and_without_a_gate(gated, each):
-    model = nn.ModuleDict({"experts": Experts(gated)}).double()
+def test_experts_of_every_layout(gated, layout, each):
+    flags = [flag in layout for flag in ("transposed", "biased", "normed")]
+    experts = Experts(gated, *flags)
+    model = nn.ModuleDict({"experts": experts}).double()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x = torch.randn(9, 5, dtype=torch.float64)
     chosen = torch.stack([torch.randperm(3)[:each] for _ in range(9)])
     weights = torch.rand(9, each, dtype=torch.float64)
     wanted = model["experts"](x, chosen, weights)
-    split_experts(model)
+    with torch.no_grad():  # which is not to freeze them
+        split_experts(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
     torch.testing.assert_close(model["experts"](x, chosen, weights), wanted)
     assert model["experts"](x[:0], chosen[:0], weights[:0]).shape == (0, 5)
     with torch.no_grad():
         assert model["experts"](x[:0], chosen[:0], weights[:0]).shape == (0, 5)
+    join_experts(model)
+    assert model["experts"] is experts
+    assert list(model.state_dict()) == list(before)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+        assert tensor.is_contiguous()
 
 
 def test_the_weights_are_not_copied_and_come_back_bit_for_bit():
@@ -165,8 +197,9 @@ def test_a_write_into_one_expert_is_none_into_the_others():
     y.backward()
 
 
-def test_experts_that_were_moved_are_joined_by_a_copy():
-    model = mixtral()
+@pytest.mark.parametrize("make", [mixtral, gpt_oss])
+def test_experts_that_were_moved_are_joined_by_a_copy(make):
+    model = make()
     wanted = {name: tensor.double() for name, tensor in model.state_dict().items()}
     split_experts(model)
     model.double()
@@ -179,8 +212,9 @@ def test_experts_that_were_moved_are_joined_by_a_copy():
 
 @pytest.mark.parametrize("mode", ["resident", "additive"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_experts_train_sparsely_and_an_adapter_brings_them(mode, scope, tmp_path):
-    model = mixtral()
+@pytest.mark.parametrize("make", [mixtral, gpt_oss])
+def test_experts_train_sparsely_and_an_adapter_brings_them(make, mode, scope, tmp_path):
+    model = make()
     split_experts(model)
     config = SpeftConfig(density=0.1, mode=mode, scope=scope, modules_to_train=[])
     report = sparsify(model, config, [BATCH])
@@ -198,13 +232,16 @@ def test_experts_train_sparsely_and_an_adapter_brings_them(mode, scope, tmp_path
         optimizer.zero_grad()
     assert losses == sorted(losses, reverse=True)
     save_adapter(model, tmp_path / "adapter", config=config)
-    other = mixtral()
+    other = make()
     before = Snapshot(other)
     with pytest.raises(AdapterError, match=r"no layer '.*experts.*\d'.* Split the model's experts"):
         load_adapter(other, tmp_path / "adapter")
     before.assert_untouched()
     split_experts(other)
     load_adapter(other, tmp_path / "adapter")
+    torch.testing.assert_close(loss(other), loss(model))
+    desparsify(other)
+    join_experts(other)
     torch.testing.assert_close(loss(other), loss(model))
 
 
@@ -292,18 +329,18 @@ def test_a_model_that_is_nothing_but_experts_is_refused():
 
 
 def test_experts_of_other_layouts_stay_as_they_are():
-    config = transformers.GptOssConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        vocab_size=50,
-        head_dim=8,
-    )
-    with pytest.raises(ConfigError, match="no experts that can be split"):
-        split_experts(transformers.GptOssForCausalLM(config))
+    for change in (
+        lambda experts: setattr(experts, "_is_expert_parallel", True),
+        lambda experts: experts.register_parameter("scale", nn.Parameter(torch.ones(3))),
+        lambda experts: setattr(experts, "has_bias", True),
+        lambda experts: setattr(experts, "down_proj", nn.Parameter(torch.ones(5, 6))),
+    ):
+        model = nn.ModuleDict({"experts": Experts(True, False, False, False)})
+        change(model["experts"])
+        before = Snapshot(model)
+        with pytest.raises(ConfigError, match="no experts that can be split"):
+            split_experts(model)
+        before.assert_untouched()
 
 
 @pytest.fixture(scope="module")

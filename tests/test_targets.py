@@ -285,19 +285,6 @@ def test_the_model_itself_cannot_be_the_layer() -> None:
 # Layers that are not served
 
 
-def gpt2() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 32}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
-
-
-@pytest.mark.parametrize("targets", ["all-linear", ["c_attn"], ["attn"]])
-def test_conv1d_is_said_not_to_be_served(targets: Any) -> None:
-    with pytest.raises(ConfigError, match=r"transformers' Conv1D.*an nn.Linear with weight.T") as e:
-        find_targets(gpt2(), config(target_modules=targets))
-    assert str(e.value).count("Conv1D, as GPT-2") == 1
-
-
 def test_a_module_without_linear_layers_is_no_target() -> None:
     with pytest.raises(ConfigError, match="a BatchNorm1d; .*: there is none in it"):
         find_targets(mlp(), config(target_modules=["norm"]))

@@ -36,6 +36,16 @@ def llama(seed: int = 0, **settings: Any) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+def gpt2(seed: int = 0, **settings: Any) -> nn.Module:
+    """A two-layer GPT-2, whose layers are transformers' `Conv1D`, without dropout."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    own = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 32}
+    own |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    own |= {"bos_token_id": 0, "eos_token_id": 1, "loss_type": "ForCausalLM"}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**own | settings))
+
+
 def mixtral(seed: int = 0, experts: int = 4, **settings: Any) -> nn.Module:
     """A two-layer mixture of experts, two of them for each token, that predicts tokens."""
     transformers = pytest.importorskip("transformers")
@@ -43,6 +53,19 @@ def mixtral(seed: int = 0, experts: int = 4, **settings: Any) -> nn.Module:
     own = {"num_key_value_heads": 1, "num_local_experts": experts}
     config = transformers.MixtralConfig(**{**_SIZES, **own, **settings})
     return transformers.MixtralForCausalLM(config)
+
+
+def gpt_oss(seed: int = 0, **settings: Any) -> nn.Module:
+    """A two-layer gpt-oss: a mixture whose experts have biases and hold transposed weights."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    own = {"num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 3}
+    config = transformers.GptOssConfig(**{**_SIZES, **own, "head_dim": 8, **settings})
+    model = transformers.GptOssForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_bias"):  # of the experts, zeros at first
+            nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def opt(seed: int = 0, **settings: Any) -> nn.Module:

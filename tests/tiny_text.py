@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     BertConfig,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -86,6 +88,40 @@ def save_bert(folder: Path, texts: Iterable[str], *, dropout: float = 0.1, **siz
 
 def save_llama(folder: Path, texts: Iterable[str]) -> Path:
     """A language model with random weights and a byte-level BPE tokenizer of `texts`."""
+    config = LlamaConfig(
+        vocab_size=_save_bpe(folder, texts),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.1,  # the output head stays frozen and must be able to prefer a token
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_gpt2(folder: Path, texts: Iterable[str]) -> Path:
+    """A GPT-2 with random weights and a byte-level BPE tokenizer of `texts`."""
+    config = GPT2Config(
+        vocab_size=_save_bpe(folder, texts),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def _save_bpe(folder: Path, texts: Iterable[str]) -> int:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -101,18 +137,4 @@ def save_llama(folder: Path, texts: Iterable[str]) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.1,  # the output head stays frozen and must be able to prefer a token
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return tokenizer.get_vocab_size()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError
+from ..install import put_linear_for_conv1d
 from ..targets import Targets
 from .config import RunConfig
 
@@ -28,6 +29,7 @@ def adapt(model: nn.Module, config: RunConfig, targets: Targets) -> nn.Module:
         ConfigError: see `library`.
     """
     peft = library(config.method)
+    put_linear_for_conv1d(model, targets.layers)  # which is all that some of them know
     shared: dict[str, Any] = {
         "target_modules": list(targets.layers),
         "modules_to_save": list(targets.dense_modules) or None,
@@ -100,6 +102,7 @@ def save(model: Any, config: RunConfig, folder: Path) -> None:
 def load(model: nn.Module, folder: Path) -> nn.Module:
     """`model` with the adapter that `save` wrote. Raises ConfigError, AdapterError."""
     peft = library("lora")
+    put_linear_for_conv1d(model)
     try:
         with warnings.catch_warnings():
             # Of the head's weights, which the adapter brings; but not of any that it lacks.

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from .. import recipe
 from ..errors import ConfigError, nearest, shown
 from ..files import path_of, read_json
 from ..recipe import CHOICES
+from .options import as_declared, check_range, option
 from .yaml_file import one_name_each, read_yaml
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -49,28 +49,6 @@ DECIDE_THE_MASK = (
     *("target_modules", "exclude_modules", "block_shape", "accumulate", "accumulator_dtype"),
     *("accumulator_device", "grasp_sign", "grasp_temperature", "dynamic"),
 )
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    minimum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A dataclass field with what the command line shows and `RunConfig` checks."""
-    return field(
-        default=default,
-        metadata={
-            "help": help,
-            "choices": choices,
-            "minimum": minimum,
-            "above": above,
-            "below": below,
-        },
-    )
 
 
 @dataclass(frozen=True)
@@ -240,7 +218,7 @@ class RunConfig:
         for spec in dataclasses.fields(self):
             value = coerce(spec.name, getattr(self, spec.name))
             object.__setattr__(self, spec.name, value)
-            _check_range(spec, value)
+            check_range(spec, value)
         self.require("train", "output")
         for name in PATHS:
             if value := getattr(self, name):
@@ -439,70 +417,6 @@ def coerce(name: str, value: Any) -> Any:
     YAML reads `1e-4` as text and `3` as an integer where a float is meant; both are accepted. A
     value that would lose information (`epochs: 2.5`) is not. None is, where it is the default.
     """
-    expected = _TYPES[name]
-    options = typing.get_args(expected) if _is_union(expected) else (expected,)
     if value is None and FIELDS[name].default is None:
         return None
-    for kind in options:
-        if kind is type(None):
-            continue
-        try:
-            return as_kind(kind, value)
-        except (TypeError, ValueError):
-            continue
-        except OverflowError:
-            raise ConfigError(f"{name} is too large a number") from None
-    wanted = " or ".join(_type_name(kind) for kind in options if kind is not type(None))
-    raise ConfigError(f"{name} = {shown(value)} is not {wanted}")
-
-
-def _is_union(expected: Any) -> bool:
-    return typing.get_origin(expected) in (typing.Union, types.UnionType)
-
-
-def as_kind(kind: Any, value: Any) -> Any:
-    """`value` as this type, as `coerce` does it; raises TypeError, ValueError or OverflowError."""
-    if kind is str:
-        if not isinstance(value, str):
-            raise TypeError
-        return value
-    if kind == tuple[int, int]:
-        sides = value.lower().split("x") if isinstance(value, str) else value
-        height, width = (as_kind(int, side) for side in sides)
-        return (height, width)
-    if kind == tuple[str, ...]:
-        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
-            raise TypeError
-        return tuple(value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise TypeError
-    if kind is int and isinstance(value, float) and not value.is_integer():
-        raise ValueError
-    if isinstance(value, str) and "_" in value:  # Python takes 1_0 for ten
-        raise ValueError
-    number = kind(value)
-    if kind is int and abs(number) >= 2**63:
-        raise OverflowError
-    return number
-
-
-def _type_name(kind: Any) -> str:
-    names = {str: "text", int: "a whole number", float: "a number", tuple[int, int]: "like 16x16"}
-    return names.get(kind, "a list of names")
-
-
-def _check_range(spec: dataclasses.Field[Any], value: Any) -> None:
-    if value is None:
-        return
-    rules = spec.metadata
-    if rules["choices"] and value not in rules["choices"]:
-        raise ConfigError(
-            f"{spec.name} = {shown(value)} is not one of {', '.join(rules['choices'])}."
-            f"{nearest(value, rules['choices'])}"
-        )
-    if rules["minimum"] is not None and not value >= rules["minimum"]:
-        raise ConfigError(f"{spec.name} = {value} must be at least {rules['minimum']}")
-    if rules["above"] is not None and not value > rules["above"]:
-        raise ConfigError(f"{spec.name} = {value} must be greater than {rules['above']}")
-    if rules["below"] is not None and not value < rules["below"]:
-        raise ConfigError(f"{spec.name} = {value} must be less than {rules['below']}")
+    return as_declared(name, _TYPES[name], value)

@@ -26,6 +26,7 @@ from ..config import SpeftConfig
 from ..dynamic import MovingMask
 from ..errors import AdapterError, ConfigError, shown
 from ..files import read_json, write_json
+from ..install import linear_for_conv1d
 from ..model import apply_patterns, score_and_select, sparse_layers
 from ..pattern import SparsePattern
 from ..salience.accumulate import LossFn
@@ -128,19 +129,21 @@ def _scoring_dtype(device: torch.device) -> torch.dtype:
 
 
 def find(model: nn.Module, config: RunConfig, mask: Mask | None) -> Targets:
-    """The layers to adapt and the head.
+    """The layers to adapt, and the head. Of a `Conv1D`, a linear layer without data is found.
 
     Raises ConfigError for names the model does not have, and for what scoring or adapting will need
     and cannot get; for a ready mask see `targets_of`.
     """
     if mask is not None:
-        return targets_of(mask, model, config)
+        with linear_for_conv1d(model, mask.patterns):
+            return targets_of(mask, model, config)
     if config.method in ADAPTERS:
         if config.method == "speft":
             metric_named(config.salience)
         else:
             baselines.library(config.method)
-        return find_targets(model, config.speft())
+        with linear_for_conv1d(model):
+            return find_targets(model, config.speft())
     return Targets({}, find_dense_modules(model, () if config.task == "causal-lm" else None))
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from ..errors import ConfigError, nearest, shown
 from ..files import path_of
-from ..finetune.config import FIELDS, RunConfig, as_kind
+from ..finetune.config import FIELDS, RunConfig
+from ..finetune.options import as_kind
 from ..finetune.yaml_file import one_name_each, read_yaml
 from .folder import Places
 

@@ -1,5 +1,5 @@
 """The cases: one module for each operation, of its name, `layer` for a crowded layer, `step` for
-the whole training step, and `mixture` for that of a mixture of experts.
+the whole training step, and `models` for that of language models.
 
 Each module has `CASES`, name -> function that sets the case up, and `QUICK`, the names of those
 that say most in little time; of an operation, those that need no model.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..harness import Case
 
 KERNELS = ("sampled_grad", "block_grad", "topk_salience", "sparse_delta_matmul", "write_delta")
-OPERATIONS = (*KERNELS, "layer", "step", "mixture")
+OPERATIONS = (*KERNELS, "layer", "step", "models")
 
 
 def cases_of(operation: str, *, quick: bool) -> Sequence[Callable[[], Case]]:

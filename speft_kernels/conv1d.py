@@ -1,0 +1,124 @@
+"""transformers' `Conv1D`, as GPT-2 is built of it, as an `nn.Linear` and back.
+
+A `Conv1D` holds the transpose `[K, N]` of a linear layer's weight. Patterns, plans and kernels are
+for weights `[N, K]`. So its weight is laid out anew for as long as the layer is one that scores or
+trains; state dicts have it as transformers does, whoever holds it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Conv1DLinear(nn.Linear):
+    """A linear layer in the place of a `Conv1D`; see `Loan`."""
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        transpose_saved(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        transpose_to_load(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is a `Conv1D` of transformers."""
+    kind = type(module)  # to ask for the class would import transformers
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Return whether a module is an `nn.Linear` as torch computes it, and nothing more."""
+    return type(module) in (nn.Linear, Conv1DLinear)
+
+
+class Loan:
+    """A `Conv1D` whose weight a linear layer has for a while.
+
+    The weight is laid out in a parameter of the linear layer's own. The former one is not kept: it
+    takes no memory unless somebody else has it, as an optimizer or another model. These have it as
+    it was.
+    """
+
+    def __init__(self, conv1d: Any) -> None:
+        former = conv1d.weight
+        out_features, in_features = former.shape[::-1]
+        self.linear = Conv1DLinear(in_features, out_features, device="meta")
+        self.linear.weight, self.linear.bias = _transposed(former), conv1d.bias
+        in_place_of(conv1d, self.linear)
+        self._conv1d, self._former = conv1d, weakref.ref(former)
+        self._version = self.linear.weight._version
+        conv1d.weight = None
+
+    def given_back(self) -> nn.Module:
+        """The `Conv1D` with the parameters and hooks as they are now; its very weight, where
+        somebody still has it.
+        """
+        weight, former = self.linear.weight, self._former()
+        if former is None:
+            former = _transposed(weight)
+        else:
+            if weight._version != self._version:
+                with torch.no_grad():
+                    former.copy_(weight.t())
+            former.requires_grad_(weight.requires_grad)
+            former.grad = former.grad if weight.grad is not None else None
+        self._conv1d.weight = former
+        # Who still has the linear layer is told shapes by it, and keeps no copy of the weight.
+        self.linear.weight = nn.Parameter(weight.detach().to("meta"), weight.requires_grad)
+        return _as_conv1d(self.linear, self._conv1d)
+
+
+def to_conv1d(linear: Conv1DLinear) -> nn.Module:
+    """Return a `Conv1D` in the place of a linear layer that was in the place of one."""
+    from transformers.pytorch_utils import Conv1D  # no dependency of ours, but there: see above
+
+    with torch.device("meta"):
+        conv1d = Conv1D(linear.out_features, linear.in_features)
+    conv1d.weight = _transposed(linear.weight)
+    return _as_conv1d(linear, conv1d)
+
+
+def transpose_saved(destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    """Let a state dict have the weight as a `Conv1D` does; with `keep_vars` it has the parameter
+    itself, which is what it is.
+    """
+    weight = destination.get(prefix + "weight")
+    if isinstance(weight, Tensor) and not keep_vars:
+        destination[prefix + "weight"] = weight.t()
+
+
+def transpose_to_load(state_dict: dict[str, Any], prefix: str) -> None:
+    """Lay out a `Conv1D`'s weight of a state dict as that of a linear layer."""
+    weight = state_dict.get(prefix + "weight")
+    if isinstance(weight, Tensor) and weight.ndim == 2:
+        state_dict[prefix + "weight"] = weight.t().contiguous()
+
+
+def in_place_of(former: nn.Module, module: nn.Module) -> nn.Module:
+    """Return `module` with the hooks and the training flag of another."""
+    # Hooks stay what they were, and so do the handles that remove them: these know the dicts.
+    vars(module).update({key: value for key, value in vars(former).items() if "_hook" in key})
+    return module.train(former.training)
+
+
+def _as_conv1d(linear: Conv1DLinear, conv1d: Any) -> nn.Module:
+    conv1d.bias = linear.bias
+    return in_place_of(linear, conv1d)
+
+
+def _transposed(weight: Tensor) -> nn.Parameter:
+    """A parameter of the transpose, with the gradient of this one."""
+    parameter = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+    if weight.grad is not None:
+        parameter.grad = weight.grad.t().contiguous()
+    return parameter
