@@ -2,7 +2,8 @@
 
 The tensors are `sparse.<layer>.indices` (int32, int64 only for weights of 2^31 entries or more),
 `sparse.<layer>.values` (float32, float64 for a float64 base) and `dense.<name>` for what trains
-densely, such as a task head, or the bias of a sparse layer. So a single entry takes 8 bytes. The
+densely, such as a task head, or the bias of a sparse layer; all weights of linear layers as
+`[N, K]`, those of a `Conv1D` too. So a single entry takes 8 bytes. The
 JSON gives each layer's shape, block shape and the fingerprint of the base weight under it, and the
 SHA-256 of the tensor file. Names are looked up in the model and never used as paths.
 """
@@ -33,7 +34,7 @@ from .adapter_file import (
 )
 from .atomic import new_folder
 from .config import SpeftConfig
-from .conv1d import is_plain_linear
+from .conv1d import is_conv1d, is_plain_linear, linear_shape
 from .errors import AdapterError, ConfigError, nearest, shown
 from .family import refuse_sharded, set_modes, to_linears
 from .files import writing
@@ -41,7 +42,6 @@ from .install import (
     conv1d_for_linear,
     install,
     is_sparse,
-    linear_for_conv1d,
     state_of,
     swap_modules,
 )
@@ -146,7 +146,8 @@ def write_adapter(
     for name, layer in layers.items():
         tensors[f"sparse.{name}.indices"] = layer.pattern.indices
         tensors[f"sparse.{name}.values"] = layer.values
-    tensors.update({f"dense.{name}": tensor for name, tensor in dense.items()})
+    laid_out = _as_of_linears(model, dense)
+    tensors.update({f"dense.{name}": tensor for name, tensor in laid_out.items()})
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(
@@ -219,8 +220,7 @@ def load_adapter(
     refuse_sharded(model.named_parameters())
     if mode not in (None, "resident", "additive"):
         raise ConfigError(f"mode must be 'resident' or 'additive', got {mode!r}")
-    with linear_for_conv1d(model, file.patterns):
-        _load(model, file, mode, check_base)
+    _load(model, file, mode, check_base)
     conv1d_for_linear(model)  # those that no longer train
     return AdapterInfo(
         folder=file.folder,
@@ -275,6 +275,8 @@ def fingerprint(layer: nn.Module) -> str:
     tensors: Iterable[tuple[str, Tensor]]
     if isinstance(layer, SparseDeltaLinear):
         tensors = [("weight", layer.base_weight())]
+    elif is_conv1d(layer):
+        tensors = [("weight", layer.weight.t())]  # type: ignore[operator]
     elif is_plain_linear(layer):
         tensors = [("weight", layer.weight)]  # type: ignore[list-item]
     else:
@@ -354,8 +356,8 @@ def check_shapes(model: nn.Module, patterns: Mapping[str, SparsePattern]) -> Non
                 f"the model has no layer {shown(name)}, which the adapter "
                 f"trains.{remedy_for_missing(modules, name)}"
             )
-        shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-        if None in shape:
+        shape = linear_shape(module)
+        if shape is None:
             raise AdapterError(
                 f"{shown(name)} is a {type(module).__name__} in the model; the adapter trains a "
                 "linear layer there"
@@ -378,24 +380,19 @@ def another_base(model: nn.Module, bases: Mapping[str, str]) -> str | None:
 def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
     """Return the model's tensors that the adapter's dense tensors go to, by name."""
     # A layer that is sparse now and not in the adapter will be a plain one when its tensors come.
-    sparse = sparse_layers(model)
-    becoming_plain = [name for name in sparse if name not in file.layers]
+    becoming_plain = [name for name in sparse_layers(model) if name not in file.layers]
     stored = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
         if not is_below(name, becoming_plain) or name.endswith((".weight", ".bias"))
     }
+    stored = _as_of_linears(model, stored)
     for name, tensor in file.dense.items():
         target = stored.get(name)
         if not isinstance(target, Tensor):
             raise AdapterError(
                 f"the model has no tensor {shown(name)}, which the adapter "
                 f"brings.{nearest(name, stored)}"
-            )
-        if any(name == f"{layer}.weight" and sparse[layer].is_transposed for layer in sparse):
-            raise AdapterError(
-                f"the adapter brings the weight of {shown(name[:-7])}, a Conv1D that is sparse in "
-                "the model: call desparsify(model) first"
             )
         if is_below(name, file.layers) and not (
             _is_bias(name, file.layers) and _has_plain_base(model.get_submodule(name[:-5]))
@@ -421,7 +418,16 @@ def _check_dense(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
 def _has_plain_base(layer: nn.Module) -> bool:
     if isinstance(layer, SparseDeltaLinear):
         return layer.base is None
-    return is_plain_linear(layer)
+    return is_plain_linear(layer) or is_conv1d(layer)
+
+
+def _as_of_linears(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those that are a `Conv1D`'s weight as `[N, K]`: an adapter is for either kind of
+    model.
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    transposed = {f"{name}.weight" for name, module in modules if is_conv1d(module)}
+    return {n: t.detach().t() if n in transposed else t for n, t in tensors.items()}
 
 
 @torch.no_grad()

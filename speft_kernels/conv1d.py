@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_HOOKS = tuple(key for key in vars(nn.Module()) if "_hook" in key)
+
 
 class Conv1DLinear(nn.Linear):
     """A linear layer in the place of a `Conv1D`; see `Loan`."""
@@ -41,51 +43,67 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1DLinear)
 
 
+def linear_shape(module: Any) -> tuple[int, int] | None:
+    """Return `(N, K)` of a linear layer, a `Conv1D` too; None of any other module."""
+    if is_conv1d(module):
+        return module.nf, module.weight.shape[0]  # whose nx older versions do not keep
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.out_features, module.in_features
+    return None
+
+
 class Loan:
     """A `Conv1D` whose weight a linear layer has for a while.
 
     The weight is laid out in a parameter of the linear layer's own. The former one is not kept: it
     takes no memory unless somebody else has it, as an optimizer or another model. These have it as
-    it was.
+    it was. The `Conv1D` computes what the linear layer does meanwhile.
     """
 
     def __init__(self, conv1d: Any) -> None:
         former = conv1d.weight
         out_features, in_features = former.shape[::-1]
+        self.conv1d = conv1d
         self.linear = Conv1DLinear(in_features, out_features, device="meta")
         self.linear.weight, self.linear.bias = _transposed(former), conv1d.bias
         in_place_of(conv1d, self.linear)
-        self._conv1d, self._former = conv1d, weakref.ref(former)
-        self._version = self.linear.weight._version
-        conv1d.weight = None
+        self._lent = self.linear.weight, self.linear.weight._version
+        self._former = weakref.ref(former)
+        # Hooks on a parameter cannot be handed on.
+        hooked = former._backward_hooks or former._post_accumulate_grad_hooks
+        self._kept = former if hooked else None
+        conv1d.weight = _view(self.linear.weight)
 
-    def given_back(self) -> nn.Module:
-        """The `Conv1D` with the parameters and hooks as they are now; its very weight, where
-        somebody still has it.
+    def give_back(self) -> None:
+        """Give the `Conv1D` the parameters and hooks as they are now: its very weight, where
+        somebody still has it. The linear layer computes what it does from now on.
         """
         weight, former = self.linear.weight, self._former()
         if former is None:
             former = _transposed(weight)
         else:
-            if weight._version != self._version:
+            lent, version = self._lent
+            if weight is not lent or weight._version != version:
                 with torch.no_grad():
                     former.copy_(weight.t())
             former.requires_grad_(weight.requires_grad)
             former.grad = former.grad if weight.grad is not None else None
-        self._conv1d.weight = former
-        # Who still has the linear layer is told shapes by it, and keeps no copy of the weight.
-        self.linear.weight = nn.Parameter(weight.detach().to("meta"), weight.requires_grad)
-        return _as_conv1d(self.linear, self._conv1d)
+        self.conv1d.weight, self.conv1d.bias = former, self.linear.bias
+        in_place_of(self.linear, self.conv1d)
+        self.linear.weight = _view(former)
 
 
 def to_conv1d(linear: Conv1DLinear) -> nn.Module:
-    """Return a `Conv1D` in the place of a linear layer that was in the place of one."""
+    """Return a `Conv1D` to take the place of a linear layer that is in the place of one; this
+    computes what it does from now on.
+    """
     from transformers.pytorch_utils import Conv1D  # no dependency of ours, but there: see above
 
     with torch.device("meta"):
         conv1d = Conv1D(linear.out_features, linear.in_features)
-    conv1d.weight = _transposed(linear.weight)
-    return _as_conv1d(linear, conv1d)
+    conv1d.weight, conv1d.bias = _transposed(linear.weight), linear.bias
+    linear.weight = _view(conv1d.weight)
+    return in_place_of(linear, conv1d)
 
 
 def transpose_saved(destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -94,7 +112,8 @@ def transpose_saved(destination: dict[str, Any], prefix: str, keep_vars: bool) -
     """
     weight = destination.get(prefix + "weight")
     if isinstance(weight, Tensor) and not keep_vars:
-        destination[prefix + "weight"] = weight.t()
+        # A copy: safetensors does not write what is not contiguous.
+        destination[prefix + "weight"] = weight.t().contiguous()
 
 
 def transpose_to_load(state_dict: dict[str, Any], prefix: str) -> None:
@@ -107,18 +126,21 @@ def transpose_to_load(state_dict: dict[str, Any], prefix: str) -> None:
 def in_place_of(former: nn.Module, module: nn.Module) -> nn.Module:
     """Return `module` with the hooks and the training flag of another."""
     # Hooks stay what they were, and so do the handles that remove them: these know the dicts.
-    vars(module).update({key: value for key, value in vars(former).items() if "_hook" in key})
+    vars(module).update({key: vars(former)[key] for key in _HOOKS})
     return module.train(former.training)
 
 
-def _as_conv1d(linear: Conv1DLinear, conv1d: Any) -> nn.Module:
-    conv1d.bias = linear.bias
-    return in_place_of(linear, conv1d)
-
-
+@torch.inference_mode(False)
 def _transposed(weight: Tensor) -> nn.Parameter:
-    """A parameter of the transpose, with the gradient of this one."""
-    parameter = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+    """A parameter of the transpose in memory of its own, with attributes and gradient of this."""
+    copy = weight.detach().t().clone(memory_format=torch.contiguous_format)
+    parameter = nn.Parameter(copy, weight.requires_grad)
+    vars(parameter).update(vars(weight))
     if weight.grad is not None:
-        parameter.grad = weight.grad.t().contiguous()
+        parameter.grad = weight.grad.t().clone(memory_format=torch.contiguous_format)
     return parameter
+
+
+@torch.inference_mode(False)
+def _view(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().t(), requires_grad=False)

@@ -325,7 +325,7 @@ class MovingMask:
         }
         _erase(model, trained)
         _put(model, kept)
-        layers = find_targets(model, self.config).layers
+        layers: dict[str, Any] = find_targets(model, self.config).layers
         sums = GradientSums(
             layers, self.config.accumulator_dtype, self.config.accumulator_device, "sum"
         )

@@ -34,7 +34,8 @@ def split_experts(model: nn.Module) -> list[str]:
 
     Raises:
         ConfigError: there are no experts that can be split (those of Llama 4 or spread over
-            processes stay as they are), or their module has hooks. The model is as it was.
+            processes stay as they are), or their module has hooks. The model is as it was. Where
+            memory runs out, the modules before stay split.
     """
     model = unwrapped(model)
     refuse_sharded(model.named_parameters())
@@ -111,8 +112,10 @@ class SplitExperts(nn.Module):
         """The weights with those of each expert transposed, where transformers holds them so."""
         if not self._transposed:
             return stacked
-        transposed = stacked.detach().transpose(1, 2).contiguous()
-        return nn.Parameter(transposed, requires_grad=stacked.requires_grad)
+        with torch.inference_mode(False):  # or they could never train
+            transposed = stacked.detach().transpose(1, 2)
+            copy = transposed.clone(memory_format=torch.contiguous_format)
+            return nn.Parameter(copy, requires_grad=stacked.requires_grad)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the sum over each token's experts, `[T, H]`.
@@ -177,6 +180,7 @@ class SplitExperts(nn.Module):
         return experts.train(self.training)
 
 
+@torch.inference_mode(False)
 def _linear(weights: nn.Parameter, biases: nn.Parameter | None, expert: int) -> nn.Linear:
     out_features, in_features = weights[expert].shape
     linear = nn.Linear(in_features, out_features, bias=biases is not None, device="meta")
@@ -187,6 +191,7 @@ def _linear(weights: nn.Parameter, biases: nn.Parameter | None, expert: int) -> 
     return linear
 
 
+@torch.inference_mode(False)
 def _stacked(weights: Sequence[nn.Parameter]) -> nn.Parameter:
     first = weights[0]
     size = first.numel() * first.element_size()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from . import conv1d
+from .conv1d import Conv1DLinear, Loan, is_conv1d, to_conv1d
 from .errors import ConfigError, PatternError
 from .family import Family
 from .nn import SparseDeltaLinear
 from .overview import sparse_layers, unwrapped
 from .pattern import SparsePattern
-from .targets import check_layers, refuse_unready, remedy_for_missing, shared_weights
+from .targets import check_layers, remedy_for_missing
 
 _STATE = "_speft_state"
 
@@ -65,6 +65,10 @@ def install(
             remedy = remedy_for_missing(modules, name)
             raise ConfigError(f"the model has no module {name!r}.{remedy}")
     check_layers(model, {name: modules[name] for name in patterns}, mode)
+    loans: list[Loan] = []
+    undo.callback(_give_back, model, loans)
+    put_linear_for_conv1d(model, patterns, loans)
+    modules = dict(model.named_modules())
 
     tensors = model.state_dict(keep_vars=True)  # of sparse layers it would write the weights
     undo.callback(restore_flags, flags_of(model))
@@ -117,54 +121,50 @@ def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
 
 
 @contextmanager
-def linear_for_conv1d(model: nn.Module, names: Container[str] | None = None) -> Iterator[None]:
-    """`put_linear_for_conv1d` for a while: at the end those that have become sparse stay so, and
-    the others are what they were.
+def linear_for_conv1d(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Have a linear layer in the place of each `Conv1D` of these names inside. At the end those
+    that have become sparse stay so, and the others are what they were.
+
+    `check_layers` knows whether it can be.
     """
-    loans: list[conv1d.Loan] = []
+    loans: list[Loan] = []
     try:
-        loans.extend(_lent(model, names))
+        put_linear_for_conv1d(model, names, loans)
         yield
     finally:
-        present = set(model.modules())
-        for loan in loans:
-            if loan.linear in present:
-                swap_modules(model, {loan.linear: loan.given_back()})
+        _give_back(model, loans)
 
 
-def put_linear_for_conv1d(model: nn.Module, names: Container[str] | None = None) -> None:
-    """Put a linear layer in the place of each `Conv1D` of the model, or of those called `names`.
+def put_linear_for_conv1d(
+    model: nn.Module, names: Iterable[str], loans: list[Loan] | None = None
+) -> None:
+    """Put a linear layer in the place of each `Conv1D` of these names, and note it in `loans`."""
+    modules = dict(model.named_modules())
+    loans = [] if loans is None else loans
+    for name in names:
+        module = modules.get(name)
+        if module is not None and is_conv1d(module):
+            loans.append(Loan(module))
+    swap_modules(model, {loan.conv1d: loan.linear for loan in loans})
 
-    A weight that is shared stays where it is, and so does a `Conv1D` that is the model itself.
 
-    Raises ConfigError where a parameter is sharded.
-    """
-    for _ in _lent(model, names):
-        pass
-
-
-def _lent(model: nn.Module, names: Container[str] | None) -> Iterator[conv1d.Loan]:
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if name and conv1d.is_conv1d(module) and (names is None or name in names)
-    }
-    if not found:
-        return
-    refuse_unready(model)
-    shared = shared_weights(model)
-    for name, module in found.items():
-        if "weight" in module._parameters and f"{name}.weight" not in shared:
-            loan = conv1d.Loan(module)
-            swap_modules(model, {module: loan.linear})
-            yield loan
+def _give_back(model: nn.Module, loans: Iterable[Loan]) -> None:
+    present = set(model.modules())
+    ended = [loan for loan in loans if loan.linear in present or loan.conv1d in present]
+    for loan in ended:
+        loan.give_back()
+    swap_modules(model, {loan.linear: loan.conv1d for loan in ended})
 
 
 def conv1d_for_linear(model: nn.Module) -> None:
     """Put a new `Conv1D` in the place of each linear layer that came in the place of one."""
-    for module in list(model.modules()):
-        if isinstance(module, conv1d.Conv1DLinear):
-            swap_modules(model, {module: conv1d.to_conv1d(module)})
+    made: dict[nn.Module, nn.Module] = {}
+    try:
+        for module in model.modules():
+            if isinstance(module, Conv1DLinear):
+                made[module] = to_conv1d(module)
+    finally:
+        swap_modules(model, made)
 
 
 Flags = list[tuple[nn.Parameter, bool, Any]]

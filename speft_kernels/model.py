@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import SpeftConfig
+from .conv1d import Conv1DLinear
 from .errors import ConfigError
 from .family import refuse_sharded, set_modes, to_linears
 from .install import conv1d_for_linear, forget, install, linear_for_conv1d, swap_modules
@@ -83,11 +84,10 @@ def sparsify(
         On any error, also one out of `loss_fn`, the model is as it was.
     """
     model = unwrapped(model)
-    with linear_for_conv1d(model):
-        targets = _targets_to_score(model, config, batches)
-        with undone_on_error(_head(model, config, targets)):
-            patterns, report = _score(model, config, targets, batches, loss_fn)
-            apply_patterns(model, patterns, config)
+    targets = _targets_to_score(model, config, batches)
+    with undone_on_error(_head(model, config, targets)), linear_for_conv1d(model, targets.layers):
+        patterns, report = _score(model, config, targets, batches, loss_fn)
+        apply_patterns(model, patterns, config)
     return report
 
 
@@ -102,10 +102,9 @@ def score_and_select(
     With `head_warmup_steps` the task head stays warmed up. Arguments and errors as for `sparsify`.
     """
     model = unwrapped(model)
-    with linear_for_conv1d(model):
-        targets = _targets_to_score(model, config, batches)
-        with undone_on_error(_head(model, config, targets)):
-            return _score(model, config, targets, batches, loss_fn)
+    targets = _targets_to_score(model, config, batches)
+    with undone_on_error(_head(model, config, targets)), linear_for_conv1d(model, targets.layers):
+        return _score(model, config, targets, batches, loss_fn)
 
 
 def apply_patterns(
@@ -124,7 +123,7 @@ def apply_patterns(
     dense = find_dense_modules(model, config.modules_to_train)
     refuse_dense(patterns, dense)
     tensors = tensors_below(model, dense)
-    with linear_for_conv1d(model, patterns), ExitStack() as undo:
+    with ExitStack() as undo:
         install(model, patterns, config.mode, tensors, undo)
         undo.pop_all()
 
@@ -165,7 +164,10 @@ def desparsify(model: nn.Module, keep_delta: bool = True) -> None:
             a delta. Nothing is changed.
     """
     model = unwrapped(model)
-    layers = _require_sparse(model)
+    if not any(isinstance(module, Conv1DLinear) for module in model.modules()):
+        # Else a former call was cut short, as by a want of memory: this one goes on from there.
+        _require_sparse(model)
+    layers = sparse_layers(model)
     if keep_delta:
         refuse_delta_in_shared(model, layers)
     swap_modules(model, to_linears(layers.values(), keep_delta))
@@ -264,10 +266,11 @@ def _score(
                 lr=config.head_warmup_lr,
             )
     warmed = time.perf_counter() - start
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in targets.layers}
     with borrowed(model, config.seed):
         patterns, report = select_patterns(
             model,
-            targets.layers,
+            layers,
             config,
             batches,
             loss_fn,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from . import compiled, family, ops, stepping
 from .autograd import Sink, SparseLinear, version_of
-from .conv1d import Conv1DLinear, is_plain_linear, transpose_saved, transpose_to_load
+from .conv1d import Conv1DLinear, is_conv1d, is_plain_linear, transpose_saved, transpose_to_load
 from .dtypes import accumulator_dtype
 from .errors import ConfigError, PatternError, nearest
 from .pattern import SparsePattern
@@ -376,7 +376,7 @@ class SparseDeltaLinear(nn.Module):
 
     def to_linear(self, keep_delta: bool = True) -> nn.Module:
         """Return the plain layer, sharing the weight: it holds W0 + D, or exactly W0 without the
-        delta.
+        delta. Of what was a `Conv1D` in a model, an `nn.Linear` whose state dict is a `Conv1D`'s.
 
         This module must not be used afterwards: it no longer owns the weight.
 
@@ -508,6 +508,11 @@ def _features(linear: nn.Module) -> tuple[int, int]:
     try:
         return int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
     except AttributeError:
+        if is_conv1d(linear):
+            raise ConfigError(
+                "a Conv1D holds the transposed weight: sparsify or apply_patterns takes the model "
+                "that it is in"
+            ) from None
         raise ConfigError(
             f"a {type(linear).__name__} has no in_features and out_features: it is no linear layer"
         ) from None

@@ -13,14 +13,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from .config import ALL_LINEAR, SpeftConfig
-from .conv1d import is_conv1d, is_plain_linear
+from .conv1d import is_conv1d, is_plain_linear, linear_shape
 from .errors import ConfigError, nearest
 from .family import refuse_sharded
 
 # A smaller share of the weights is left out of many a model: a patch embedding, a convolution.
 _MUCH = 0.2
 _LAYER = re.compile(r".*\.\d+\.")
-_CONV1D = "its weight is shared, and a Conv1D holds it transposed: give it a copy of its own"
 _ELSEWHERE = (
     'a mask that was chosen elsewhere trains in it through apply_patterns and mode="additive"'
 )
@@ -33,12 +32,18 @@ class Targets:
     """The modules of one model that a config means.
 
     Attributes:
-        layers: name -> the linear layer that trains sparsely, in the model's order.
+        layers: name -> the linear layer (or `Conv1D`) that trains sparsely, in the model's order.
         dense_modules: names of the modules that train densely.
     """
 
-    layers: dict[str, nn.Linear]
+    layers: dict[str, nn.Module]
     dense_modules: tuple[str, ...]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Name -> `(N, K)` of each layer's weight."""
+        found = {name: linear_shape(layer) for name, layer in self.layers.items()}
+        return {name: shape for name, shape in found.items() if shape is not None}
 
 
 def find_targets(model: nn.Module, config: SpeftConfig) -> Targets:
@@ -49,7 +54,7 @@ def find_targets(model: nn.Module, config: SpeftConfig) -> Targets:
             sparsely, a target's weight is shared in resident mode, the blocks do not tile a weight,
             or no layer is left.
     """
-    refuse_unready(model)
+    _refuse_unready(model)
     dense = find_dense_modules(model, config.modules_to_train)
     closed = [*dense, *_named_below(model, config.exclude_modules, "exclude_modules")]
     if config.target_modules == ALL_LINEAR:
@@ -63,14 +68,14 @@ def find_targets(model: nn.Module, config: SpeftConfig) -> Targets:
             raise ConfigError(f"layer {name!r} cannot train sparsely: {reason}{remedy}")
     check_layers(model, wanted, config.mode)
     bh, bw = config.block_shape
-    for name, layer in wanted.items():
-        if layer.out_features % bh or layer.in_features % bw:
+    targets = Targets(wanted, dense)
+    for name, (rows, columns) in targets.shapes.items():
+        if rows % bh or columns % bw:
             raise ConfigError(
-                f"blocks of {(bh, bw)} do not tile layer {name!r} of shape "
-                f"{tuple(layer.weight.shape)}: choose a block_shape that divides it, or name the "
-                "layer in exclude_modules"
+                f"blocks of {(bh, bw)} do not tile layer {name!r} of shape {(rows, columns)}: "
+                "choose a block_shape that divides it, or name the layer in exclude_modules"
             )
-    return Targets(wanted, dense)
+    return targets
 
 
 def find_dense_modules(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -121,16 +126,16 @@ def note_of_left_out(model: nn.Module, targets: Targets, config: SpeftConfig) ->
     if config.target_modules != ALL_LINEAR:
         return ()
     closed = [*targets.dense_modules, *_named_below(model, config.exclude_modules, "")]
-    head, adapted = _output_embeddings(model), set(targets.layers.values())
+    head = _output_embeddings(model)
     sizes: Counter[str] = Counter()
     for name, module in model.named_modules():
-        if module in adapted or module is head or isinstance(module, nn.Embedding):
+        if name in targets.layers or module is head or isinstance(module, nn.Embedding):
             continue
         for key, parameter in module.named_parameters(name, recurse=False):
             if parameter.ndim > 1 and not is_below(key, closed):
                 sizes[_LAYER.sub("", key)] += parameter.numel()
     left = sizes.total()
-    total = left + sum(layer.weight.numel() for layer in adapted)
+    total = left + sum(n * k for n, k in targets.shapes.values())
     if left <= _MUCH * total:
         return ()
     listed = ", ".join(key for key, _ in sizes.most_common(3)) + (", ..." if len(sizes) > 3 else "")
@@ -194,8 +199,9 @@ def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -
     Raises:
         ConfigError: one cannot; the message names it, the reason and the remedy.
     """
-    refuse_unready(model)
-    shared = shared_weights(model) if mode == "resident" else {}
+    _refuse_unready(model)
+    laid_out = any(map(is_conv1d, layers.values()))
+    shared = shared_weights(model) if mode == "resident" or laid_out else {}
     for name, layer in layers.items():
         if name == "":
             raise ConfigError(
@@ -208,7 +214,12 @@ def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -
             remedy = '; use mode="additive"' if _is_opaque(layer) and not opaque else ""
             raise ConfigError(f"layer {name!r} cannot train sparsely: {reason}{remedy}")
         other = shared.get(f"{name}.weight")
-        if other is not None:
+        if other is not None and is_conv1d(layer):
+            raise ConfigError(
+                f"layer {name!r} is a Conv1D, whose weight is laid out anew to train, and shares "
+                f"it with {other!r}: name the layer in exclude_modules"
+            )
+        if other is not None and mode == "resident":
             raise ConfigError(
                 f"layer {name!r} shares its weight with {other!r}, so a delta inside the weight "
                 "would change both: "
@@ -241,7 +252,7 @@ def shared_weights(model: nn.Module) -> dict[str, str]:
     return shared
 
 
-def refuse_unready(model: nn.Module) -> None:
+def _refuse_unready(model: nn.Module) -> None:
     """Raise ConfigError where a parameter or buffer of `model` is sharded, or has no shape yet."""
     refuse_sharded(model.named_parameters())
     for name, tensor in _named_tensors(model):
@@ -287,18 +298,18 @@ def _named_below(model: nn.Module, patterns: Sequence[str], setting: str) -> lis
     return list(found)
 
 
-def _all_linear(model: nn.Module, closed: list[str]) -> dict[str, nn.Linear]:
+def _all_linear(model: nn.Module, closed: list[str]) -> dict[str, nn.Module]:
     skipped: dict[str, str] = {}  # reason -> the first such layer
-    layers: dict[str, nn.Linear] = {}
+    layers: dict[str, nn.Module] = {}
     head = _output_embeddings(model)
     for name, module in model.named_modules():
         opaque = _is_opaque(module)
-        if not (isinstance(module, nn.Linear) or opaque or is_conv1d(module)):
+        if not (_is_linear(module) or opaque):
             continue
         if module is head or is_below(name, closed):
             continue
         reason = _not_served(module)
-        if isinstance(module, nn.Linear) and reason is None:
+        if _is_linear(module) and reason is None:
             layers[name] = module
         else:
             skipped.setdefault(f"{reason}; {_ELSEWHERE}" if opaque else str(reason), name)
@@ -311,29 +322,28 @@ def _all_linear(model: nn.Module, closed: list[str]) -> dict[str, nn.Linear]:
     return layers
 
 
-def _listed(model: nn.Module, patterns: Sequence[str], closed: list[str]) -> dict[str, nn.Linear]:
+def _listed(model: nn.Module, patterns: Sequence[str], closed: list[str]) -> dict[str, nn.Module]:
     # A module registered under several names is listed under the first of them, whichever one was
     # matched.
     canonical = {id(module): name for name, module in model.named_modules()}
     modules = list(model.named_modules(remove_duplicate=False))
-    chosen: dict[str, nn.Linear] = {}
+    chosen: dict[str, nn.Module] = {}
     for pattern in patterns:
         matched = [(name, module) for name, module in modules if _matches(pattern, name)]
-        linear = {canonical[id(m)]: m for _, m in matched if isinstance(m, nn.Linear)}
+        linear = {canonical[id(m)]: m for _, m in matched if _is_linear(m)}
         if not linear:
             if matched:
                 name, module = matched[0]
                 remedy = "name the linear layers in it"
                 if _is_opaque(module):
                     remedy = _ELSEWHERE
-                elif not any(isinstance(below, nn.Linear) for below in module.modules()):
-                    conv1d = any(map(is_conv1d, module.modules()))
-                    remedy = _CONV1D if conv1d else "there is none in it"
+                elif not any(map(_is_linear, module.modules())):
+                    remedy = "there is none in it"
                 raise ConfigError(
                     f"target_modules: {pattern!r} matches {name!r}, which is a "
                     f"{_kind(module)}; sparse training serves nn.Linear: {remedy}"
                 )
-            known = [name for name, module in modules if isinstance(module, nn.Linear)]
+            known = [name for name, module in modules if _is_linear(module)]
             raise _no_match("target_modules", pattern, known, "linear layer")
         left = {name: module for name, module in linear.items() if not is_below(name, closed)}
         if not left:
@@ -347,23 +357,28 @@ def _listed(model: nn.Module, patterns: Sequence[str], closed: list[str]) -> dic
 
 def _not_served(module: nn.Module) -> str | None:
     """Why the weight of this kind of module cannot be scored and written to; None where it can."""
-    if is_conv1d(module):  # Those that can be are linear layers by now: see `install`.
-        return _CONV1D
-    if not isinstance(module, nn.Linear):
+    if not _is_linear(module):
         return f"it is a {_kind(module)}, not an nn.Linear"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
         return (
             "its weight is computed (parametrised, weight-normed): remove the parametrisation first"
         )
-    if not is_plain_linear(module) or "forward" in vars(module):
+    if not (is_plain_linear(module) or is_conv1d(module)) or "forward" in vars(module):
         return (
             f"it ({type(module).__name__}) computes in a way of its own, not as a plain nn.Linear"
         )
-    if not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}, not floating point"
+    if is_conv1d(module) and not isinstance(module._parameters.get("bias"), nn.Parameter):
+        return "it is a Conv1D whose bias is computed (parametrised, pruned): remove that first"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating point"
     return None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _kind(module: nn.Module) -> str:
@@ -403,7 +418,7 @@ def _not_ready(module: nn.Module) -> str | None:
         return "its weight is on the meta device: load the weights first"
     if weight.numel() == 0:
         return f"its weight is empty, of shape {tuple(weight.shape)}: name it in exclude_modules"
-    if not weight.is_contiguous():
+    if not (weight.is_contiguous() or is_conv1d(module)):
         return (
             f"its weight is not contiguous (strides {weight.stride()}): give it a contiguous copy"
         )

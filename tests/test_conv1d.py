@@ -8,9 +8,11 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import Snapshot, gpt2, token_batches
 from tiny_text import save_gpt2, write_jsonl, write_tsv
 from torch import nn
+from torch.nn.utils import prune
 
 from speft_kernels import (
     SparseDeltaLinear,
@@ -159,7 +161,22 @@ def test_scoring_alone_and_errors_leave_the_model_as_it_was():
     with pytest.raises(ConfigError, match=r"pattern is for a weight of shape \(16, 17\)"):
         apply_patterns(model, wrong, CONFIG)
     before.assert_untouched()
-    assert all(p.is_contiguous() for p in model.parameters())
+    # Of a weight that nobody else has, an equal one comes back.
+    model, same = gpt2(), gpt2()
+    for each in (model, same):
+        each.get_submodule(WIDE).weight.requires_grad_(False)
+        each.get_submodule(SQUARE).weight.tag = "mine"
+        loss(each).backward()
+    score_and_select(model, CONFIG, BATCHES)
+    with pytest.raises(RuntimeError, match="the loss of the caller"):
+        sparsify(model, CONFIG, BATCHES, failing)
+    for (name, found), wanted in zip(model.named_parameters(), same.parameters(), strict=True):
+        assert torch.equal(found, wanted), name
+        assert found.requires_grad == wanted.requires_grad, name
+        assert (found.grad is None) == (wanted.grad is None), name
+        assert found.grad is None or torch.equal(found.grad, wanted.grad), name
+        assert found.is_contiguous()
+    assert model.get_submodule(SQUARE).weight.tag == "mine"
 
 
 def test_what_others_have_of_the_model_stays_as_it_was():
@@ -182,22 +199,90 @@ def test_what_others_have_of_the_model_stays_as_it_was():
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     before.assert_untouched()
+    # A parameter that its transpose is a mere view of is not written to, either.
+    model = gpt2()
+    weight = model.get_submodule(SQUARE).weight
+    weight.data = weight.data.t().contiguous().t()
+    values = weight.detach().clone()
+    module = model.get_submodule(SQUARE)
+    x = torch.randn(3, 16)
+    sparsify(model, CONFIG, BATCHES)
+    drawn(model)
+    loss(model)
+    assert torch.equal(weight, values)
+    # Who has the module itself computes what the sparse layer does.
+    torch.testing.assert_close(module(x), model.get_submodule(SQUARE)(x))
 
 
-def test_a_head_of_conv1d_keeps_what_its_warm_up_taught_it():
-    for held in (False, True):
-        model = gpt2()
-        weight = model.get_submodule(WIDE).weight if held else None
-        before = model.get_submodule(WIDE).weight.detach().clone()
-        config = SpeftConfig(
-            **{**CONFIG.to_dict(), "modules_to_train": [WIDE], "head_warmup_steps": 2}
-        )
+def test_hooks_on_a_weight_outlive_scoring():
+    model, called = gpt2(), []
+    model.get_submodule(SQUARE).weight.register_hook(lambda _: called.append(1))
+    model.get_submodule(WIDE).weight.register_post_accumulate_grad_hook(lambda _: called.append(2))
+    score_and_select(model, CONFIG, BATCHES)
+    assert called == []
+    loss(model).backward()
+    assert sorted(called) == [1, 2]
+
+
+@pytest.mark.parametrize("excluded", [True, False])
+def test_a_layer_that_computes_in_a_way_of_its_own_is_passed_over(excluded):
+    """As with the hooks of accelerate, which replace `forward`."""
+    model = gpt2()
+    module = model.get_submodule(SQUARE)
+    module.forward = lambda x, forward=module.forward: 2 * forward(x)
+    wanted = loss(model)
+    settings = {**CONFIG.to_dict(), "exclude_modules": [SQUARE] if excluded else []}
+    patterns, _ = score_and_select(model, SpeftConfig(**settings), BATCHES)
+    other, _ = score_and_select(
+        gpt2(), SpeftConfig(**{**settings, "exclude_modules": [SQUARE]}), BATCHES
+    )
+    assert patterns.keys() == other.keys()
+    assert patterns != other  # scored with what the layer computes
+    sparsify(model, SpeftConfig(**settings), BATCHES)
+    torch.testing.assert_close(loss(model), wanted)
+    assert model.get_submodule(SQUARE) is module
+    named = SpeftConfig(**{**CONFIG.to_dict(), "target_modules": ["attn.c_proj"]})
+    with pytest.raises(ConfigError, match="sparse layers already"):
+        sparsify(model, named, BATCHES)
+    desparsify(model)
+    with pytest.raises(ConfigError, match="computes in a way of its own"):
+        sparsify(model, named, BATCHES)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_layer_with_a_computed_parameter(part):
+    model = gpt2()
+    prune.l1_unstructured(model.get_submodule(SQUARE), part, 0.5)
+    wanted = loss(model)
+    named = SpeftConfig(**{**CONFIG.to_dict(), "target_modules": ["c_proj"]})
+    with pytest.raises(ConfigError, match=f"{SQUARE}' .*{part} is computed"):
+        sparsify(model, named, BATCHES)
+    excluded = SpeftConfig(**{**CONFIG.to_dict(), "exclude_modules": [SQUARE]})
+    for config in (excluded, CONFIG):  # of all linear layers it is left out
         sparsify(model, config, BATCHES)
-        found = model.get_submodule(WIDE).weight
-        assert found.shape == before.shape
-        assert not torch.equal(found, before)
-        assert weight is None or weight is found
-        assert found.requires_grad
+        assert len(sparse_layers(model)) == 7
+        torch.testing.assert_close(loss(model), wanted)
+        desparsify(model)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_callers_without_gradients(mode, tmp_path):
+    model = gpt2()
+    with mode():
+        score_and_select(model, CONFIG, BATCHES)
+        sparsify(model, CONFIG, BATCHES)
+    drawn(model)
+    save_adapter(model, tmp_path / "adapter")
+    other = gpt2()
+    with mode():
+        load_adapter(other, tmp_path / "adapter")
+    for each in (model, other):
+        loss(each).backward()
+        with mode():
+            desparsify(each)
+        each.requires_grad_(True)
+        loss(each).backward()
+    assert torch.equal(loss(model), loss(other))
 
 
 def test_where_memory_runs_out_the_model_is_as_it_was(monkeypatch):
@@ -217,6 +302,23 @@ def test_where_memory_runs_out_the_model_is_as_it_was(monkeypatch):
         sparsify(model, CONFIG, BATCHES)
     assert len(made) == 4  # those before are given back as they were
     before.assert_untouched()
+    del before
+    made = [None] * 4
+    sparsify(model, CONFIG, BATCHES)
+    drawn(model)
+    wanted = loss(model)
+    made = [None]
+    with pytest.raises(MemoryError):
+        desparsify(model)
+    assert {type(m) for m in model.modules() if is_conv1d(m) or isinstance(m, nn.Linear)} == {
+        *(type(gpt2().get_submodule(SQUARE)), Conv1DLinear, nn.Linear)
+    }
+    torch.testing.assert_close(loss(model), wanted)
+    desparsify(model)  # goes on
+    assert sum(map(is_conv1d, model.modules())) == 8
+    torch.testing.assert_close(loss(model), wanted)
+    with pytest.raises(ConfigError, match="no sparse layers"):
+        desparsify(model)
 
 
 def test_hooks_and_shared_weights_are_refused():
@@ -235,20 +337,21 @@ def test_hooks_and_shared_weights_are_refused():
             config = SpeftConfig(
                 **{**CONFIG.to_dict(), "target_modules": ["attn.c_proj"], "mode": mode}
             )
-            with pytest.raises(ConfigError, match="shared, and a Conv1D holds it transposed"):
+            with pytest.raises(ConfigError, match="a Conv1D, whose weight .* shares it with"):
                 sparsify(model, config, BATCHES)
             before.assert_untouched()
         # The others train.
-        sparsify(model, CONFIG, BATCHES)
+        config = SpeftConfig(**{**CONFIG.to_dict(), "exclude_modules": ["attn.c_proj"]})
+        sparsify(model, config, BATCHES)
         assert len(sparse_layers(model)) == 6
-        assert is_conv1d(other)
+        assert model.get_submodule("transformer.h.1.attn.c_proj") is other
 
 
 def test_one_alone_is_no_linear_layer():
     alone = gpt2().get_submodule(SQUARE)
     pattern = SparsePattern((16, 16), torch.tensor([], dtype=torch.int32))
     for mode in ("resident", "additive"):
-        with pytest.raises(ConfigError, match="a Conv1D has no in_features"):
+        with pytest.raises(ConfigError, match="a Conv1D holds the transposed weight: sparsify"):
             SparseDeltaLinear.from_linear(alone, pattern, mode)
     with pytest.raises(ConfigError):
         sparsify(alone, SpeftConfig(density=0.1, salience="magnitude"))
@@ -265,7 +368,9 @@ def test_state_dicts_have_the_weight_as_transformers_does(tmp_path):
     assert {n: t.shape for n, t in state.items() if n in names} == {
         n: t.shape for n, t in plain.state_dict().items()
     }
-    assert state[f"{WIDE}.weight"].data_ptr() == model.get_submodule(WIDE).weight.data_ptr()
+    # safetensors writes what is contiguous alone, as does the Trainer of any nn.Module.
+    untied = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    save_file(untied, tmp_path / "state.safetensors")
     # transformers reads what it wrote; the rest it says it does not know.
     model.save_pretrained(tmp_path / "whole")
     whole = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "whole")
@@ -290,18 +395,24 @@ def test_state_dicts_have_the_weight_as_transformers_does(tmp_path):
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-def test_state_dicts_of_the_linear_layers_while_they_are_lent():
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_state_dicts_of_the_linear_layers_while_they_are_lent(assign, held):
     model, other = gpt2(), gpt2(seed=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with linear_for_conv1d(model):
+    weight = model.get_submodule(WIDE).weight if held else None
+    with linear_for_conv1d(model, [SQUARE, WIDE]):
         assert isinstance(model.get_submodule(SQUARE), Conv1DLinear)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[name]), name
         torch.testing.assert_close(loss(model), loss(gpt2()))
-        model.load_state_dict(other.state_dict())
+        assert all(t.is_contiguous() for t in model.state_dict().values())
+        model.load_state_dict(other.state_dict(), assign=assign)
         linear = model.get_submodule(WIDE)
-    assert linear.weight.is_meta  # who kept it keeps no copy
-    assert linear.weight.shape == (64, 16)
+    found = model.get_submodule(WIDE).weight
+    assert weight is None or weight is found
+    assert linear.weight.data_ptr() == found.data_ptr()  # who kept it keeps no copy
+    assert is_conv1d(model.get_submodule("transformer.h.0.mlp.c_fc"))
     for name, tensor in other.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
@@ -330,9 +441,9 @@ def test_an_adapter_is_for_either_kind_of_model(tmp_path):
     with pytest.raises(AdapterError, match="another base"):
         load_adapter(other, tmp_path / "adapter")
     before.assert_untouched()
-    with linear_for_conv1d(other):
-        linear = other.get_submodule(SQUARE)
-        wanted = fingerprint(linear)
+    wanted = fingerprint(other.get_submodule(SQUARE))
+    with linear_for_conv1d(other, [SQUARE]):
+        assert fingerprint(other.get_submodule(SQUARE)) == wanted
     sparsify(other, CONFIG, BATCHES)
     drawn(other)
     assert fingerprint(other.get_submodule(SQUARE)) == wanted
@@ -352,29 +463,44 @@ def test_an_adapter_of_fewer_layers_gives_the_others_back(tmp_path):
     torch.testing.assert_close(loss(other), loss(model))
 
 
-def test_an_adapter_of_the_whole_weight_does_not_go_into_a_sparse_layer(tmp_path):
-    """It would be read the wrong way round."""
-    model = gpt2()
+def test_a_weight_that_trains_densely_is_the_same_in_either_kind(tmp_path):
+    """It is square: read the wrong way round, its shape would not tell."""
     few = SpeftConfig(
         **{**CONFIG.to_dict(), "target_modules": ["mlp.c_fc"], "modules_to_train": [SQUARE]}
     )
-    sparsify(model, few, BATCHES)
+    trained = []
+    for number, make in enumerate((gpt2, lambda: with_linears(gpt2()))):
+        model = make()
+        sparsify(model, few, BATCHES)
+        drawn(model)
+        optimizer = torch.optim.SGD([model.get_submodule(SQUARE).weight], lr=1.0)
+        loss(model).backward()
+        optimizer.step()
+        save_adapter(model, tmp_path / str(number), config=few)
+        trained.append(loss(model))
+        biased = copy.deepcopy(model.get_submodule(SQUARE).weight)
+    torch.testing.assert_close(*trained)
+    assert biased.shape == (16, 16)
+    whole, sparse = with_linears(gpt2()), gpt2()
+    sparsify(sparse, CONFIG, BATCHES)
+    for number in "01":
+        for other in (gpt2(), whole, sparse):
+            load_adapter(other, tmp_path / number)
+            torch.testing.assert_close(loss(other), trained[0])
+    assert is_conv1d(sparse.get_submodule(SQUARE))
+
+
+def test_a_bias_that_trains_beside_the_entries(tmp_path):
+    model = gpt2()
+    sparsify(model, CONFIG, BATCHES)
     drawn(model)
+    bias = model.get_submodule(WIDE).bias.requires_grad_(True)
     with torch.no_grad():
-        model.get_submodule(SQUARE).weight.add_(1.0)
-    save_adapter(model, tmp_path / "dense")
-    other = gpt2()
-    load_adapter(other, tmp_path / "dense")
-    assert torch.equal(loss(other), loss(model))
-    other = gpt2()
-    sparsify(other, CONFIG, BATCHES)
-    wanted = loss(other)
-    with pytest.raises(AdapterError, match=f"weight of '{SQUARE}', a Conv1D .*desparsify"):
-        load_adapter(other, tmp_path / "dense")
-    assert torch.equal(loss(other), wanted)
-    desparsify(other)
-    load_adapter(other, tmp_path / "dense")
-    assert torch.equal(loss(other), loss(model))
+        bias.add_(1.0)
+    save_adapter(model, tmp_path / "adapter")
+    for other in (gpt2(), with_linears(gpt2())):
+        load_adapter(other, tmp_path / "adapter")
+        assert torch.equal(loss(other), loss(model))
 
 
 @pytest.mark.parametrize("strategy", ["merge", "rigl"])
@@ -446,6 +572,15 @@ def test_the_command_trains_evaluates_and_merges(sums, task, tmp_path, capsys):
     assert command(sums, tmp_path / "again", "--mask", str(run / "adapter"), task=task) == 0
 
 
+def test_a_dry_run_knows_what_trains(sums, tmp_path, capsys):
+    for more in ([], ["--lora-budget", "2"], ["--block-shape", "4x4"]):
+        assert command(sums, tmp_path / "run", "--dry-run", *more) == 0
+        told = capsys.readouterr().out
+        assert "8 layers with 24,576 weights are adapted" in told
+        assert "stay frozen" not in told
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("method", ["lora", "pissa", "shira", "supertuning", "full"])
 def test_the_peers_train_it_too(sums, method, tmp_path, capsys):
     pytest.importorskip("peft")
@@ -454,6 +589,13 @@ def test_the_peers_train_it_too(sums, method, tmp_path, capsys):
         assert command(sums, tmp_path / "run", "--method", method, "--lora-rank", "2") == 0
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "run"), "--data", str(sums / "eval.jsonl")]) == 0
+    if method != "full":
+        merged = load_trained(tmp_path / "run").model.merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        name = "transformer.h.0.mlp.c_fc"
+        assert is_conv1d(whole.get_submodule(name))
+        assert whole.get_submodule(name).weight.shape == (32, 128)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert f"{result['eval']['loss']:.4f}" in capsys.readouterr().out
     assert result["after"] != result["before"]

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -182,6 +183,22 @@ def test_the_weights_are_not_copied_and_come_back_bit_for_bit():
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, before[name][0]), name
     assert trains == {name: True for name, _ in other.named_parameters()}
+
+
+@pytest.mark.parametrize("make", [mixtral, gpt_oss])
+def test_experts_that_are_split_and_joined_in_inference_mode_train(make):
+    model = make()
+    weight = weakref.ref(model.get_submodule(MIXTURES[0]).down_proj)
+    with torch.inference_mode():
+        split_experts(model)
+    assert weight() is None  # no weight is there twice
+    sparsify(model, CONFIG, [BATCH])
+    loss(model).backward()
+    with torch.inference_mode():
+        desparsify(model)
+        join_experts(model)
+    model.requires_grad_(True)
+    loss(model).backward()
 
 
 def test_a_write_into_one_expert_is_none_into_the_others():

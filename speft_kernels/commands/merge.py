@@ -55,7 +55,7 @@ def adapter_folder(given: str) -> Path:
     if (folder / PEFT_FILE).is_file():
         raise AdapterError(
             f"{folder} is an adapter of PEFT; merge it with PEFT: "
-            "PeftModel.from_pretrained(model, folder).merge_and_unload()"
+            "speft_kernels.finetune.load_trained(folder).model.merge_and_unload()"
         )
     if (folder / WHOLE_FILE).is_file():
         raise AdapterError(f"{folder} is a whole model; there is nothing to merge")

@@ -71,7 +71,9 @@ def library(method: str) -> Any:
 
 
 def save(model: Any, config: RunConfig, folder: Path) -> None:
-    """Writes PEFT's own adapter into `folder`; it loads on the original model.
+    """Writes PEFT's own adapter into `folder`. It loads on the original model, where PEFT's method
+    knows the kind of its layers: SHiRA and Super-Tuning do not know a `Conv1D`, which `load` makes
+    linear.
 
     PiSSA moves what it starts from out of the base weight. PEFT turns the trained factors and those
     it started from into a LoRA of twice the rank over the weight as it was.
@@ -102,13 +104,14 @@ def save(model: Any, config: RunConfig, folder: Path) -> None:
 def load(model: nn.Module, folder: Path) -> nn.Module:
     """`model` with the adapter that `save` wrote. Raises ConfigError, AdapterError."""
     peft = library("lora")
-    put_linear_for_conv1d(model)
     try:
         with warnings.catch_warnings():
             # Of the head's weights, which the adapter brings; but not of any that it lacks.
             warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("error", message=".*missing adapter keys")
+            named = peft.PeftConfig.from_pretrained(folder).target_modules
+            put_linear_for_conv1d(model, named or ())
             loaded: nn.Module = peft.PeftModel.from_pretrained(model, folder)
     except Exception as error:  # PEFT passes on errors of every library and file format below it
         reason = str(error).strip().splitlines() or [type(error).__name__]

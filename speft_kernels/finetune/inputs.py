@@ -371,7 +371,7 @@ def check_rank(config: RunConfig, targets: Targets) -> None:
     A matrix's rank is the length of its shorter side at most, and a small layer may have less than
     the others need. SHiRA trains as many entries of each as LoRA's factors have.
     """
-    shapes = [layer.weight.shape for layer in targets.layers.values()]
+    shapes = targets.shapes.values()
     if config.method in ("lora", "pissa"):
         limit = max(min(n, k) for n, k in shapes)
     elif config.method == "shira":

@@ -109,7 +109,7 @@ def targets_of(mask: Mask, model: nn.Module, config: RunConfig) -> Targets:
             f"mask {config.mask}: {error}; to leave the layer out, choose the mask again by "
             "'speft salience --exclude-modules ...'"
         ) from error
-    return Targets(layers, dense)  # type: ignore[arg-type]  # check_layers knows them as linear
+    return Targets(layers, dense)
 
 
 def rated(config: RunConfig, mask: Mask | None) -> RunConfig:

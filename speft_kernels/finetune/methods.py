@@ -129,21 +129,19 @@ def _scoring_dtype(device: torch.device) -> torch.dtype:
 
 
 def find(model: nn.Module, config: RunConfig, mask: Mask | None) -> Targets:
-    """The layers to adapt, and the head. Of a `Conv1D`, a linear layer without data is found.
+    """The layers to adapt and the head.
 
     Raises ConfigError for names the model does not have, and for what scoring or adapting will need
     and cannot get; for a ready mask see `targets_of`.
     """
     if mask is not None:
-        with linear_for_conv1d(model, mask.patterns):
-            return targets_of(mask, model, config)
+        return targets_of(mask, model, config)
     if config.method in ADAPTERS:
         if config.method == "speft":
             metric_named(config.salience)
         else:
             baselines.library(config.method)
-        with linear_for_conv1d(model):
-            return find_targets(model, config.speft())
+        return find_targets(model, config.speft())
     return Targets({}, find_dense_modules(model, () if config.task == "causal-lm" else None))
 
 
@@ -156,7 +154,7 @@ def budgeted(config: RunConfig, targets: Targets) -> RunConfig:
     rank = config.lora_budget
     if rank is None:
         return config
-    shapes = [layer.weight.shape for layer in targets.layers.values()]
+    shapes = targets.shapes.values()
     density = rank * sum(n + k for n, k in shapes) / sum(n * k for n, k in shapes)
     if density >= 1:
         raise ConfigError(
@@ -202,15 +200,16 @@ def prepare(
     that is resumed.
     """
     report = moving = None
-    elements = sum(layer.weight.numel() for layer in targets.layers.values())
+    elements = sum(n * k for n, k in targets.shapes.values())
     if config.method == "speft":
-        if patterns is None:
-            patterns, report = score_and_select(model, config.speft(), batches, loss_fn)
-            if config.dtype == "float16" and report.batches:
-                dtype = str(_scoring_dtype(next(model.parameters()).device)).removeprefix("torch.")
-                note = f"scored in {dtype}: small gradients would be zero in float16"
-                report = dataclasses.replace(report, notes=(*report.notes, note))
-        apply_patterns(model, patterns, config.speft())
+        with linear_for_conv1d(model, targets.layers):  # once for both
+            if patterns is None:
+                patterns, report = score_and_select(model, config.speft(), batches, loss_fn)
+            apply_patterns(model, patterns, config.speft())
+        if report and config.dtype == "float16" and report.batches:
+            dtype = str(_scoring_dtype(next(model.parameters()).device)).removeprefix("torch.")
+            note = f"scored in {dtype}: small gradients would be zero in float16"
+            report = dataclasses.replace(report, notes=(*report.notes, note))
         if config.dynamic:
             moving = MovingMask(model, config.speft(), config.dynamic, share=config.dynamic_share)
     elif config.method in baselines.METHODS:

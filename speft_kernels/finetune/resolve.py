@@ -118,7 +118,7 @@ def _budget(
     lines = [f"{where} ({sum(p.numel() for p in model.parameters()):,} parameters)"]
     if config.method not in ADAPTERS:
         return lines
-    sizes = [layer.weight.numel() for layer in targets.layers.values()]
+    sizes = [n * k for n, k in targets.shapes.values()]
     lines.append(f"{len(sizes)} layers with {sum(sizes):,} weights are adapted")
     if mask is None:
         lines += note_of_left_out(model, targets, config.speft())

@@ -82,7 +82,12 @@ def setup_gpt2(density: float = DENSITY) -> Case:
         f"PEFT LoRA r={LORA_RANK}": lambda model: _lora(model, patterns),
     }
     name = f"GPT-2, {GPT2['n_layer']} layers"
-    return _case(name, model, batches, prepares, _with_linears, patterns, GPT2_GOALS)
+
+    def full(model: nn.Module) -> nn.Module:
+        put_linear_for_conv1d(model, patterns)  # whose gradients are [N, K], as those of patterns
+        return model
+
+    return _case(name, model, batches, prepares, full, patterns, GPT2_GOALS)
 
 
 def _case(
@@ -150,11 +155,6 @@ def _sparse(model: nn.Module, patterns: Mapping[str, SparsePattern]) -> nn.Modul
 
 def _split(model: nn.Module) -> nn.Module:
     split_experts(model)
-    return model
-
-
-def _with_linears(model: nn.Module) -> nn.Module:
-    put_linear_for_conv1d(model)
     return model
 
 
