@@ -2,10 +2,10 @@
 
 The tensors are `sparse.<layer>.indices` (int32, int64 only for weights of 2^31 entries or more),
 `sparse.<layer>.values` (float32, float64 for a float64 base) and `dense.<name>` for what trains
-densely, such as a task head, or the bias of a sparse layer; all weights of linear layers as
-`[N, K]`, those of a `Conv1D` too. So a single entry takes 8 bytes. The
-JSON gives each layer's shape, block shape and the fingerprint of the base weight under it, and the
-SHA-256 of the tensor file. Names are looked up in the model and never used as paths.
+densely, such as a task head, or the bias of a sparse layer; a `Conv1D`'s weight as `[N, K]`. So a
+single entry takes 8 bytes. The JSON gives each layer's shape, block shape and the fingerprint of
+the base weight under it, and the SHA-256 of the tensor file. Names are looked up in the model and
+never used as paths.
 """
 
 from __future__ import annotations
@@ -38,13 +38,7 @@ from .conv1d import is_conv1d, is_plain_linear, linear_shape
 from .errors import AdapterError, ConfigError, nearest, shown
 from .family import refuse_sharded, set_modes, to_linears
 from .files import writing
-from .install import (
-    conv1d_for_linear,
-    install,
-    is_sparse,
-    state_of,
-    swap_modules,
-)
+from .install import conv1d_for_linear, install, is_sparse, state_of, swap_modules
 from .model import refuse_delta_in_shared
 from .nn import SparseDeltaLinear
 from .overview import sparse_layers, unwrapped

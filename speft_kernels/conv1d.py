@@ -47,9 +47,8 @@ def linear_shape(module: Any) -> tuple[int, int] | None:
     """Return `(N, K)` of a linear layer, a `Conv1D` too; None of any other module."""
     if is_conv1d(module):
         return module.nf, module.weight.shape[0]  # whose nx older versions do not keep
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return module.out_features, module.in_features
-    return None
+    shape = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return None if None in shape else (int(shape[0]), int(shape[1]))  # type: ignore[arg-type]
 
 
 class Loan:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import compiled, family, ops, stepping
+from . import compiled, conv1d, family, ops, stepping
 from .autograd import Sink, SparseLinear, version_of
-from .conv1d import Conv1DLinear, is_conv1d, is_plain_linear, transpose_saved, transpose_to_load
+from .conv1d import is_conv1d, is_plain_linear, linear_shape
 from .dtypes import accumulator_dtype
 from .errors import ConfigError, PatternError, nearest
 from .pattern import SparsePattern
@@ -60,11 +60,16 @@ class SparseDeltaLinear(nn.Module):
             raise ConfigError(
                 f"unknown mode {mode!r}.{nearest(mode, MODES)} Known: {', '.join(MODES)}"
             )
-        self.in_features, self.out_features = _features(linear)
-        if pattern.shape != (self.out_features, self.in_features):
+        shape = None if is_conv1d(linear) else linear_shape(linear)
+        if shape is None:
+            raise ConfigError(
+                f"a {type(linear).__name__} has no in_features and out_features: it is no linear "
+                "layer (a Conv1D becomes one by sparsify or apply_patterns of its model)"
+            )
+        self.out_features, self.in_features = shape
+        if pattern.shape != shape:
             raise PatternError(
-                f"the pattern is for a weight of shape {pattern.shape}, the layer's is "
-                f"{(self.out_features, self.in_features)}"
+                f"the pattern is for a weight of shape {pattern.shape}, the layer's is {shape}"
             )
         if is_plain_linear(linear):
             self._take_plain(cast(nn.Linear, linear), pattern, mode)
@@ -254,11 +259,6 @@ class SparseDeltaLinear(nn.Module):
         return y + SparseLinear.apply(x, values, None, None, kept, plan, sink, False)
 
     @property
-    def is_transposed(self) -> bool:
-        """Whether a state dict holds the weight as `[K, N]`, as the `Conv1D` did that this was."""
-        return issubclass(self.plain_type, Conv1DLinear)
-
-    @property
     def is_written(self) -> bool:
         """Whether the weight may hold anything but W0 at the trained entries."""
         return self._written_for is not None
@@ -419,8 +419,8 @@ class SparseDeltaLinear(nn.Module):
         # What the layer computes follows the pattern, and so must what is loaded from this.
         self.indices = self._pattern.indices
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.is_transposed:
-            transpose_saved(destination, prefix, keep_vars)
+        if self.plain_type is conv1d.Conv1DLinear:
+            conv1d.transpose_saved(destination, prefix, keep_vars)
         if self.sink is not None and not keep_vars:
             # Of tensors that share a storage safetensors' `save_model`, say, keeps a single one.
             destination[prefix + "values"] = self.values.detach().clone()
@@ -429,8 +429,8 @@ class SparseDeltaLinear(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         errors: list[str] = args[-1]
-        if self.is_transposed:
-            transpose_to_load(state_dict, prefix)
+        if self.plain_type is conv1d.Conv1DLinear:
+            conv1d.transpose_to_load(state_dict, prefix)
 
         def comes(name: str) -> bool:
             own, stored = getattr(self, name), state_dict.get(prefix + name)
@@ -502,17 +502,3 @@ class SparseDeltaLinear(nn.Module):
 
 # This way of torch's own imports the compiler with the first call, its public one at once: seconds.
 _untraced = getattr(torch, "_disable_dynamo", torch.compiler.disable)(SparseDeltaLinear._compute)
-
-
-def _features(linear: nn.Module) -> tuple[int, int]:
-    try:
-        return int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
-    except AttributeError:
-        if is_conv1d(linear):
-            raise ConfigError(
-                "a Conv1D holds the transposed weight: sparsify or apply_patterns takes the model "
-                "that it is in"
-            ) from None
-        raise ConfigError(
-            f"a {type(linear).__name__} has no in_features and out_features: it is no linear layer"
-        ) from None

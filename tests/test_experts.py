@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from tiny_models import Snapshot, gpt_oss, llama, mixtral, token_batches
-from tiny_text import save_llama, write_jsonl
+from tiny_text import save_llama, write_sums
 from torch import nn
 
 from speft_kernels import (
@@ -364,9 +364,7 @@ def test_experts_of_other_layouts_stay_as_they_are():
 def sums(tmp_path_factory):
     """Sums to learn, and a mixture to learn them with."""
     folder = tmp_path_factory.mktemp("sums")
-    rows = [{"prompt": f"{a} plus {b} =", "response": str(a + b)} for a in range(6) for b in (1, 2)]
-    write_jsonl(folder / "train.jsonl", rows)
-    write_jsonl(folder / "eval.jsonl", rows[:4])
+    rows = write_sums(folder)
     save_llama(folder / "model", [row["prompt"] for row in rows])
     vocabulary = transformers.AutoConfig.from_pretrained(folder / "model").vocab_size
     mixtral(vocab_size=vocabulary).save_pretrained(folder / "model")

@@ -48,6 +48,14 @@ def write_jsonl(path: Path, records: Iterable[dict]) -> Path:
     return path
 
 
+def write_sums(folder: Path) -> list[dict[str, str]]:
+    """Write `train.jsonl` and `eval.jsonl`, prompts and responses; return those of the former."""
+    rows = [{"prompt": f"{a} plus {b} =", "response": str(a + b)} for a in range(6) for b in (1, 2)]
+    write_jsonl(folder / "train.jsonl", rows)
+    write_jsonl(folder / "eval.jsonl", rows[:4])
+    return rows
+
+
 def save_bert(folder: Path, texts: Iterable[str], *, dropout: float = 0.1, **sizes: int) -> Path:
     """An encoder with random weights and a word-level tokenizer of `texts`."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
