@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import bert_classifier, gpt2, token_batches
+from tiny_text import save_llama
 
 from speft_kernels import SpeftConfig, load_adapter, save_adapter, sparse_layers, sparsify
 
@@ -98,3 +99,54 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_was_not(case, kind, example, tm
     assert (".safetensors" in files) == (kind == "whole")
     state = json.loads((tmp_path / "first" / "checkpoint-8" / "trainer_state.json").read_text())
     assert state["global_step"] == 8
+
+
+def test_trl_trains_a_sparse_model_on_conversations(tmp_path):
+    """Scored on the batches that its trainer makes, with the checkpoints that it turns on."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    save_llama(tmp_path / "model", ["one plus two is three"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+
+    def said(role, text):
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {"prompt": said("user", f"{a} plus {b}"), "completion": said("assistant", str(a + b))}
+        for a in range(6)
+        for b in (1, 2)
+    ]
+    make = transformers.AutoModelForCausalLM.from_pretrained
+    model = make(tmp_path / "model")
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(
+            str(tmp_path / "run"),
+            **{"max_steps": 24, "logging_steps": 1, "per_device_train_batch_size": 4},
+            **{"learning_rate": 2e-2, "weight_decay": 0.0, "bf16": False, "save_steps": 24},
+            **{"report_to": [], "use_cpu": True, "disable_tqdm": True},
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    batches = list(trainer.get_train_dataloader())
+    sparsify(model, SpeftConfig(density=0.1), batches)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer.train()
+    assert model.model.layers[0].gradient_checkpointing
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    trained = {f"{name}.{part}" for name in sparse_layers(model) for part in ("weight", "values")}
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == trained
+    save_adapter(model, tmp_path / "adapter")
+    again = make(tmp_path / "model").eval()
+    load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        logits = [m.eval()(batches[0]["input_ids"]).logits for m in (again, model)]
+    assert torch.equal(*logits)

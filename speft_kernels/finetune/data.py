@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import DataError, nearest, shown
+from . import chat
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json")
 # Columns of a task's text, in the order they are looked for.
@@ -29,7 +30,7 @@ TEXT_COLUMNS = {
     ),
     "causal-lm": (
         *(("prompt", "response"), ("query", "response"), ("question", "answer")),
-        *(("instruction", "input", "output"), ("instruction", "output"), ("text",)),
+        *(("instruction", "input", "output"), ("instruction", "output"), ("messages",), ("text",)),
     ),
 }
 # How files begin that are no UTF-8 text: what they are, and what to do about it.
@@ -46,7 +47,10 @@ _WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
 
 @dataclass(frozen=True)
 class Example:
-    """One row: its texts, for classification the label, and where the row stands."""
+    """One row: its texts, for classification the label, and where the row stands.
+
+    A conversation is one text, its messages as JSON.
+    """
 
     texts: tuple[str, ...]
     label: str | None
@@ -350,6 +354,11 @@ def _choose_columns(source: str, found: tuple[str, ...], task: str) -> tuple[str
 
 def _text(source: str, line: int, record: dict[str, Any], column: str) -> str:
     value = record.get(column)
+    if column == "messages" and column in record:
+        try:
+            value = chat.as_text(value)
+        except ValueError as error:
+            raise DataError(f"{source}, line {line}: 'messages' {error}") from error
     if not isinstance(value, str):
         what = "is missing" if column not in record else f"is {shown(value)}, not text"
         raise DataError(f"{source}, line {line}: {column!r} {what}")

@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError, nearest, shown
+from . import chat
 from .batches import Batch
 from .data import Example, Examples
 
@@ -98,7 +99,9 @@ class Classification:
 
 
 class CausalLM:
-    """The next token; where an example has a prompt, only its response is learnt."""
+    """The next token; where an example has a prompt, only its response is learnt, and only the last
+    reply of a conversation.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer = tokenizer
@@ -107,9 +110,11 @@ class CausalLM:
     def encode(self, examples: Examples) -> list[Encoded]:
         """Examples whose response is wholly cut off by `max_length` are left out.
 
-        Raises DataError when none is left.
+        Raises DataError when none is left, or the model's chat template refuses a conversation.
         """
-        encoded = [item for row in examples.rows if (item := self._encode(row)) is not None]
+        parts = self._messages if examples.columns == ("messages",) else self._texts
+        divided = (parts(examples.source, row) for row in examples.rows)
+        encoded = [item for pair in divided if (item := self._cut(*pair)) is not None]
         if not encoded:
             raise DataError(
                 f"{examples.source}: max_length = {self.max_length} leaves no token to learn of "
@@ -117,7 +122,13 @@ class CausalLM:
             )
         return encoded
 
-    def _encode(self, row: Example) -> Encoded | None:
+    def _messages(self, source: str, row: Example) -> tuple[list[int], list[int]]:
+        try:
+            return chat.encode(self.tokenizer, row.texts[0])
+        except ValueError as error:
+            raise DataError(f"{source}, line {row.line}: 'messages' {error}") from error
+
+    def _texts(self, source: str, row: Example) -> tuple[list[int], list[int]]:
         *prompt, response = row.texts
         # An instruction may come with an input to it, or with an empty one.
         text = "".join(part + "\n" for part in prompt if part)
@@ -127,6 +138,9 @@ class CausalLM:
         after = self.tokenizer(response, add_special_tokens=not prompt).input_ids
         if self.tokenizer.eos_token_id is not None and after[-1:] != [self.tokenizer.eos_token_id]:
             after = [*after, self.tokenizer.eos_token_id]
+        return before, after
+
+    def _cut(self, before: list[int], after: list[int]) -> Encoded | None:
         ids = (before + after)[: self.max_length]
         labels = ([IGNORED] * len(before) + after)[: self.max_length]
         if all(label == IGNORED for label in labels[1:]):
