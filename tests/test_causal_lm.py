@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from speft_kernels.adapter import load_adapter
 from speft_kernels.cli import main
 from speft_kernels.errors import DataError
+from speft_kernels.finetune.config import TASKS, RunConfig
 from speft_kernels.finetune.data import read_examples
 from speft_kernels.finetune.models import load_tokenizer
 from speft_kernels.finetune.tasks import IGNORED, CausalLM
@@ -119,3 +120,25 @@ def test_responses_that_do_not_fit_are_left_out_or_refused(gsm8k, tmp_path):
     alone = read_examples(str(write_jsonl(tmp_path / "b.jsonl", records[:1])), "causal-lm")
     with pytest.raises(DataError, match="max_length = 16 leaves no token to learn"):
         CausalLM(tokenizer, 16).encode(alone)
+
+
+def test_responses_that_lose_their_end_are_counted(gsm8k, tmp_path, capsys):
+    """Of two that fit, one by a token, and of two that do not."""
+    tokenizer = load_tokenizer(str(gsm8k / "model"))
+    rows = [{"prompt": "w", "response": "x" * n} for n in (1, 12, 13, 40)]
+    lengths = [len(tokenizer(f"w\n{row['response']}</s>").input_ids) for row in rows]
+    path = write_jsonl(tmp_path / "a.jsonl", rows * 4)
+    length = lengths[1]
+    assert lengths[0] < length < lengths[2]
+    settings = ("--train", str(path), "--eval", str(path), "--max-length", str(length))
+    assert main(flags(gsm8k, tmp_path / "run", *settings, "--dry-run")) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count(f"{path}: 8 of 16 examples are longer than --max-length; where their") == 2
+    assert main(flags(gsm8k, tmp_path / "run", *settings[:4], "--dry-run")) == 0
+    assert "longer" not in capsys.readouterr().err
+
+
+def test_a_response_is_cut_where_a_sentence_would_be_long_enough():
+    found = {task: RunConfig(train="-", output="-", task=task).max_length for task in TASKS}
+    assert found == {"classification": 128, "causal-lm": 1024}
+    assert RunConfig(train="-", output="-", task="causal-lm", max_length=64).max_length == 64

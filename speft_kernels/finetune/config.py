@@ -37,6 +37,8 @@ DEFAULT_LR = {
 # Of method "speft" where the mask is drawn: its entries lie far from each other and take larger
 # steps than the highest of a gradient's scores, which gather in columns that move together.
 DRAWN_LR = 8e-3
+# Sentences are short; prompts with their responses are not, and one that is cut never ends.
+MAX_LENGTH = {"classification": 128, "causal-lm": 1024}
 
 # AdamW divides its rate by 1 - beta1 = 0.1 in the first step, in float32.
 LR_LIMIT = 1e37
@@ -177,7 +179,11 @@ class RunConfig:
         0.0, "decay of dense weights (never of sparse values)", minimum=0, below=float("inf")
     )
     max_length: int = option(
-        128, "longest input in tokens; the rest is cut off", minimum=4, below=2**31
+        None,
+        "longest input in tokens; the rest is cut off "
+        f"[{MAX_LENGTH['classification']}; {MAX_LENGTH['causal-lm']} for causal-lm]",
+        minimum=4,
+        below=2**31,
     )
     pooling: str = option(
         "auto",
@@ -215,6 +221,9 @@ class RunConfig:
             headed = self.task == "classification" and self.method != "head"
             steps = recipe.HEAD_WARMUP_STEPS if headed else 0
             object.__setattr__(self, "head_warmup_steps", steps)
+        if self.max_length is None:
+            task = "causal-lm" if self.task == "causal-lm" else "classification"
+            object.__setattr__(self, "max_length", MAX_LENGTH[task])
         for spec in dataclasses.fields(self):
             value = coerce(spec.name, getattr(self, spec.name))
             object.__setattr__(self, spec.name, value)

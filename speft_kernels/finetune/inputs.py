@@ -386,12 +386,18 @@ def check_rank(config: RunConfig, targets: Targets) -> None:
 
 
 def encode(task: Task, examples: Examples, display: Display) -> list[Encoded]:
-    """The examples as tokens; `display` is told how many are left out."""
+    """The examples as tokens; `display` is told how many are left out, and how many cut."""
     encoded = task.encode(examples)
     left_out = len(examples) - len(encoded)
     if left_out:
         display.note(
             f"{examples.source}: {left_out} of {len(examples)} examples left out, because "
             "--max-length cuts off all of their response"
+        )
+    cut = sum(item.cut for item in encoded)
+    if cut:
+        display.note(
+            f"{examples.source}: {cut} of {len(examples)} examples are longer than --max-length; "
+            "where their response ends is not learnt"
         )
     return encoded

@@ -24,10 +24,14 @@ _Class = TypeVar("_Class", bound=Hashable)
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as token ids; `labels` is a class number, or one target for each token."""
+    """One example as token ids; `labels` is a class number, or one target for each token.
+
+    `cut` says that a response lost its end.
+    """
 
     inputs: dict[str, list[int]]
     labels: int | list[int]
+    cut: bool = False
 
     @property
     def length(self) -> int:
@@ -145,7 +149,8 @@ class CausalLM:
         labels = ([IGNORED] * len(before) + after)[: self.max_length]
         if all(label == IGNORED for label in labels[1:]):
             return None
-        return Encoded({"input_ids": ids, "attention_mask": [1] * len(ids)}, labels)
+        cut = len(ids) < len(before) + len(after)
+        return Encoded({"input_ids": ids, "attention_mask": [1] * len(ids)}, labels, cut)
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         inputs = pad(encoded, self.tokenizer)
