@@ -21,7 +21,8 @@ from .compact import CompactIndices, spread
 from .costs import Costs
 
 STRIP_ROWS = 128  # two tiles of wgmma, and about what balances tensor cores and the L2 cache
-GROUP_STRIPS = 64  # a tile of the kernel takes one, two or four groups
+GROUP_STRIPS = 64
+TILE_GROUPS = (1, 2, 4)  # that a tile of the kernel may take
 
 
 class Strips(NamedTuple):
@@ -36,11 +37,16 @@ class Strips(NamedTuple):
     group_cols: Tensor  # [groups, GROUP_STRIPS]: positions
     group_entries: Tensor  # [groups + 1]: where the entries of each group start
     most_groups: Tensor  # int64 [1], on the host: groups of the block that has most
+    tiles: Tensor  # int64 [3], on the host: tiles of 1, 2 and 4 groups that hold those of all blocks
     entry_at: Tensor  # int16: row in the block * GROUP_STRIPS + strip in the group
     rows: Tensor  # [R], sorted: rows of the weight that gathered entries read
     entry_row: Tensor  # [G], sorted: index into `rows`
     entry_col: Tensor  # [G]: position
     slot: Tensor  # [nnz]: place among the values, of the strips' entries and then the gathered
+
+    def tiles_of(self, groups: int) -> int:
+        """How many tiles of so many groups there are, the last of each block of rows among them."""
+        return int(self.tiles[TILE_GROUPS.index(groups)])
 
     @property
     def strip_rows(self) -> int:
@@ -124,7 +130,7 @@ def _computed(counts: Tensor, rows: Tensor, of_strip: Tensor, costs: Costs, toke
 
 def _grouped(
     strip: Tensor, width: int, of_strip: Tensor, row: Tensor, out_features: int
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """The fields `block_groups` to `entry_at`, and the order of the entries in them.
 
     Args:
@@ -149,12 +155,15 @@ def _grouped(
     order = torch.argsort(entry_group, stable=True)
     at = row * GROUP_STRIPS + (within % GROUP_STRIPS)[of_strip]
     starts = torch.bincount(entry_group, minlength=total).cumsum(0)
-    most = groups_of.max().reshape(1) if blocks else groups_of.new_zeros(1)
+    of_block = groups_of.cpu()
+    most = of_block.max().reshape(1) if blocks else of_block.new_zeros(1)
+    tiles = torch.stack([((of_block + w - 1) // w).sum() for w in TILE_GROUPS])
     fields = (
         block_groups.int(),
         group_cols,
         torch.cat([starts.new_zeros(1), starts]).int(),
-        most.cpu(),
+        most,
+        tiles,
         at[order].to(torch.int16),
     )
     return fields, order
@@ -170,6 +179,7 @@ def gathered_strips(csr: CompactIndices) -> Strips:
         none.reshape(0, GROUP_STRIPS),
         torch.zeros(1, dtype=torch.int32, device=none.device),
         torch.zeros(1, dtype=torch.int64, device="cpu"),
+        torch.zeros(len(TILE_GROUPS), dtype=torch.int64, device="cpu"),
         none.to(torch.int16),
         *(csr.rows, csr.compact_rows.int(), csr.local),
         torch.arange(nnz, dtype=torch.int32, device=none.device),

@@ -7,6 +7,8 @@ rows by 128 where that is enough):
              cache (128 + 256) s M bytes a tile; dy once from memory, s M N
     rest     2 M operations an entry; 2 s M bytes from L1, half of them from L2 where neighbouring
              entries share a row; dy at the rows of the rest transposed before, 2 s M R
+    entries  a tile's accumulators laid out in shared memory once for each 2048 of its entries:
+             4 x 128 x 256 bytes, whose rows meet in the same banks, about 2 us
     second   4 bytes written and read for each entry and split of the tokens, at most 8 MB
 
 Arithmetic, not measured, for an H200 (700 TFLOP/s in such tiles, 4.3 TB/s of memory, 7 TB/s of L2),
@@ -15,6 +17,9 @@ M = 8192, N = K = 4096, bf16, realistic masks; the dense gradient takes 275 GFLO
     0.1 %    5,636 strips    17 GFLOP, 25 us    201 MB of L2, 29 us    dy 16 us    0.08 of dense
     0.5 %   18,748 strips    44 GFLOP, 63 us    539 MB of L2, 77 us    dy 16 us    0.22 of dense
     5 %     31,456 strips    69 GFLOP, 98 us    805 MB of L2, 115 us   dy 16 us    0.33 of dense
+
+Not in these: the entries, once a tile in the first two and 3.7 times in the third; and the waves in
+which 132 multiprocessors take 128, 376 and 128 programs.
 
 The L2 cache bounds it. A gathered entry reads 28 KB there, 4 ns, and a strip 24 KB, 3.5 ns: with
 these figures nothing is gathered, were it one entry of a strip. Blocks of 256 rows by 128 strips
@@ -54,7 +59,7 @@ class StripLaunch(Launch):
 
     groups: int = 4
     block_t: int = 64
-    block_e: int = 256
+    block_e: int = 2048
 
     def is_valid(self, rows: int, strips: int, itemsize: int, machine: Machine) -> bool:
         """Whether the tiles in flight and the accumulators, which the epilogue lays out in the same
@@ -141,7 +146,7 @@ def sampled_grad(dy: Tensor, x: Tensor, strips: Any, out: Tensor, accumulate: bo
     wide = StripLaunch.default(itemsize, mode == "tf32", groups, aligned, here)
     thin = GatherLaunch.default(itemsize)
     inside, gathered = strips.entry_at.numel(), strips.entry_row.numel()
-    programs = triton.cdiv(num_groups, wide.groups) + triton.cdiv(gathered, thin.block_e)
+    programs = strips.tiles_of(wide.groups) + triton.cdiv(gathered, thin.block_e)
     splits = token_splits(programs, dy.shape[0], SPLIT_TOKENS, here)
     splits = min(splits, max(1, SCRATCH_ELEMENTS // nnz))
     step = max(wide.block_t, thin.block_t)
@@ -312,17 +317,20 @@ def _tile(
         acc = dot(tl.trans(dy), tl.trans(x), acc, PRECISION)
         dy_ptrs += tl.cast(stride_dy, tl.int64) * BLOCK_T
         x_ptrs += BLOCK_T
-    # The accumulators are laid out in shared memory, where each entry's is found by its place.
+    # Each gather lays all accumulators out in shared memory, where an entry's is found by its
+    # place: so it takes as many entries as there are, of all groups of the tile.
     flat = tl.reshape(acc, (ROWS * COLS,))
-    e = tl.arange(0, BLOCK_E)
-    for j in tl.static_range(GROUPS):
-        begin = tl.load(group_entries_ptr + tl.minimum(group + j, last))
-        end = tl.load(group_entries_ptr + tl.minimum(group + j + 1, last))
-        for i in range(begin, end, BLOCK_E):
-            present = i + e < end
-            at = tl.load(entry_at_ptr + i + e, mask=present, other=0).to(tl.int32)
-            value = tl.gather(flat, at // STRIPS * COLS + j * STRIPS + at % STRIPS, 0)
-            _put(sums_ptr, slot_ptr, i + e, value, present, split, nnz, DIRECT, ACCUMULATE)
+    end = tl.load(group_entries_ptr + tl.minimum(group + GROUPS, last))
+    for i in range(tl.load(group_entries_ptr + group), end, BLOCK_E):
+        e = i + tl.arange(0, BLOCK_E)
+        present = e < end
+        at = tl.load(entry_at_ptr + e, mask=present, other=0).to(tl.int32)
+        strip = at % STRIPS
+        for j in tl.static_range(1, GROUPS):
+            later = e >= tl.load(group_entries_ptr + tl.minimum(group + j, last))
+            strip += tl.where(later & present, STRIPS, 0)
+        value = tl.gather(flat, at // STRIPS * COLS + strip, 0)
+        _put(sums_ptr, slot_ptr, e, value, present, split, nnz, DIRECT, ACCUMULATE)
 
 
 @triton.jit
