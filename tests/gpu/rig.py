@@ -123,6 +123,15 @@ def assert_as_exact_as_torch(
     return found / rule if rule else 0.0
 
 
+def assert_one_product(found: Tensor, wanted: Tensor, *, terms: int, operands: torch.dtype) -> None:
+    """Of one that a graph computes and one that it does not: while a graph is captured cuBLAS may
+    take another way to the same product.
+    """
+    bound = 2 * summation_bound(terms, largest(wanted), operands)
+    bound += torch.finfo(wanted.dtype).eps * largest(wanted)
+    assert largest(found - wanted) <= bound
+
+
 @contextlib.contextmanager
 def no_synchronisation() -> Iterator[None]:
     """In the block, whatever makes the host wait for the device raises."""

@@ -4,8 +4,16 @@ no synchronisation, capture in a CUDA graph. Whatever backend is declared is hel
 
 import pytest
 import torch
-from calls import CALLS, make
-from rig import DEVICE, DRY, captured, fast_backends, no_synchronisation, spin
+from calls import CALLS, K, M, N, make
+from rig import (
+    DEVICE,
+    DRY,
+    assert_one_product,
+    captured,
+    fast_backends,
+    no_synchronisation,
+    spin,
+)
 
 DTYPES = (torch.bfloat16, torch.float32)
 EVERY = [
@@ -89,13 +97,23 @@ def test_the_host_never_waits(name, backend, dtype):
 def test_a_graph_computes_with_what_is_there_when_it_is_replayed(name, backend, dtype):
     call = make(name, backend, dtype)
     outputs, replay = captured(call.outputs)
+    # Triton's W + D is written out for many tokens, and cuBLAS multiplies it.
+    by_vendor = backend == "torch" or (backend == "triton" and f"{M} tokens" in name)
     for seed in (1, 2):
         call.renew(seed)
         clear(outputs)  # of write_delta, whose results are the weights, what it does not write
         wanted = clones(call)
         clear(outputs)
         replay()
-        assert_same_bits(outputs, wanted)
+        if not by_vendor:
+            assert_same_bits(outputs, wanted)
+            continue
+        for one, other in zip(outputs, wanted, strict=True):
+            assert_one_product(one, other, terms=max(M, N, K), operands=dtype)
+        found = [output.clone() for output in outputs]
+        clear(outputs)
+        replay()
+        assert_same_bits(outputs, found)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
