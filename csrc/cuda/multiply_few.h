@@ -120,13 +120,14 @@ SPEFT_DEVICE Entry entry_of(const DeltaProduct& product, Known known) {
     return {known.place, known.value < 0 ? 0.0f : product.values[known.value]};
 }
 
-// The entries of the tiles of D that half a warp meets in its turns, one run a tile: where a run
-// stands is asked for two turns before its first entries are needed, what is known of those one
-// turn before, and their values where that turn begins.
+// The entries of the tiles of D that half a warp meets in its turns, one run a tile. Three loads
+// lead to an entry, each by what the one before brought, and each has a whole turn to arrive: where
+// the run stands is asked for three turns before the entry is needed, its place two, its value one.
 template <int kRuns>
 struct Ahead {
-    Run now[kRuns], next[kRuns];
-    Known known[kRuns];  // of `now`, the first of each lane
+    Run now[kRuns], next[kRuns], later[kRuns];
+    Entry mine[kRuns];   // of `now`, the first of each lane
+    Known known[kRuns];  // of `next`
 };
 
 // Which entries a half of a warp takes, each lane of it for a token: of x @ W^T every other one of
@@ -230,6 +231,7 @@ multiply_few(DeltaProduct product) {
     for (int i = 0; i < kRuns; ++i) {
         delta.now[i] = run_at(warp_id(), i);
         delta.next[i] = run_at(warp_id() + kWarps, i);
+        delta.later[i] = run_at(warp_id() + 2 * kWarps, i);
     }
 
     float sums[kAcross][4] = {};
@@ -241,8 +243,11 @@ multiply_few(DeltaProduct product) {
     for (int i = 0; i < kAhead; ++i)
         bring(ring[i], warp_id() + i * kWarps);
     SPEFT_UNROLL
-    for (int i = 0; i < kRuns; ++i)
-        delta.known[i] = first_known(delta.now[i]);
+    for (int i = 0; i < kRuns; ++i) {
+        const Known first = first_known(delta.now[i]);
+        delta.known[i] = first_known(delta.next[i]);
+        delta.mine[i] = entry_of(product, first);
+    }
 
     // The entries' sums of each half of a warp, to which those of its products come at the end.
     auto* const all = shared_memory<float>();
@@ -261,10 +266,6 @@ multiply_few(DeltaProduct product) {
             const int turn = begin + i * kWarps;
             if (turn >= turns) break;
             const int64_t above = above_at(turn);
-            Entry mine[kRuns];
-            SPEFT_UNROLL
-            for (int r = 0; r < kRuns; ++r)
-                mine[r] = entry_of(product, delta.known[r]);
             if constexpr (kBase != Base::kNone && kTwin) {
                 const int part = int(blockIdx.x / in_part);
                 by_scales<kBase>(product, [&](const auto* all) {
@@ -306,12 +307,15 @@ multiply_few(DeltaProduct product) {
             SPEFT_UNROLL
             for (int r = 0; r < kRuns; ++r) {
                 const Run run = delta.now[r];
+                const Entry mine = delta.mine[r];
+                delta.mine[r] = entry_of(product, delta.known[r]);
+                delta.known[r] = first_known(delta.later[r]);
                 delta.now[r] = delta.next[r];
-                delta.known[r] = first_known(delta.now[r]);
-                delta.next[r] = run_at(turn + 2 * kWarps, r);
+                delta.next[r] = delta.later[r];
+                delta.later[r] = run_at(turn + 3 * kWarps, r);
                 const int64_t first =
                     kTwin ? above : span_of<kBase, kSide>(product, turn, r).column;
-                add_entries<T, kTwin>(of_half, product, run, mine[r], my_x + first);
+                add_entries<T, kTwin>(of_half, product, run, mine, my_x + first);
             }
         }
     }
