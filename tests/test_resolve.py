@@ -151,7 +151,7 @@ def test_the_study_that_is_documented_can_be_read():
     assert list(study.tasks) == ["sst2", "cola", "mrpc"]
 
 
-@pytest.mark.parametrize("name", ["study", "defaults", "settings"])
+@pytest.mark.parametrize("name", ["study", "defaults", "settings", "language_model"])
 def test_the_rows_that_are_documented_are_of_that_study_and_name_no_machines_folders(name):
     study = read_study(ROOT / "docs" / f"{name}.yaml")
     rows = read_rows(ROOT / "docs" / f"{name}.csv")

@@ -337,7 +337,7 @@ def test_rows_made_with_other_defaults_are_met_by_an_error_and_kept(study, fake)
     assert (path.read_bytes(), len(fake.began)) == (before, 3)
 
 
-@pytest.mark.parametrize("name", ["study", "settings", "defaults"])
+@pytest.mark.parametrize("name", ["study", "settings", "defaults", "language_model"])
 def test_the_committed_studies_go_on(name):
     docs = Path(__file__).resolve().parents[1] / "docs"
     study = read_study(docs / f"{name}.yaml")

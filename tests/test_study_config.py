@@ -137,7 +137,7 @@ def test_tasks_that_take_several_rates_by_themselves_need_one_to_be_named(study_
         "tasks:", "tasks:\n  talk: {train: t.jsonl, test: e.jsonl, task: causal-lm}"
     ).replace("head: {method: head}", "sparse: {}")
     text = text.replace("  sparse: {salience: [snip, random]}\n", "")
-    rates = "lr is missing, and it is 0.002 on talk, 0.008 on films by default"
+    rates = "lr is missing, and it is 0.004 on talk, 0.008 on films by default"
     with pytest.raises(ConfigError, match=f"method sparse: {rates}"):
         read_study(study_file(text.replace("lr: [1e-2, 3e-2]\n", "")))
     assert read_study(study_file(text)).rates["sparse"] == (1e-2, 3e-2)
