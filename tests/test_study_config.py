@@ -134,10 +134,10 @@ def test_without_a_rate_a_method_takes_that_of_a_single_run(study_file, settings
 
 def test_tasks_that_take_several_rates_by_themselves_need_one_to_be_named(study_file):
     text = STUDY.replace(
-        "tasks:", "tasks:\n  talk: {train: t.jsonl, test: e.jsonl, task: causal-lm}"
+        "tasks:", "tasks:\n  talk: {train: t.tsv, test: e.tsv, salience: snip}"
     ).replace("head: {method: head}", "sparse: {}")
     text = text.replace("  sparse: {salience: [snip, random]}\n", "")
-    rates = "lr is missing, and it is 0.004 on talk, 0.008 on films by default"
+    rates = "lr is missing, and it is 0.002 on talk, 0.008 on films by default"
     with pytest.raises(ConfigError, match=f"method sparse: {rates}"):
         read_study(study_file(text.replace("lr: [1e-2, 3e-2]\n", "")))
     assert read_study(study_file(text)).rates["sparse"] == (1e-2, 3e-2)

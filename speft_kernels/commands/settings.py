@@ -54,8 +54,7 @@ def add_flag(group: argparse._ActionsContainer, name: str, default: str | None =
         help += f" ({', '.join(choices)})"
     if name == "lr":
         rates = ", ".join(f"{method} {lr:g}" for method, lr in DEFAULT_LR.items())
-        drawn = ", ".join(f"{rate:g} ({task})" for task, rate in DRAWN_LR.items())
-        help += f" ({rates}; with a mask that is drawn {drawn})"
+        help += f" ({rates}; with a mask that is drawn {DRAWN_LR:g})"
     if default is not None:
         help += f" [{default}]"
     elif spec.default not in (None, "", ()):

@@ -36,7 +36,7 @@ DEFAULT_LR = {
 }
 # Of method "speft" where the mask is drawn: its entries lie far from each other and take larger
 # steps than the highest of a gradient's scores, which gather in columns that move together.
-DRAWN_LR = {"classification": 8e-3, "causal-lm": 4e-3}
+DRAWN_LR = 8e-3
 # Sentences are short; prompts with their responses are not, and one that is cut never ends.
 MAX_LENGTH = {"classification": 128, "causal-lm": 1024}
 
@@ -321,8 +321,7 @@ class RunConfig:
 
     def usual_rate(self, drawn: bool) -> float:
         """The learning rate where none is given; `drawn` says how a mask came about."""
-        drawn = drawn and self.method == "speft"
-        return DRAWN_LR[self.task] if drawn else DEFAULT_LR[self.method]
+        return DRAWN_LR if drawn and self.method == "speft" else DEFAULT_LR[self.method]
 
     @property
     def head_learning_rate(self) -> float:
