@@ -132,7 +132,7 @@ def _computed(counts: Tensor, rows: Tensor, of_strip: Tensor, costs: Costs, toke
 
 def _grouped(
     strip: Tensor, width: int, of_strip: Tensor, row: Tensor, out_features: int
-) -> tuple[tuple[Tensor, ...], Tensor]:
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The fields `block_groups` to `entry_at`, and the order of the entries in them.
 
     Args:
