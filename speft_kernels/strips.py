@@ -37,9 +37,7 @@ class Strips(NamedTuple):
     group_cols: Tensor  # [groups, GROUP_STRIPS]: positions
     group_entries: Tensor  # [groups + 1]: where the entries of each group start
     most_groups: Tensor  # int64 [1], on the host: groups of the block that has most
-    tiles: (
-        Tensor  # int64 [3], on the host: tiles of 1, 2 and 4 groups that hold those of all blocks
-    )
+    tiles: Tensor  # int64 [3], on the host: tiles of all blocks together, for each TILE_GROUPS
     entry_at: Tensor  # int16: row in the block * GROUP_STRIPS + strip in the group
     rows: Tensor  # [R], sorted: rows of the weight that gathered entries read
     entry_row: Tensor  # [G], sorted: index into `rows`
