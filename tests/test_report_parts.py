@@ -10,7 +10,7 @@ from speft_kernels.errors import ConfigError
 from speft_kernels.pattern import SparsePattern
 from speft_kernels.report import figures, write_report
 from speft_kernels.report.aggregate import markdown, summarise
-from speft_kernels.report.folder import asked_for
+from speft_kernels.report.folder import asked_for, diverged_rates
 from speft_kernels.report.masks import grid_of, overlap
 from speft_kernels.report.page import Cell, Column, table
 from speft_kernels.report.study import _by_density, study_page
@@ -52,6 +52,17 @@ def test_rates_without_a_common_seed_and_ties():
     assert chosen((1e-3, 0, 0.3), (1e-2, 0, nan)) == 1e-3
     assert chosen((1e-3, 0, nan)) == 1e-3
     assert chosen((1e-3, 0, nan), (1e-2, 0, nan)) is None
+
+
+def test_a_rate_at_which_the_search_diverged_is_out_of_the_choice():
+    rows = [row(lr=lr, seed=s, validation=v) for lr, s, v in ((1e-3, 0, 0.7), (1e-2, 0, 0.8))]
+    summary = summarise(rows, {("sst2", "lora", 1e-2)})
+    assert summary.cells["sst2", "lora"].rate.lr == 1e-3
+    assert [found.validation for found in summary.rates["sst2", "lora"]] == [0.7, None]
+    # Neither does a rate win that is the only one there is.
+    summary = summarise(rows[1:], {("sst2", "lora", 1e-2)})
+    assert summary.cells == {}
+    assert "lora on sst2 has no rate" in summary.problems[0]
 
 
 def test_averages_best_and_markdown():
@@ -178,6 +189,7 @@ def test_rows_of_an_earlier_grid_are_set_aside():
     assert others == [rows[3].id, rows[4].id, rows[5].id]
     for strange in ({}, {"tasks": 3}, {**study, "lr": None}, {**study, "seeds": [0, 1]}):
         assert len(asked_for(rows, strange)[0]) == len(rows)
+        assert diverged_rates(rows, strange, {r.id for r in rows}) == set()
     foreign = [row(id="x", name="other"), row(id="y", task="cola"), row(id="z")]
     assert [r.id for r in asked_for(foreign, study)[0]] == ["z", "x", "y"]
 

@@ -211,6 +211,21 @@ def test_a_run_that_would_fail_again_is_noted_and_the_study_is_done(
     assert len(read_rows(places.rows)) == 18  # the rate that is better now has its repeats
 
 
+@pytest.mark.parametrize(("lost", "score"), [(1, "11.00 ± 1.00"), (2, "30.50 ± 0.71")])
+def test_the_report_has_the_rate_that_the_study_chose(study_file, place, fake, capsys, lost, score):
+    """Another one where a run of the search diverged; a repeat that did changes nothing."""
+    file = study_file(STUDY.replace("seeds: [0, 1, 2]", "seeds: [0, 1, 2]\nsearch_seeds: 2"))
+    failure = Failure("the loss became inf", True)
+    fake.outcome = staticmethod(
+        lambda config: failure if (config.lr, config.seed) == (3e-2, lost) else None
+    )
+    assert main(["study", "--config", str(file), "--data", str(place)]) == 0
+    assert f"| head | 5.000% | **{score}** |" in capsys.readouterr().out
+    page = (read_study(file).output / "report.html").read_text(encoding="utf-8")
+    assert page.count(score) == 3  # of each method
+    assert page.count("not compared") == (3 if lost == 1 else 0)
+
+
 def test_without_matplotlib_the_table_is_told_all_the_same(
     study_file, place, fake, capsys, monkeypatch
 ):

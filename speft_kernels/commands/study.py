@@ -65,12 +65,16 @@ def run(args: argparse.Namespace) -> int:
         lost = error  # told after what the others gave
     from ..report import write_report
     from ..report.aggregate import markdown, summarise
+    from ..report.folder import diverged_rates
 
     finished = collect(study)
     print(f"\n{len(finished)} runs are in {Places(study.output).rows}")
-    print(_failed(study.output, settled(study, finished)), end="")
+    failed = settled(study, finished)
+    print(_failed(study.output, failed), end="")
     if finished:
-        print(f"\n{plain(markdown(summarise(list(finished.values()))))}", flush=True)
+        rows = list(finished.values())
+        summary = summarise(rows, diverged_rates(rows, study.to_dict(), failed))
+        print(f"\n{plain(markdown(summary))}", flush=True)
         print(f"report: {write_report(study.output)}")
     if lost is not None:
         raise lost

@@ -1,10 +1,11 @@
 """Statistics of a study's rows: the learning rate each method gets, and what it then scores.
 
 A method's rate on a task is the one with the best mean validation over seeds; among equals the
-smallest. Rates are compared on the same seeds: those that all rates of that method and task were
-run with. Where no seed is common to all, the one that most rates have decides (among equals the
-smallest), and the rates without it are out of the choice. What a method scores is then taken over
-all seeds at its rate, so a study may run several rates with one seed and the best with more.
+smallest. A rate at which the search diverged is out of the choice, here as in the study. The others
+are compared on the same seeds: those that all of them, of that method and task, were run with.
+Where no seed is common to all, the one that most rates have decides (among equals the smallest),
+and the rates without it are out of the choice. What a method scores is then taken over all seeds at
+its rate, so a study may run several rates with one seed and the best with more.
 
 Everything here is a function of the rows; what cannot be used is told in `Summary.problems`.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,8 +86,12 @@ class Summary:
     problems: tuple[str, ...]
 
 
-def summarise(rows: Sequence[Row]) -> Summary:
-    """Choose each method's rate and average its scores; see the module's docstring."""
+def summarise(rows: Sequence[Row], diverged: Collection[tuple[str, str, float]] = ()) -> Summary:
+    """Choose each method's rate and average its scores; see the module's docstring.
+
+    Args:
+        diverged: task, name and learning rate of what is out of the choice, see `diverged_rates`.
+    """
     problems: list[str] = []
     tasks = tuple(dict.fromkeys(row.task for row in rows))
     metrics = {task: next(row.metric for row in rows if row.task == task) for task in tasks}
@@ -107,10 +112,18 @@ def summarise(rows: Sequence[Row]) -> Summary:
     cells: dict[tuple[str, str], Cell] = {}
     rates: dict[tuple[str, str], tuple[RateResult, ...]] = {}
     for (task, name), found in groups.items():
-        rates[task, name] = compare_rates(found, lower=metrics[task] in LOWER_IS_BETTER)
+        out = {
+            rate
+            for rate, seeds in found.items()
+            if any((task, row.name, row.lr) in diverged for row in seeds.values())
+        }
+        rates[task, name] = compare_rates(found, out, lower=metrics[task] in LOWER_IS_BETTER)
         chosen = next((result.rate for result in rates[task, name] if result.chosen), None)
         if chosen is None:
-            problems.append(f"{name} on {task} has no rate: no validation of it is a number")
+            problems.append(
+                f"{name} on {task} has no rate: of each the search diverged, or no validation is a "
+                "number"
+            )
             continue
         cells[task, name] = _cell(task, name, chosen, found[chosen])
     cells = _marked(cells, tasks, metrics)
@@ -145,26 +158,30 @@ def density_groups(densities: Iterable[float]) -> dict[float, float]:
     return groups
 
 
-def compare_rates(found: dict[Rate, dict[int, Row]], *, lower: bool) -> tuple[RateResult, ...]:
+def compare_rates(
+    found: dict[Rate, dict[int, Row]], out: Collection[Rate] = (), *, lower: bool
+) -> tuple[RateResult, ...]:
     """The rates of one method and task, in ascending order, at most one of them chosen.
 
     Args:
         found: the rows of each rate by seed.
+        out: the rates that are out of the choice.
         lower: whether the lower validation is the better one.
     """
-    shared = set.intersection(*(set(seeds) for seeds in found.values()))
-    if not shared:
-        counts = Counter(seed for seeds in found.values() for seed in seeds)
+    rivals = [set(seeds) for rate, seeds in found.items() if rate not in out]
+    shared = set.intersection(*rivals) if rivals else set()
+    if rivals and not shared:
+        counts = Counter(seed for seeds in rivals for seed in seeds)
         shared = {min(counts, key=lambda seed: (-counts[seed], seed))}
     compared = tuple(sorted(shared))
     means: dict[Rate, float | None] = {}
     for rate in sorted(found):
         validations = [found[rate][seed].validation for seed in compared if seed in found[rate]]
         known = len(validations) == len(compared) and all(map(_is_usable, validations))
-        means[rate] = statistics.mean(validations) if known else None
+        means[rate] = statistics.mean(validations) if known and rate not in out else None
     best = _best([mean for mean in means.values() if mean is not None], lower)
     chosen = next((rate for rate, mean in means.items() if mean is not None and mean == best), None)
-    if chosen is None and len(means) == 1:
+    if chosen is None and len(means) == len(rivals) == 1:
         chosen = next(iter(means))  # nothing to choose between, so no validation is needed
     return tuple(RateResult(rate, mean, compared, rate == chosen) for rate, mean in means.items())
 

@@ -6,7 +6,7 @@ Every error is a ConfigError that names the file, and its line where it has line
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,36 @@ def _is_asked_for(row: Row, study: Mapping[str, Any]) -> bool:
     try:
         if row.lr not in study["lr"][row.name] or row.seed not in study["seeds"][row.name]:
             return False
-        own = {**study["tasks"][row.task], **study["methods"][row.name]}
-        settings = {**own, "lr": row.lr, "seed": row.seed}
-        return Run(row.task, row.name, row.lr, row.seed, settings).id == row.id
+        return _id(study, row.task, row.name, row.lr, row.seed) == row.id
     except (KeyError, TypeError, ValueError):
         return False
+
+
+def _id(study: Mapping[str, Any], task: str, name: str, lr: float, seed: int) -> str:
+    settings = {**study["tasks"][task], **study["methods"][name], "lr": lr, "seed": seed}
+    return Run(task, name, lr, seed, settings).id
+
+
+def diverged_rates(
+    rows: Iterable[Row], study: Mapping[str, Any], failed: Collection[str]
+) -> set[tuple[str, str, float]]:
+    """Task, method and rate of the rows at whose rate a run of the search failed: out of the choice
+    when the study made it, whatever its other seeds gave. A failed repeat says nothing of its rate.
+
+    Args:
+        study: as in `study.json`.
+        failed: ids of the runs that failed and have no row.
+    """
+    rates = {(row.task, row.name, row.lr) for row in rows} if failed else set()
+    return {rate for rate in rates if any(id in failed for id in _search(study, *rate))}
+
+
+def _search(study: Mapping[str, Any], task: str, name: str, lr: float) -> list[str]:
+    try:
+        seeds = study["seeds"][name][: study["search_seeds"]]
+        return [_id(study, task, name, lr, seed) for seed in seeds]
+    except (KeyError, TypeError, ValueError):
+        return []
 
 
 def _places(names: object) -> dict[str, int]:

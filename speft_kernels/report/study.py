@@ -7,7 +7,7 @@ missing or damaged they are left out, and the page says so.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from ..study.folder import Places
 from ..study.rows import Row
 from . import figures
 from .aggregate import Summary, density_groups, summarise
-from .folder import Metrics, asked_for, inside, read_metrics, read_runs
+from .folder import Metrics, asked_for, diverged_rates, inside, read_metrics, read_runs
 from .masks import Masks, read_masks
 from .page import Html, details, figure, notices, page, paragraph, section
 from .parts import pretty, smoothed, thinned
@@ -39,20 +39,23 @@ def study_page(folder: Path) -> str:
     places = Places(folder)
     study = read_json(places.study)
     rows = read_runs(places.rows)
+    failures = read_json(places.failures) if places.failures.exists() else {}
+    for row in rows:
+        failures.pop(row.id, None)
     title = f"Study {study.get('name', folder.resolve().name)}"
     about = section("The study", details(places.study.name, pretty(study)))
     if not rows:
         lead = notices(["No run has finished: runs.csv is missing or has no rows."])
-        return page(title, Html(lead + _unfinished(places, rows)), about)
+        return page(title, Html(lead + _unfinished(places, rows, failures)), about)
     current, others = asked_for(rows, study)
-    summary = summarise(current)
+    summary = summarise(current, diverged_rates(current, study, failures))
     files = _Files(places.runs)
     curves = _curves(summary, files)
     masks = masks_section(summary, files)
     lead = Html(
         paragraph(_size(summary, current), "quiet")
         + notices([*_others(others), *summary.problems, *files.problems, *_mixed(current)])
-        + _unfinished(places, rows)
+        + _unfinished(places, rows, failures)
     )
     return page(
         title,
@@ -130,16 +133,14 @@ def _mixed(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _unfinished(places: Places, rows: Sequence[Row]) -> Html:
+def _unfinished(places: Places, rows: Sequence[Row], failures: Mapping[str, Any]) -> Html:
     """The runs that failed and are not tried again, and those with a folder and no row yet."""
-    failures = read_json(places.failures) if places.failures.exists() else {}
-    finished = {row.id for row in rows}
-    lines = [f"run {id} failed: {why}" for id, why in failures.items() if id not in finished]
+    lines = [f"run {id} failed: {why}" for id, why in failures.items()]
     try:
         found = {path.name for path in places.runs.iterdir() if path.is_dir()}
     except OSError:
         found = set()
-    found -= finished | failures.keys()
+    found -= {row.id for row in rows} | failures.keys()
     names = sorted(name for name in found if not name.startswith("."))
     if names:
         lines.append(f"{len(names)} with a folder and no row in runs.csv yet: {', '.join(names)}")
@@ -153,7 +154,7 @@ def _results(summary: Summary) -> Html:
         paragraph(
             "Scores are on the reported data, at the learning rate whose mean validation is best. "
             "Validation is on data split off the training set, and rates are compared on the "
-            "seeds that all of them have.",
+            "seeds that all of them have, without those at which the search diverged.",
             "quiet",
         ),
         _by_task(summary),
