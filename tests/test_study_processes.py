@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,20 @@ def test_a_process_says_whether_its_run_would_fail_again(place, settings, settle
     failure = worker.failure()
     assert failure.settled == settled, failure
     assert reason in failure.reason
+
+
+@pytest.mark.slow
+def test_a_reason_of_any_length_ends_the_run(place):
+    """A pipe takes 64 KiB before it is read."""
+    (place / "long_score.py").write_text("raise ValueError('a' * 200_000)\n\nscore = None\n")
+    study = read_study(study_file(place, "{odd: {salience: long_score:score}}"))
+    (run,) = study.search("films", "odd")
+    Places(study.output).runs.mkdir(parents=True)
+    worker = Worker(run.config(Places(study.output).runs / run.id, study.data), threads=1, slot=0)
+    ended = wait([worker.sentinel], 100)
+    failure = worker.failure()
+    assert ended == [worker.sentinel]
+    assert "a" * 200_000 in failure.reason
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(place, monkeypatch):

@@ -28,7 +28,11 @@ class Failure(NamedTuple):
 
 
 class Worker:
-    """A started run. `sentinel` becomes ready when it ends, however it ends."""
+    """A started run. `sentinel` becomes ready when it ends, however it ends.
+
+    That is its answer, or the end of the pipe: a pipe takes 64 KiB until somebody reads, so a
+    process with a long reason would not end before.
+    """
 
     def __init__(self, config: RunConfig, *, threads: int, slot: int) -> None:
         self.slot = slot
@@ -37,7 +41,7 @@ class Worker:
         self._process = context.Process(target=_main, args=(config, threads, slot, answer))
         self._process.start()
         answer.close()  # so that the end of the process is the end of the pipe
-        self.sentinel = self._process.sentinel
+        self.sentinel = self._answer
 
     def stop(self) -> None:
         """Ask it to leave a checkpoint and end."""
