@@ -27,7 +27,7 @@ from . import ops
 from .adapter import StoredLayer, fingerprint, write_adapter
 from .config import SpeftConfig
 from .dtypes import accumulator_dtype
-from .errors import ConfigError
+from .errors import ConfigError, SalienceError
 from .family import sync, to_linears
 from .install import flags_of, restore_flags, swap_modules
 from .model import apply_patterns, score_and_select, sparse_layers
@@ -179,8 +179,9 @@ class MovingMask:
 
         Raises:
             ConfigError: a layer has hooks, which would be lost.
-            SalienceError: as for `sparsify`. On any error, one out of `loss_fn` among them, the
-                model is as it was, and a `FlatValues` and an optimizer of it go on.
+            SalienceError: as for `sparsify`; or there were no batches the second time. On any
+                error, one out of `loss_fn` among them, the model is as it was, and a `FlatValues`
+                and an optimizer of it go on.
         """
         model = unwrapped(model)
         layers = sparse_layers(model)
@@ -390,6 +391,11 @@ class MovingMask:
 
         with borrowed(model, self.config.seed):
             count = processes.summed(run, sums.values())
+        if not count:
+            raise SalienceError(
+                "'rigl' goes over the batches twice, and the second time there were none: pass a "
+                "list"
+            )
         return {name: total.detach() / count for name, total in sums.items()}
 
 

@@ -10,7 +10,7 @@ from tiny_models import MLP_LAYERS, Mlp, mlp, mlp_config, pair_batches, pair_los
 
 from speft_kernels.adapter import load_adapter, read_adapter
 from speft_kernels.dynamic import Delta, MovingMask, places
-from speft_kernels.errors import ConfigError
+from speft_kernels.errors import ConfigError, SalienceError
 from speft_kernels.model import sparse_layers, sparsify
 
 
@@ -353,9 +353,23 @@ def test_what_trains_and_what_does_not_stays_so(strategy, fails):
     assert torch.equal(model.first.bias.grad, torch.ones(10))
 
 
-@pytest.mark.parametrize(("strategy", "at"), [("merge", 2), ("rigl", 2), ("rigl", 5)])
+class Once:
+    """No iterator, but its batches are there once."""
+
+    def __init__(self, batches):
+        self.left = iter(batches)
+
+    def __iter__(self):
+        yield from self.left
+
+
+@pytest.mark.parametrize(
+    ("strategy", "at"), [("merge", 2), ("rigl", 2), ("rigl", 5), ("rigl", None)]
+)
 def test_after_an_error_the_same_layers_train_on(strategy, at):
-    """`at`: of the calls of the loss the one that fails; "rigl" makes three more in the end."""
+    """`at`: of the calls of the loss the one that fails; "rigl" makes three more in the end. None:
+    for these there are no batches.
+    """
     training = Training(strategy)
     training.steps()
     training.move()
@@ -370,8 +384,10 @@ def test_after_an_error_the_same_layers_train_on(strategy, at):
             raise KeyError("boom")
         return pair_loss(model, batch)
 
-    batches = pair_batches(3, seed=5)
-    with pytest.raises(KeyError, match="boom"):
+    batches, error, said = pair_batches(3, seed=5), KeyError, "boom"
+    if at is None:
+        batches, error, said = Once(batches), SalienceError, "the second time there were none"
+    with pytest.raises(error, match=said):
         training.mask.update(training.model, batches, failing, progress=0.0)
     found = sparse_layers(training.model)
     assert all(found[name] is layer for name, layer in layers.items())
