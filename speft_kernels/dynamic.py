@@ -266,8 +266,10 @@ class MovingMask:
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` returned, in a model whose layers have the same patterns.
 
-        Raises ValueError, or what reading such a state raises, for another one's.
+        Raises ValueError, or what reading such a state raises, for another one's; nothing is
+        changed then.
         """
+        found = {}
         for name, layer in sparse_layers(model).items():
             left = Delta.from_state(state[name], layer.weight.device)
             there, own = left.pattern, layer.pattern
@@ -277,8 +279,9 @@ class MovingMask:
                 raise ValueError(f"layer {name!r} left other values behind than entries")
             if bool((places(there.indices, own.indices) >= 0).any()):
                 raise ValueError(f"layer {name!r} trains entries that it left behind")
-            self._left[name] = left
-        _put(model, self._left)
+            found[name] = left
+        _put(model, found)
+        self._left = found
 
     def _install(
         self,

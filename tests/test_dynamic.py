@@ -285,6 +285,26 @@ def test_what_was_left_behind_comes_back_from_its_state():
         assert torch.equal(layer.weight, expected[name])
 
 
+def test_a_state_of_another_model_changes_nothing():
+    """Its first layer fits, the second does not."""
+    training = Training("merge")
+    training.steps()
+    training.move()
+    state = training.mask.state_dict()
+    first, second = state
+    assert len(state[first]["indices"]) > 0
+    training.mask.release(training.model)
+    before = training.weights()
+    state[second]["shape"] = (4, 4)
+    state[second].update({key: state[second][key][:0] for key in ("indices", "values")})
+    with pytest.raises(ValueError, match=f"{second!r} has another shape"):
+        training.mask.load_state_dict(training.model, state)
+    assert training.mask.entries == 0
+    training.mask.release(training.model)
+    for name, weight in training.weights().items():
+        assert torch.equal(weight, before[name]), name
+
+
 @pytest.mark.parametrize("strategy", ["merge", "rigl"])
 def test_all_layers_are_written_at_once(strategy, write_sizes):
     training = Training(strategy)
