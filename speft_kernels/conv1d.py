@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_HOOKS = tuple(key for key in vars(nn.Module()) if "_hook" in key)
+# What holds a module's hooks, or says of which kind they are.
+HOOKS = tuple(key for key in vars(nn.Module()) if "_hook" in key)
 
 
 class Conv1DLinear(nn.Linear):
@@ -125,7 +126,7 @@ def transpose_to_load(state_dict: dict[str, Any], prefix: str) -> None:
 def in_place_of(former: nn.Module, module: nn.Module) -> nn.Module:
     """Return `module` with the hooks and the training flag of another."""
     # Hooks stay what they were, and so do the handles that remove them: these know the dicts.
-    vars(module).update({key: vars(former)[key] for key in _HOOKS})
+    vars(module).update({key: vars(former)[key] for key in HOOKS})
     return module.train(former.training)
 
 

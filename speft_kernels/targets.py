@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from .config import ALL_LINEAR, SpeftConfig
-from .conv1d import is_conv1d, is_plain_linear, linear_shape
+from .conv1d import HOOKS, is_conv1d, is_plain_linear, linear_shape
 from .errors import ConfigError, nearest
 from .family import refuse_sharded
 
@@ -24,7 +24,6 @@ _ELSEWHERE = (
     'a mask that was chosen elsewhere trains in it through apply_patterns and mode="additive"'
 )
 _HOOKED = "it has hooks, which would be lost: remove them, and register them again afterwards"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -390,12 +389,14 @@ def _kind(module: nn.Module) -> str:
 def refuse_hooks(layers: Mapping[str, nn.Module]) -> None:
     """Raise ConfigError where one of `layers`, which are to be replaced, has hooks."""
     for name, layer in layers.items():
-        if _has_hooks(layer):
+        if _hooks(layer):
             raise ConfigError(f"layer {name!r} cannot be replaced: {_HOOKED}")
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+def _hooks(module: nn.Module) -> list[str]:
+    """Which kinds of hooks a module has; the flag among `HOOKS` outlives those that it is of."""
+    held = {key: getattr(module, key) for key in HOOKS}
+    return [key for key, hooks in held.items() if isinstance(hooks, Mapping) and hooks]
 
 
 def _is_opaque(module: nn.Module) -> bool:
@@ -409,10 +410,13 @@ def _is_opaque(module: nn.Module) -> bool:
 
 def _not_ready(module: nn.Module) -> str | None:
     """Why this layer cannot be replaced as it is now; None where it can."""
-    if _has_hooks(module):
+    opaque = _is_opaque(module)
+    # An opaque layer is kept within the sparse one, where it is saved and loaded by hooks that its
+    # class may give it, as bitsandbytes' do.
+    if any(not (opaque and "state_dict" in kind) for kind in _hooks(module)):
         return _HOOKED
     weight = module._parameters.get("weight")
-    if weight is None or _is_opaque(module):
+    if weight is None or opaque:
         return None
     if weight.is_meta:
         return "its weight is on the meta device: load the weights first"

@@ -22,10 +22,8 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from speft_kernels.errors import ConfigError
-from speft_kernels.model import (
-    SpeftConfig,
-    sparsify,
-)
+from speft_kernels.model import SpeftConfig, apply_patterns, sparsify
+from speft_kernels.pattern import SparsePattern
 from speft_kernels.targets import find_targets, shared_weights
 
 DATA_FREE = SpeftConfig(density=0.1, salience="magnitude")
@@ -196,10 +194,20 @@ def test_targets_that_make_no_sense(settings: dict[str, Any], message: str) -> N
     before.assert_untouched()
 
 
-def hooked() -> nn.Module:
-    model = mlp()
-    model.first.register_forward_hook(lambda *_: None)
-    return model
+def hooked(kind: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = mlp()
+        getattr(model.first, f"register_{kind}")(lambda *_: None)
+        return model
+
+    return build
+
+
+HOOKS = (
+    *("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"),
+    *("state_dict_post_hook", "state_dict_pre_hook"),
+    *("load_state_dict_post_hook", "load_state_dict_pre_hook"),
+)
 
 
 def forward_replaced() -> nn.Module:
@@ -240,7 +248,7 @@ def own_forward() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (hooked, "has hooks.*register them again"),
+        *((hooked(kind), "has hooks.*register them again") for kind in HOOKS),
         (forward_replaced, "way of its own"),
         (own_forward, "way of its own"),
         (parametrised, "remove the parametrisation"),
@@ -257,6 +265,21 @@ def test_layers_that_cannot_train_sparsely(build: Callable[[], nn.Module], messa
         sparsify(model, config(target_modules=targets))
     if before is not None:
         before.assert_untouched()
+
+
+def test_hooks_that_were_removed_and_those_of_a_layer_that_is_kept_are_no_hindrance() -> None:
+    model = mlp()
+    model.first.register_full_backward_hook(lambda *_: None).remove()
+    model.second = Scaled(model.second.in_features, model.second.out_features)
+    loaded = []
+    model.second.register_load_state_dict_pre_hook(lambda *_: loaded.append(1))
+    patterns = {
+        name: SparsePattern(tuple(model.get_submodule(name).weight.shape), torch.arange(3))
+        for name in ("first", "second")
+    }
+    apply_patterns(model, patterns, config(mode="additive"))
+    model.load_state_dict(model.state_dict())
+    assert loaded == [1]
 
 
 def test_all_linear_passes_over_layers_with_a_way_of_their_own() -> None:
