@@ -90,21 +90,32 @@ def writing(path: Path) -> Iterator[None]:
 def alone(folder: Path) -> Iterator[None]:
     """Hold a folder for one process. Raises ConfigError if another one holds it.
 
-    The lock is on the folder itself, so it leaves no file; some network file systems have none.
+    The lock is on the folder itself, so it leaves no file.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"another process is writing to {folder}; wait for it, or choose another "
-                    "--output"
-                ) from None
+        if not lock(descriptor):
+            raise ConfigError(
+                f"another process is writing to {folder}; wait for it, or choose another --output"
+            )
         yield
     finally:
         os.close(descriptor)
+
+
+def lock(file: BinaryIO | int, *, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file or folder until it is closed; False where another process holds it.
+
+    Some network file systems have no locks; there it goes on without one.
+    """
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(file, how if wait else how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def lock_file(path: Path) -> BinaryIO:

@@ -1,5 +1,7 @@
 """Studies whose folder holds what no study writes there: one line that names the file."""
 
+import errno
+import fcntl
 import json
 import os
 import tracemalloc
@@ -10,7 +12,7 @@ from tiny_studies import STUDY, fake_workers, silent, write_result
 
 from speft_kernels.cli import main
 from speft_kernels.errors import ConfigError, DataError
-from speft_kernels.files import write_json
+from speft_kernels.files import alone, write_json
 from speft_kernels.study import read_rows, write_rows
 from speft_kernels.study.config import read_study
 from speft_kernels.study.folder import Places
@@ -139,6 +141,23 @@ def test_a_worker_takes_its_lock_of_nothing_but_itself(study, tmp_path, monkeypa
     with pytest.raises(OSError, match=r"\.lock"):
         execute(run.config(folder, study.data), threads=1, slot=0)
     assert other.read_text() == "mine"
+
+
+def test_a_file_system_without_locks_takes_a_study(study, fake, monkeypatch):
+    def none(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    ran = []
+    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(
+        "speft_kernels.finetune.run.finetune", lambda config, resume: ran.append(config)
+    )
+    said = []
+    assert len(run_study(study, jobs=1, say=said.append, max_runs=1)) == len(said) == 1
+    run = study.search("films", "head")[1]
+    execute(run.config(Places(study.output).runs / run.id, study.data), threads=1, slot=0)
+    with alone(study.output):
+        assert len(ran) == 1
 
 
 def test_a_table_that_is_a_pipe_is_not_waited_for(study, fake):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import wait
@@ -13,7 +12,7 @@ from typing import BinaryIO
 import torch
 
 from ..errors import ConfigError, DataError, SpeftError
-from ..files import lock_file, read_json, write_json
+from ..files import lock, lock_file, read_json, write_json
 from ..finetune.folder import Folder
 from ..finetune.signals import Interrupted, StopSignals
 from .config import PATHS, Run, Study
@@ -186,16 +185,12 @@ def _alone(places: Places, say: Callable[[str], object]) -> Iterator[None]:
     Raises StudyError if another process runs the study in this folder.
     """
     with _lock_file(places.lock) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StudyError(f"another process runs the study in {places.root}") from error
+        if not lock(file):
+            raise StudyError(f"another process runs the study in {places.root}")
         with _lock_file(run_lock(places.runs)) as runs:
-            try:
-                fcntl.flock(runs, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not lock(runs):
                 say(f"waits for runs of a study that was killed to leave {places.runs}")
-                fcntl.flock(runs, fcntl.LOCK_EX)
+                lock(runs, wait=True)
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SalienceError, SpeftError
-from ..files import lock_file
+from ..files import lock, lock_file
 from ..finetune.config import RunConfig
 from ..finetune.folder import Folder
 
@@ -103,8 +102,8 @@ def execute(config: RunConfig, *, threads: int, slot: int) -> None:
     from ..finetune.run import finetune
 
     folder = Path(config.output)
-    with lock_file(run_lock(folder.parent)) as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    with lock_file(run_lock(folder.parent)) as file:
+        lock(file, shared=True, wait=True)
         resume = Folder(folder).state.exists()
         if folder.exists() and not resume:
             shutil.rmtree(folder)  # it stopped before its first checkpoint
