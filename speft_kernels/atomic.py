@@ -32,7 +32,7 @@ def new_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
     draft = _make_draft(folder, folder.parent)
     try:
         yield draft
-        for path in sorted(draft.iterdir()):
+        for path in sorted(draft.rglob("*")):
             _flush(path)
         _flush(draft)
         if replace and folder.exists():

@@ -224,6 +224,21 @@ def test_a_folder_that_another_process_made_meanwhile_is_left_alone(
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_all_that_was_written_is_on_the_disk_before_it_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer has its chat templates in a folder of their own."""
+    flushed, flush = [], atomic._flush
+    monkeypatch.setattr(atomic, "_flush", lambda path: (flushed.append(path), flush(path)))
+    with atomic.new_folder(tmp_path / "out") as draft:
+        (draft / "templates" / "more").mkdir(parents=True)
+        written = [draft / "a", draft / "templates" / "b", draft / "templates" / "more" / "c"]
+        for path in written:
+            path.write_text("new")
+        written += [path.parent for path in written]
+    assert set(flushed) == {*written, tmp_path}
+
+
 _CRASHING = """
 import importlib.util, os, sys
 from pathlib import Path
