@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
@@ -137,14 +137,16 @@ def replaced(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():  # a device would become a file for all
         raise OutputError(f"{path} is no file, so it is not replaced by one")
     with writing(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666)
+        mode = os.fstat(handle).st_mode & 0o777
         os.close(handle)
-        temporary = Path(name)
         try:
             yield temporary
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
-            temporary.chmod(0o666 & ~_umask())
+            # safetensors puts another file there, which nobody but its owner may read.
+            temporary.chmod(mode)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -191,9 +193,3 @@ def json_bytes(content: Any, indent: int | None = None) -> bytes:
 def write_json(path: Path, content: Any) -> None:
     with replaced(path) as temporary:
         temporary.write_bytes(json_bytes(content, indent=2) + b"\n")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,10 +1,12 @@
 import io
 import json
+import os
 import re
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from tiny_text import save_bert
 from torch import nn
 
@@ -166,6 +168,20 @@ def test_elsewhere_a_long_run_gets_some_lines():
 @pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (61.6, "1:02"), (3725, "1:02:05")])
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_files_mode_is_the_usual_one_whoever_writes_it(tmp_path, monkeypatch):
+    """And the umask, which all threads share, is left alone meanwhile."""
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "umask")
+            write_json(tmp_path / "a", {})
+            with replaced(tmp_path / "b") as temporary:
+                save_file({"a": torch.zeros(1)}, temporary)
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o640, 0o640]
 
 
 def write_half(path):
