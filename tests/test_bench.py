@@ -40,7 +40,7 @@ from speft_kernels.bench.records import read_records, records_of, write_records
 from speft_kernels.bench.report import describe, goals
 from speft_kernels.bench.trainers import DenseMaskLinear
 from speft_kernels.cli import main
-from speft_kernels.errors import DataError
+from speft_kernels.errors import DataError, OutputError
 from speft_kernels.machine import commit as sources_commit
 from speft_kernels.pattern import SparsePattern
 from speft_kernels.testing import uniform_pattern
@@ -311,6 +311,21 @@ def test_a_dollar_in_the_name_of_a_case_begins_no_formula(tmp_path):
     rows = records_of(result_of(1e-3, goals={"peer, dense": 0.5}), MACHINE)
     plot([replace(row, case="$x_{$") for row in rows], tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_former_one(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "savefig", full_disk)
+    (tmp_path / "figure.svg").write_text("the former one")
+    rows = records_of(result_of(1e-3, goals={"peer, dense": 0.5}), MACHINE)
+    with pytest.raises(OutputError, match=r"figure\.svg cannot be written: No space left"):
+        plot(rows, tmp_path / "figure.svg")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["the former one"]
+
+
+def full_disk(figure, path, **settings):
+    Path(path).write_text("half")
+    raise OSError(28, "No space left on device")
 
 
 def test_bytes_saved_for_backward():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..files import replaced
 from .harness import meets
 from .records import Record
 
@@ -59,7 +60,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     """Write the figure; the ending of `path` names the format, one of `FORMATS`.
 
     Raises:
-        ConfigError: there is nothing to plot, or the file cannot be written.
+        ConfigError: there is nothing to plot.
+        OutputError: the file cannot be written; it is as it was.
         ModuleNotFoundError: matplotlib is not installed.
     """
     check_format(path)
@@ -89,7 +91,5 @@ def plot(records: Sequence[Record], path: Path) -> None:
     shown = [state for state in _COLOURS if any(bar.met is state for bar in bars)]
     handles = [Patch(color=_COLOURS[state], label=_LABELS[state]) for state in shown]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(shown), fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ConfigError(f"{path}: the figure cannot be written: {error}") from error
+    with replaced(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
