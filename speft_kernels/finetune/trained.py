@@ -22,13 +22,14 @@ from .methods import ABOUT
 from .models import load_causal_lm, load_classifier, load_tokenizer
 from .tasks import CausalLM, Classification, Task, positive_label
 
-# The weights of an adapter of PEFT, and that of a whole model.
+# A whole model's folder holds it, an adapter's does not.
 WHOLE_FILE = "config.json"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A plain model with what was trained in it, in evaluation mode on the CPU.
+    """A model with what was trained in it, in evaluation mode on the CPU: a plain one; of LoRA and
+    the like a `PeftModel`.
 
     `task` makes examples into batches as in training. `labels` are the class names in the order of
     the model's outputs, none of a language model; `positive_label` is the one of two that F1 is of.
