@@ -21,8 +21,7 @@ from typing import NamedTuple
 
 from ..study.rows import Row
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-_SHARES = frozenset({"accuracy", "f1", "matthews", "pearson", "spearman"})
+_SHARES = frozenset({"accuracy", "f1", "matthews"})
 # Densities of one method are the same budget within this factor: rounding and seeds move them less.
 _SAME_DENSITY = 1.25
 
@@ -94,7 +93,9 @@ def summarise(rows: Sequence[Row], diverged: Collection[tuple[str, str, float]] 
     """
     problems: list[str] = []
     tasks = tuple(dict.fromkeys(row.task for row in rows))
-    metrics = {task: next(row.metric for row in rows if row.task == task) for task in tasks}
+    first = {row.task: row for row in reversed(rows)}
+    metrics = {task: first[task].metric for task in tasks}
+    higher = {task: first[task].higher_is_better for task in tasks}
     names = tuple(dict.fromkeys(label for label in labels(rows)))
     groups: dict[tuple[str, str], dict[Rate, dict[int, Row]]] = {}
     for row, label in zip(rows, labels(rows), strict=True):
@@ -117,7 +118,7 @@ def summarise(rows: Sequence[Row], diverged: Collection[tuple[str, str, float]] 
             for rate, seeds in found.items()
             if any((task, row.name, row.lr) in diverged for row in seeds.values())
         }
-        rates[task, name] = compare_rates(found, out, lower=metrics[task] in LOWER_IS_BETTER)
+        rates[task, name] = compare_rates(found, out, higher=higher[task])
         chosen = next((result.rate for result in rates[task, name] if result.chosen), None)
         if chosen is None:
             problems.append(
@@ -126,10 +127,10 @@ def summarise(rows: Sequence[Row], diverged: Collection[tuple[str, str, float]] 
             )
             continue
         cells[task, name] = _cell(task, name, chosen, found[chosen])
-    cells = _marked(cells, tasks, metrics)
-    averages = _averages(cells, tasks, names, metrics)
-    lower = any(metric in LOWER_IS_BETTER for metric in metrics.values())
-    best = frozenset(n for n, value in averages.items() if value == _best(averages.values(), lower))
+    cells = _marked(cells, higher)
+    averages = _averages(cells, names, metrics, higher)
+    top = _best(averages.values(), all(higher.values()))
+    best = frozenset(name for name, value in averages.items() if value == top)
     return Summary(tasks, names, metrics, cells, rates, averages, best, tuple(problems))
 
 
@@ -159,14 +160,14 @@ def density_groups(densities: Iterable[float]) -> dict[float, float]:
 
 
 def compare_rates(
-    found: dict[Rate, dict[int, Row]], out: Collection[Rate] = (), *, lower: bool
+    found: dict[Rate, dict[int, Row]], out: Collection[Rate] = (), *, higher: bool
 ) -> tuple[RateResult, ...]:
     """The rates of one method and task, in ascending order, at most one of them chosen.
 
     Args:
         found: the rows of each rate by seed.
         out: the rates that are out of the choice.
-        lower: whether the lower validation is the better one.
+        higher: whether the higher validation is the better one.
     """
     rivals = [set(seeds) for rate, seeds in found.items() if rate not in out]
     shared = set.intersection(*rivals) if rivals else set()
@@ -179,7 +180,7 @@ def compare_rates(
         validations = [found[rate][seed].validation for seed in compared if seed in found[rate]]
         known = len(validations) == len(compared) and all(map(_is_usable, validations))
         means[rate] = statistics.mean(validations) if known and rate not in out else None
-    best = _best([mean for mean in means.values() if mean is not None], lower)
+    best = _best([mean for mean in means.values() if mean is not None], higher)
     chosen = next((rate for rate, mean in means.items() if mean is not None and mean == best), None)
     if chosen is None and len(means) == len(rivals) == 1:
         chosen = next(iter(means))  # nothing to choose between, so no validation is needed
@@ -257,18 +258,16 @@ def _cell(task: str, name: str, rate: Rate, found: dict[int, Row]) -> Cell:
     return Cell(task, name, rate, rows, statistics.fmean(scores), deviation)
 
 
-def _best(values: Iterable[float], lower: bool) -> float | None:
-    return (min if lower else max)(values, default=None)
+def _best(values: Iterable[float], higher: bool) -> float | None:
+    return (max if higher else min)(values, default=None)
 
 
 def _marked(
-    cells: dict[tuple[str, str], Cell], tasks: Sequence[str], metrics: dict[str, str]
+    cells: dict[tuple[str, str], Cell], higher: dict[str, bool]
 ) -> dict[tuple[str, str], Cell]:
     best = {
-        task: _best(
-            [c.mean for c in cells.values() if c.task == task], metrics[task] in LOWER_IS_BETTER
-        )
-        for task in tasks
+        task: _best([c.mean for c in cells.values() if c.task == task], higher[task])
+        for task in higher
     }
     return {
         key: Cell(c.task, c.name, c.rate, c.rows, c.mean, c.deviation, c.mean == best[c.task])
@@ -278,17 +277,17 @@ def _marked(
 
 def _averages(
     cells: dict[tuple[str, str], Cell],
-    tasks: Sequence[str],
     names: Sequence[str],
     metrics: dict[str, str],
+    higher: dict[str, bool],
 ) -> dict[str, float]:
-    kinds = {(metric in LOWER_IS_BETTER, metric in _SHARES) for metric in metrics.values()}
+    kinds = {(higher[task], metric in _SHARES) for task, metric in metrics.items()}
     if len(kinds) != 1:
         return {}  # a mean of losses and shares says nothing
     return {
-        name: statistics.fmean(cells[task, name].mean for task in tasks)
+        name: statistics.fmean(cells[task, name].mean for task in metrics)
         for name in names
-        if all((task, name) in cells for task in tasks)
+        if all((task, name) in cells for task in metrics)
     }
 
 
