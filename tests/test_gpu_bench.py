@@ -315,10 +315,10 @@ def test_a_python_without_torch_is_named(tmp_path):
 
 
 @pytest.fixture
-def session(tmp_path, monkeypatch):
-    """A session whose stages are scripts, and which has nothing to build."""
+def checking(tmp_path, monkeypatch):
+    """A check whose stages are scripts, and which has nothing to build."""
     machine = install.Machine("2.11.0", "H200", (9, 0), 139.0, 16, False, True)
-    found = check.Session(tmp_path, machine, False, float("inf"), True, sys.executable)
+    found = check.Check(tmp_path, machine, False, float("inf"), True, sys.executable)
 
     def scripted(*scripts):
         left = list(scripts)
@@ -334,23 +334,23 @@ def session(tmp_path, monkeypatch):
     return found
 
 
-def test_a_stage_goes_on_after_a_lost_device_or_a_crash(session, capsys):
-    left = session.scripted(
+def test_a_stage_goes_on_after_a_lost_device_or_a_crash(checking, capsys):
+    left = checking.scripted(
         "import sys; print('first'); sys.exit(75)",
         "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
         "print('third')",
         "never",
     )
-    session.run("kernels", force=False)
-    assert session.journal("kernels").status() == "complete"
+    checking.run("kernels", force=False)
+    assert checking.journal("kernels").status() == "complete"
     assert left == ["never"]
-    assert (session.out / "kernels.log").read_text() == "first\nthird\n"
+    assert (checking.out / "kernels.log").read_text() == "first\nthird\n"
     assert "third" in capsys.readouterr().out
-    session.run("kernels", force=False)
+    checking.run("kernels", force=False)
     assert left == ["never"]  # complete: not run again
 
 
-def test_a_stage_that_is_out_of_time_is_ended_and_its_finds_are_kept(session, monkeypatch):
+def test_a_stage_that_is_out_of_time_is_ended_and_its_finds_are_kept(checking, monkeypatch):
     monkeypatch.setattr(check, "_GRACE", 0.3)
     monkeypatch.setitem(check.STAGES, "kernels", Stage(1.0, "other sizes"))
     entry = {"kind": "case", "stage": "kernels", "spec": {"a": 1}, "device": "H200"}
@@ -359,32 +359,32 @@ def test_a_stage_that_is_out_of_time_is_ended_and_its_finds_are_kept(session, mo
     values["spec"] = vars(Spec("layer", "q"))
     line = json.dumps({**entry, **values})
     started = time.monotonic()
-    session.scripted(
-        f"import time; open({str(session.out / journal.NAME)!r}, 'a').write({line + chr(10)!r});"
+    checking.scripted(
+        f"import time; open({str(checking.out / journal.NAME)!r}, 'a').write({line + chr(10)!r});"
         "print('begun', flush=True); time.sleep(60)"
     )
-    session.run("kernels", force=False)
+    checking.run("kernels", force=False)
     assert time.monotonic() - started < 20
-    assert session.journal("kernels").status() == "out of time"
-    assert (session.out / "kernels.log").read_text() == "begun\n"
-    found = json.loads((session.out / record.JSON).read_text())
+    assert checking.journal("kernels").status() == "out of time"
+    assert (checking.out / "kernels.log").read_text() == "begun\n"
+    found = json.loads((checking.out / record.JSON).read_text())
     assert found["stages"]["kernels"]["status"] == "out of time"
     assert [case["operation"] for case in found["cases"]] == ["layer"]
 
 
 @pytest.mark.parametrize("xdist", [False, True])
-def test_a_test_that_hangs_does_not_keep_the_others_from_running(session, xdist):
+def test_a_test_that_hangs_does_not_keep_the_others_from_running(checking, xdist):
     """It ends pytest as a failure does; pytest-xdist replaces its worker by itself."""
-    session.machine = replace(session.machine, xdist=xdist)
-    left = session.scripted("import sys; sys.exit(1)", "import sys; sys.exit(5)", "never")
-    session.run("test", force=False)
-    assert session.journal("test").status() == "failed"
+    checking.machine = replace(checking.machine, xdist=xdist)
+    left = checking.scripted("import sys; sys.exit(1)", "import sys; sys.exit(5)", "never")
+    checking.run("test", force=False)
+    assert checking.journal("test").status() == "failed"
     assert left == (["import sys; sys.exit(5)"] * xdist + ["never"])
 
 
-def test_processes_that_share_the_tests_start_few_compilers(session):
-    _, more = session._command("test", sys.executable, 100.0, again=False)
-    assert int(more["TORCHINDUCTOR_COMPILE_THREADS"]) * 8 <= session.machine.cores
+def test_processes_that_share_the_tests_start_few_compilers(checking):
+    _, more = checking._command("test", sys.executable, 100.0, again=False)
+    assert int(more["TORCHINDUCTOR_COMPILE_THREADS"]) * 8 <= checking.machine.cores
 
 
 def test_the_suites_outcomes_are_recorded_and_not_repeated(tmp_path):

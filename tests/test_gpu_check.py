@@ -29,8 +29,8 @@ ERROR: Command errored out
 
 
 @pytest.fixture
-def session(tmp_path):
-    return check.Session(tmp_path, H200, False, float("inf"))
+def checking(tmp_path):
+    return check.Check(tmp_path, H200, False, float("inf"))
 
 
 @pytest.fixture
@@ -105,16 +105,16 @@ def test_imports_that_fail_are_told_in_the_words_of_python(tmp_path):
     assert install.import_error(str(python), with_cuda=True) == "ImportError: no symbol"
 
 
-def test_kernels_that_cannot_run_are_said_loudly(session, monkeypatch):
+def test_kernels_that_cannot_run_are_said_loudly(checking, monkeypatch):
     """As where the package was built, and torch sees no GPU."""
     monkeypatch.setattr(install, "install", lambda archs, run: install.Built(sys.executable))
-    session.run("build", force=False)
-    build = session.write()["stages"]["build"]
+    checking.run("build", force=False)
+    build = checking.write()["stages"]["build"]
     assert build["status"] == "failed"
     first, second = build["detail"].splitlines()
     assert first.startswith("CUDA kernels CANNOT RUN: ")
     assert second.startswith("Triton kernels CANNOT RUN: there is no CUDA device")
-    assert not session.with_cuda
+    assert not checking.with_cuda
 
 
 def test_where_pip_installs_nothing_the_package_is_built_in_place(tmp_path, pip, monkeypatch):
@@ -164,15 +164,15 @@ def test_a_package_in_its_repository_is_found_by_pythonpath(tmp_path, monkeypatc
     )
 
 
-def test_a_build_in_place_counts_and_the_record_tells_of_it(session, monkeypatch, capfd):
+def test_a_build_in_place_counts_and_the_record_tells_of_it(checking, monkeypatch, capfd):
     built = install.Built(sys.executable, pip="No module named pip", more={"SPEFT_FOUND": "here"})
     monkeypatch.setattr(install, "install", lambda archs, run: built)
     monkeypatch.setattr(install, "lacking", lambda python, more: {})
     command = [sys.executable, "-c", "import os; print('found', os.environ['SPEFT_FOUND'])"]
-    monkeypatch.setattr(session, "_command", lambda *_, again: (command, {}))
-    session.run("kernels", force=False)
-    assert session.with_cuda
-    found = session.write()["stages"]
+    monkeypatch.setattr(checking, "_command", lambda *_, again: (command, {}))
+    checking.run("kernels", force=False)
+    assert checking.with_cuda
+    found = checking.write()["stages"]
     assert (found["build"]["status"], found["kernels"]["status"]) == ("complete", "complete")
     assert found["build"]["detail"].endswith("pip failed: No module named pip")
     assert "found here" in capfd.readouterr().out
@@ -197,16 +197,16 @@ def test_tools_of_cuda_are_sought_where_setup_py_seeks_nvcc(tmp_path, monkeypatc
     assert install.cuda_tool("tool") == str(tmp_path / "path" / "tool")
 
 
-def test_an_error_of_pytest_is_no_lack_of_time(session, monkeypatch):
+def test_an_error_of_pytest_is_no_lack_of_time(checking, monkeypatch):
     """It ends with the status that tells of that in the other stages."""
-    monkeypatch.setattr(session, "built", True)
-    monkeypatch.setattr(session, "python", sys.executable)
+    monkeypatch.setattr(checking, "built", True)
+    monkeypatch.setattr(checking, "python", sys.executable)
     command = [sys.executable, "-c", f"raise SystemExit({stages.OUT_OF_TIME})"]
-    monkeypatch.setattr(session, "_command", lambda *_, again: (command, {}))
+    monkeypatch.setattr(checking, "_command", lambda *_, again: (command, {}))
     ended = {}
     for stage in ("test", "kernels"):
-        session.run(stage, force=False)
-        ended[stage] = session.journal(stage).status()
+        checking.run(stage, force=False)
+        ended[stage] = checking.journal(stage).status()
     assert ended == {"test": "failed", "kernels": "out of time"}
 
 
@@ -232,27 +232,29 @@ def test_kernels_of_an_older_build_are_removed(tmp_path):
     assert left == {"_cuda_host.cpython-312.so", "_C.cpython-312.so"}
 
 
-def test_stages_go_on_without_the_cuda_kernels_and_the_record_says_so(session, monkeypatch, capsys):
+def test_stages_go_on_without_the_cuda_kernels_and_the_record_says_so(
+    checking, monkeypatch, capsys
+):
     built = install.Built(sys.executable, "a.cu(1): error: no")
     monkeypatch.setattr(install, "install", lambda archs, run: built)
     monkeypatch.setattr(install, "lacking", lambda python, more: {})
-    monkeypatch.setattr(session, "_command", lambda *_, again: ([sys.executable, "-c", ""], {}))
+    monkeypatch.setattr(checking, "_command", lambda *_, again: ([sys.executable, "-c", ""], {}))
     for stage in check.STAGES:
-        session.run(stage, force=False)
-    found = session.write()
+        checking.run(stage, force=False)
+    found = checking.write()
     assert found["stages"]["build"]["status"] == "failed"
     assert found["stages"]["kernels"]["status"] == found["stages"]["step"]["status"] == "complete"
     assert "sanitize: not run, since the CUDA kernels were not built" in capsys.readouterr().out
     assert found["status"] == "complete but for build (failed), sanitize (not run)"
     assert "build: without the CUDA kernels, everything else goes on: a.cu(1): error: no" in (
-        session.out / record.TABLE
+        checking.out / record.TABLE
     ).read_text(encoding="utf-8")
 
 
-def test_what_the_build_says_is_read_out_of_its_own_part_of_the_log(session):
-    (session.out / "build.log").write_text("an older error\n")
+def test_what_the_build_says_is_read_out_of_its_own_part_of_the_log(checking):
+    (checking.out / "build.log").write_text("an older error\n")
     command = [sys.executable, "-c", "print('a.cu: error'); raise SystemExit(3)"]
-    assert session._install_run(command, {}) == (3, "a.cu: error\n")
+    assert checking._install_run(command, {}) == (3, "a.cu: error\n")
 
 
 def test_a_stage_that_is_not_complete_is_named_and_blames_no_other(tmp_path):
@@ -265,12 +267,12 @@ def test_a_stage_that_is_not_complete_is_named_and_blames_no_other(tmp_path):
     assert record.build(tmp_path, "H200", lambda stage: "abc")["status"] == "complete"
 
 
-def test_the_suite_is_collected_where_pytest_timeout_is_missing(session):
+def test_the_suite_is_collected_where_pytest_timeout_is_missing(checking):
     """Its limit in pyproject.toml is an unknown option then."""
     collected = {}
     for has_plugin in (False, True):
-        session.machine = replace(H200, timeout=has_plugin)
-        command, _ = session._command("test", sys.executable, 100.0, again=False)
+        checking.machine = replace(H200, timeout=has_plugin)
+        command, _ = checking._command("test", sys.executable, 100.0, again=False)
         without = ["-p", "no:timeout", "--collect-only", "-k", "an_index_beyond_int32"]
         done = subprocess.run([*command, *without], cwd=ROOT, capture_output=True, text=True)
         collected[has_plugin] = done.returncode
@@ -306,14 +308,14 @@ def suite(monkeypatch):
     return module
 
 
-def test_workers_are_replaced_as_often_as_they_end_and_share_the_cores(session):
-    session.machine = replace(H200, xdist=True)
-    command, more = session._command("test", sys.executable, 100.0, again=False)
+def test_workers_are_replaced_as_often_as_they_end_and_share_the_cores(checking):
+    checking.machine = replace(H200, xdist=True)
+    command, more = checking._command("test", sys.executable, 100.0, again=False)
     assert command[command.index("-n") + 1] == "8"
     assert int(command[command.index("--max-worker-restart") + 1]) >= 1000
     assert int(more["OMP_NUM_THREADS"]) * 8 <= H200.cores
-    session.machine = H200
-    command, more = session._command("test", sys.executable, 100.0, again=False)
+    checking.machine = H200
+    command, more = checking._command("test", sys.executable, 100.0, again=False)
     assert "--max-worker-restart" not in command  # an option of the plugin that is not there
     assert "OMP_NUM_THREADS" not in more
 

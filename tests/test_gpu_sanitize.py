@@ -277,8 +277,8 @@ def test_a_stage_that_is_ended_takes_its_processes_along(tmp_path):
 
 def test_the_command_of_the_stage_small(tmp_path):
     machine = install.Machine("2.11.0", "H200", (9, 0), 139.0, 16, False, True)
-    session = check.Session(tmp_path, machine, False, float("inf"))
+    checking = check.Check(tmp_path, machine, False, float("inf"))
     for stage in ("small", "sanitize"):
-        command, _ = session._command(stage, sys.executable, 60.0, again=False)
+        command, _ = checking._command(stage, sys.executable, 60.0, again=False)
         where = command.index("speft_kernels.bench.gpu.sanitize")
         assert command[where + 1 : where + 3] == [os.fspath(tmp_path), stage]

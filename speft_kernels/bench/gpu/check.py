@@ -75,10 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + (options.within or float("inf"))
-    session = Session(out, machine, options.dry_run, deadline)
+    check = Check(out, machine, options.dry_run, deadline)
     for name in wanted:
-        session.run(name, force=options.force)
-    found = session.write()
+        check.run(name, force=options.force)
+    found = check.write()
     print(f"\n{record.summary(found)}")
     print(f"the record is in {out}; to keep it, copy it beside the figures of the CPU:")
     print(f"cp {out / record.JSON} {out / record.TABLE} {KEPT.relative_to(ROOT)}/")
@@ -101,7 +101,7 @@ def _split(rest: Sequence[str], parser: argparse.ArgumentParser) -> tuple[Path, 
 
 
 @dataclass
-class Session:
+class Check:
     """One run of the command.
 
     Attributes:
