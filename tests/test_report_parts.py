@@ -9,11 +9,12 @@ from report_folders import METHODS, row, write_study
 from speft_kernels.errors import ConfigError
 from speft_kernels.pattern import SparsePattern
 from speft_kernels.report import figures, write_report
-from speft_kernels.report.aggregate import markdown, summarise
+from speft_kernels.report.aggregate import summarise
 from speft_kernels.report.folder import asked_for, diverged_rates
 from speft_kernels.report.masks import grid_of, overlap
 from speft_kernels.report.page import Cell, Column, table
 from speft_kernels.report.study import _by_density, study_page
+from speft_kernels.report.study_tables import markdown
 from speft_kernels.study.config import Run
 from speft_kernels.study.rows import Row, read_rows, write_rows
 
@@ -85,7 +86,7 @@ def test_averages_best_and_markdown():
         "| method | trained | cola (accuracy, %) | mrpc (accuracy, %) | average | seeds |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: |\n"
         "| a\\|b | 0.500% | **52.00 ± 2.83** | **70.00** | **61.00** | 1-2 |\n"
-        "| c | 10.000% | 51.00 |  |  | 1 |\n"
+        "| c | 10.000% | 51.00 | – | – | 1 |\n"
     )
     assert summarise([*rows, row(task="x", metric="loss")]).averages == {}
 

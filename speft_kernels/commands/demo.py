@@ -41,7 +41,7 @@ def run_demo(settings: dict[str, Any], *, overwrite: bool) -> None:
     from ..finetune.models import resolve
     from ..finetune.result import describe
     from ..finetune.run import finetune
-    from ..finetune.tasks import check_metric, majority_accuracy, positive_label
+    from ..finetune.tasks import check_metric, majority_scores, positive_label
 
     root = Path(settings.pop("output", f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"))
     configs = {}
@@ -64,8 +64,9 @@ def run_demo(settings: dict[str, Any], *, overwrite: bool) -> None:
         f"{len(data.labels)} packages; {len(data.train):,} docstrings to train on, "
         f"{len(data.eval):,} to choose the best model, {len(data.test):,} held out\n"
     )
-    asked, known = [e.label for e in data.test], (e.label for e in data.train)
-    accuracies = {"majority class": majority_accuracy(known, asked)}
+    known, asked = ([data.labels.index(e.label) for e in s] for s in (data.train, data.test))
+    always = majority_scores(known, asked, len(data.labels))
+    accuracies = {"majority class": always["accuracy"]}
     for method, config in configs.items():
         title = "frozen encoder, trained head" if method == "head" else "SPEFT"
         print(f"--- {title}")

@@ -64,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
     except FailedRunsError as error:
         lost = error  # told after what the others gave
     from ..report import write_report
-    from ..report.aggregate import markdown, summarise
+    from ..report.aggregate import summarise
     from ..report.folder import diverged_rates
+    from ..report.study_tables import markdown
 
     finished = collect(study)
     print(f"\n{len(finished)} runs are in {Places(study.output).rows}")

@@ -16,8 +16,6 @@ from ..install import put_linear_for_conv1d
 from ..targets import Targets
 from .config import RunConfig
 
-METHODS = ("lora", "pissa", "shira", "supertuning")
-
 
 def adapt(model: nn.Module, config: RunConfig, targets: Targets) -> nn.Module:
     """`model` inside PEFT's wrapper: `config.method` on `targets.layers`, the head trained densely.

@@ -19,9 +19,10 @@ from .options import as_declared, check_range, option
 from .yaml_file import one_name_each, read_yaml
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
-METHODS = ("speft", "lora", "pissa", "shira", "supertuning", "full", "head")
+PEERS = ("lora", "pissa", "shira", "supertuning")  # those of PEFT
 # Those that adapt the linear layers and leave the rest of the model alone.
-ADAPTERS = ("speft", "lora", "pissa", "shira", "supertuning")
+ADAPTERS = ("speft", *PEERS)
+METHODS = (*ADAPTERS, "full", "head")
 TASKS = ("classification", "causal-lm")
 # Learning rate where none is given. The sparse values, LoRA's factors and a new head start from
 # zero or from noise and take large steps; the weights of a trained model do not.

@@ -37,7 +37,7 @@ from ..salience.warmup import warm_up
 from ..targets import Targets, find_dense_modules, find_targets, is_below
 from . import baselines
 from .checkpoint import trainable
-from .config import ADAPTERS, RunConfig
+from .config import ADAPTERS, PEERS, RunConfig
 from .mask import Mask, targets_of
 from .tasks import Task
 
@@ -212,7 +212,7 @@ def prepare(
             report = dataclasses.replace(report, notes=(*report.notes, note))
         if config.dynamic:
             moving = MovingMask(model, config.speft(), config.dynamic, share=config.dynamic_share)
-    elif config.method in baselines.METHODS:
+    elif config.method in PEERS:
         model = baselines.adapt(model, config, targets)
     else:
         model.requires_grad_(config.method == "full")
@@ -224,13 +224,13 @@ def prepare(
     adapted = sum(p.numel() for p in trainable(model).values()) - head
     if config.method == "full":
         elements -= head
-    heads = () if config.method in baselines.METHODS else targets.dense_modules
+    heads = () if config.method in PEERS else targets.dense_modules
     return Prepared(model, heads, adapted, head, elements, report, moving)
 
 
 def in_head(name: str, targets: Targets, config: RunConfig) -> bool:
     """Whether the trained parameter `name` belongs to the classification head."""
-    if config.method in baselines.METHODS:
+    if config.method in PEERS:
         return ".modules_to_save." in name
     return is_below(name, targets.dense_modules)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from .batches import Batch
 from .data import Example, Examples
 
 IGNORED = -100  # label of a token that is not part of the loss
-_Class = TypeVar("_Class", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -214,22 +213,12 @@ def classification_scores(
     return scores
 
 
-def majority_accuracy(train: Iterable[Hashable], held_out: Sequence[Hashable]) -> float:
-    """Accuracy on `held_out` of always answering the most frequent class of `train`."""
-    answer = _most_frequent(train)
-    return sum(label == answer for label in held_out) / len(held_out)
-
-
 def majority_scores(
     train: Iterable[int], held_out: Sequence[int], num_labels: int, positive: int = 1
 ) -> dict[str, float]:
     """What `classification_scores` gives on `held_out` to the most frequent class of `train`."""
-    answers = [_most_frequent(train)] * len(held_out)
-    return classification_scores(answers, held_out, num_labels, positive)
-
-
-def _most_frequent(classes: Iterable[_Class]) -> _Class:
-    return Counter(classes).most_common(1)[0][0]
+    answer, _ = Counter(train).most_common(1)[0]
+    return classification_scores([answer] * len(held_out), held_out, num_labels, positive)
 
 
 def positive_label(wanted: str | None, labels: Sequence[str]) -> str | None:

@@ -187,27 +187,6 @@ def compare_rates(
     return tuple(RateResult(rate, mean, compared, rate == chosen) for rate, mean in means.items())
 
 
-def markdown(summary: Summary) -> str:
-    """The table of scores for a document: a line a method, the best of each task in bold."""
-    several = len(summary.tasks) > 1 and bool(summary.averages)
-    heads = [f"{task} ({unit(summary.metrics[task])})" for task in summary.tasks]
-    header = ["method", "trained", *heads, *(["average"] if several else []), "seeds"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for name in summary.names:
-        cells = [summary.cells.get((task, name)) for task in summary.tasks]
-        present = [cell for cell in cells if cell is not None]
-        if not present:
-            continue
-        line = [name, f"{statistics.fmean(cell.density for cell in present):.3%}"]
-        line += ["" if cell is None else _bold(score(cell, summary), cell.best) for cell in cells]
-        if several:
-            average = summary.averages.get(name)
-            text = "" if average is None else number(average, summary.metrics[summary.tasks[0]])
-            line.append(_bold(text, name in summary.best_averages))
-        lines.append([*line, seeds_of(present)])
-    return "".join(f"| {' | '.join(_markdown_cell(text) for text in line)} |\n" for line in lines)
-
-
 def score(cell: Cell, summary: Summary) -> str:
     """Mean and deviation, "79.20 ± 0.41" for a share in percent; one seed has no deviation."""
     metric = summary.metrics[cell.task]
@@ -289,11 +268,3 @@ def _averages(
         for name in names
         if all((task, name) in cells for task in metrics)
     }
-
-
-def _bold(text: str, best: bool) -> str:
-    return f"**{text}**" if best and text else text
-
-
-def _markdown_cell(text: str) -> str:
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())

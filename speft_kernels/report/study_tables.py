@@ -16,6 +16,30 @@ from .units import number as as_number
 
 
 def result_table(summary: Summary) -> Html:
+    columns, rows = _results(summary)
+    caption = "Mean ± standard deviation of the score over seeds; the best of each column is marked"
+    return table(columns, rows, caption)
+
+
+def markdown(summary: Summary) -> str:
+    """The table of results for a document, the best of each column in bold."""
+    columns, rows = _results(summary)
+    lines = [
+        [column.title for column in columns],
+        ["---:" if column.numeric else "---" for column in columns],
+        *(
+            [f"**{found.text}**" if found.marked else str(found.text) for found in row]
+            for row in rows
+        ),
+    ]
+    return "".join(f"| {' | '.join(map(_markdown_cell, line))} |\n" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _results(summary: Summary) -> tuple[list[Column], list[list[Cell]]]:
     """A row a method: its mean score on each task, the best of each marked."""
     average = bool(summary.averages) and len(summary.tasks) > 1
     columns = [Column("method"), Column("trained", True)]
@@ -39,8 +63,7 @@ def result_table(summary: Summary) -> Html:
             line.append(Cell(text, value, name in summary.best_averages))
         line.append(Cell(seeds_of(present), min(found.n for found in present)))
         rows.append(line)
-    caption = "Mean ± standard deviation of the score over seeds; the best of each column is marked"
-    return table(columns, rows, caption)
+    return columns, rows
 
 
 def rate_table(summary: Summary) -> Html:
