@@ -115,8 +115,7 @@ class SparsityPlan:
         """Tokens of a block at most; None where a block holds all."""
         if self.pattern.device.type != "cpu":
             return None
-        fit = BLOCK_BYTES // 4 // max(self._packed_columns, 1)
-        return max(TOKEN_STEP, min(BLOCK_TOKENS, fit // TOKEN_STEP * TOKEN_STEP))
+        return most_tokens(self._packed_columns)
 
     @property
     def _packed_columns(self) -> int:
@@ -292,6 +291,12 @@ class SparsityPlan:
             lines.append(f"  {name:8} {share}  {value * 1e6:10.1f} us predicted")
         lines.append(f"  {'all':8} {'':23}  {sum(seconds.values()) * 1e6:10.1f} us predicted")
         return "\n".join(lines)
+
+
+def most_tokens(columns: int) -> int:
+    """Tokens of a block of so many packed columns at most, for a CPU's cache to hold it."""
+    fit = BLOCK_BYTES // 4 // max(columns, 1)
+    return max(TOKEN_STEP, min(BLOCK_TOKENS, fit // TOKEN_STEP * TOKEN_STEP))
 
 
 def _check_kept(keep: Tensor, used: Tensor, pattern: SparsePattern) -> None:

@@ -8,6 +8,7 @@ from kernels import DTYPES, backends, make_pattern
 from plans import mixed_pattern, plan_with
 
 from speft_kernels import SparsePattern, SparsityPlan, ops
+from speft_kernels.errors import BackendError
 from speft_kernels.ops.keep_columns import unpack
 from speft_kernels.plan import plan_of
 from speft_kernels.testing import realistic_pattern
@@ -228,3 +229,17 @@ def test_bad_arguments_name_the_fact():
         ops.keep_columns(torch.randn(4, 5).long(), plan)
     with pytest.raises(ValueError, match="the pattern is on cpu and x on meta"):
         ops.keep_columns(torch.randn(4, 5, device="meta"), plan)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        SparsePattern.from_indices((8, 64), torch.tensor([3, 70])),
+        SparsePattern.from_mask(torch.ones(8, 64, dtype=torch.bool)),
+        SparsePattern.from_blocks((8, 64), (4, 4), torch.tensor([1, 9])),
+    ],
+    ids=["packed", "whole", "blocks"],
+)
+def test_a_backend_that_there_is_not_is_refused_also_where_none_is_needed(pattern):
+    with pytest.raises(BackendError, match="not a backend"):
+        ops.keep_columns(torch.randn(4, 64), plan_of(pattern), backend="gpu")

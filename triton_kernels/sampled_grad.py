@@ -126,7 +126,7 @@ def sampled_grad(dy: Tensor, x: Tensor, strips: Any, out: Tensor, accumulate: bo
 
     Args:
         dy: `[M, N]`, rows contiguous.
-        x: `[M, K]`, rows contiguous, or its packed columns `[B, C, T]`.
+        x: `[M, K]`, rows contiguous, or its packed columns `[B, C, T]`, contiguous.
         strips: the compiled pattern, `speft_kernels.strips.Strips`.
         out: float32.
     """

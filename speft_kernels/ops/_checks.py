@@ -70,8 +70,12 @@ def gradient_operands(
     check_same("dy", dy, "x", x)
     check_pattern_device(pattern, "dy", dy)
     plan = plan_of(pattern) if plan is None else plan
-    if plan.pattern is not pattern and plan.pattern != pattern:
-        raise ValueError(f"the plan was built for another pattern: {plan.pattern}, not {pattern}")
+    if plan.pattern is not pattern:
+        if plan.pattern != pattern:
+            raise ValueError(
+                f"the plan was built for another pattern: {plan.pattern}, not {pattern}"
+            )
+        check_device("the plan", plan.pattern.indices, "dy", dy)
     return tokens_first("dy", dy, pattern.shape[0]), plan
 
 

@@ -76,6 +76,7 @@ def is_plain(tensor: Tensor) -> bool:
     """
     return (
         type(tensor) is Tensor
+        and holds_its_numbers(tensor)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(tensor.device.type)
         and forward_ad._current_level < 0
@@ -83,6 +84,13 @@ def is_plain(tensor: Tensor) -> bool:
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and not torch._C._is_tracing()
     )
+
+
+def holds_its_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are in its memory as they are. The dispatcher writes out those of
+    a lazy negation (the imaginary part of a conjugate) and of autograd's zeros without memory.
+    """
+    return not (tensor.is_neg() or tensor._is_zerotensor())
 
 
 def refuse_tangents(name: str, *args: Any) -> None:

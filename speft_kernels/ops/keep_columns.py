@@ -28,7 +28,8 @@ def keep_columns(x: Tensor, plan: SparsityPlan, *, backend: str | None = None) -
 
     Returns:
         x as `[M, K]` where the plan keeps it whole; `[B, C, T]` of x's dtype, the packed columns
-        `plan.kept_columns`; for a block pattern `[M, C]`, the columns as they are.
+        `plan.kept_columns`; for a block pattern `[M, C]`, the columns as they are, which torch's
+        own operators take out on every backend.
 
     Raises:
         ValueError: shapes or devices do not fit.
@@ -40,6 +41,8 @@ def keep_columns(x: Tensor, plan: SparsityPlan, *, backend: str | None = None) -
     _checks.check_pattern_device(pattern, "x", x)
     x = _checks.tokens_first("x", x.detach(), pattern.shape[1])
     columns = plan.kept_columns
+    if backend is not None:  # refused also where nothing is packed
+        registry.resolve("keep_columns", x.device, x.dtype, backend)
     if columns is None:
         return x
     if pattern.is_block:

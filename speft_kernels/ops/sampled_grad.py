@@ -20,7 +20,7 @@ from ..compact import CompactIndices
 from ..dtypes import accumulator_dtype
 from ..parts import Parts, gathered
 from ..pattern import SparsePattern
-from ..plan import BLOCK_TOKENS, TOKEN_STEP, SparsityPlan
+from ..plan import TOKEN_STEP, SparsityPlan, most_tokens
 from ..row_panels import RowPanels
 from ..strips import Strips, gathered_strips
 from ..thin_strips import ThinStrips, build_thin_strips
@@ -76,12 +76,7 @@ def sampled_grad(
     width = plan.block_tokens(dy.shape[0])
     packed = packed and plan.kept_columns is not None
     if packed:
-        shape = (-(-dy.shape[0] // width), plan.kept_width, width)
-        if tuple(x.shape) != shape:
-            raise ValueError(
-                f"the packed x of {dy.shape[0]} tokens must have shape {shape}, got "
-                f"{tuple(x.shape)}"
-            )
+        _check_packed(x, dy.shape[0], plan)
     else:
         x = _checks.tokens_of_both(dy, x, pattern.shape[1])
     serve = registry.resolve("sampled_grad", dy.device, dy.dtype, backend)
@@ -103,14 +98,31 @@ def add_sampled_grad(
 ) -> None:
     """`sampled_grad` into `out` for a caller that has made its arguments itself: dy `[M, N]`, and x
     as `keep_columns(x, plan)` gave it. Carries no gradient.
+
+    Raises:
+        ValueError, TypeError: x is not what was kept: hooks on saved tensors may return anything.
     """
+    _checks.check_same("dy", dy, "the kept activations", x)
+    if plan.kept_columns is None:
+        x = _checks.tokens_of_both(dy, x, plan.pattern.shape[1])
+    else:
+        _check_packed(x, dy.shape[0], plan)
     serve = registry.resolve("sampled_grad", dy.device, dy.dtype)
     parts = plan.compiled(serve.form, x.dim() == 3)
     width = plan.block_tokens(dy.shape[0])
-    if is_plain(dy):
+    if is_plain(dy) and is_plain(x):
         serve.function(dy, x, parts, width, out, accumulate)
     else:
         torch.ops.speft.sampled_grad_(dy, x, list(parts), width, out, accumulate, None)
+
+
+def _check_packed(x: Tensor, tokens: int, plan: SparsityPlan) -> None:
+    width = plan.block_tokens(tokens)
+    shape = (-(-tokens // width), plan.kept_width, width)
+    if tuple(x.shape) != shape:
+        raise ValueError(
+            f"the packed x of {tokens} tokens must have shape {shape}, got {tuple(x.shape)}"
+        )
 
 
 def gradient_of_entries(
@@ -133,7 +145,8 @@ def gradient_of_entries(
     elif not strips:
         rows, cols = compact.entry_rows, compact.entry_cols
         strips = list(build_thin_strips(rows, cols, None, x.shape[1], None))
-    return torch.ops.speft.sampled_grad(dy, x, strips, nnz, BLOCK_TOKENS, backend)
+    width = most_tokens(compact.cols.numel())
+    return torch.ops.speft.sampled_grad(dy, x, strips, nnz, width, backend)
 
 
 # An implementation is called with dy [M, N]; x [M, K], or packed [B, C, T]; the entries in its form
@@ -209,24 +222,24 @@ def _cpu(dy: Tensor, x: Tensor, parts: Parts, width: int, out: Tensor, accumulat
             out.zero_()
             accumulate = True
         add_panels(dy, x, parts, out)
-    dy = _native.rows_contiguous(dy)
-    packed = x.dim() == 3
-    if not packed:
-        x = _native.rows_contiguous(x)
+    dy, x = _native.rows_contiguous(dy), _contiguous(x)
     _native.kernels().sampled_grad(
         *(dy.data_ptr(), dy.stride(0), dy.shape[1], x.data_ptr(), x.stride(0), x.shape[1]),
-        *(packed, dy.shape[0], width, parts.native, out.data_ptr(), accumulate),
+        *(x.dim() == 3, dy.shape[0], width, parts.native, out.data_ptr(), accumulate),
         *(_native.dtype_code(dy), torch.get_num_threads()),
     )
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """Whole activations with contiguous rows, or packed ones as `keep_columns` laid them out."""
+    return x.contiguous() if x.dim() == 3 else _native.rows_contiguous(x)
 
 
 @registry.implement("sampled_grad", "triton", _triton.DTYPES, form=Strips)
 def _in_triton(
     dy: Tensor, x: Tensor, strips: Strips, width: int, out: Tensor, accumulate: bool
 ) -> None:
-    dy = _native.rows_contiguous(dy)
-    if x.dim() == 2:
-        x = _native.rows_contiguous(x)
+    dy, x = _native.rows_contiguous(dy), _contiguous(x)
     _triton.kernels("sampled_grad").sampled_grad(dy, x, strips, out, accumulate)
 
 

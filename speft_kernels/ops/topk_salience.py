@@ -423,9 +423,9 @@ def _topk_salience(
     first = _first(pairs[0])
     # Where nothing is to be chosen nothing is read: implementations are given no k of 0.
     chosen = range(number) if together else [i for i, k in enumerate(ks) if k > 0]
+    implementation = registry.resolve("topk_salience", first.device, first.dtype, backend)
     if sum(ks) == 0:
         return _allocate_selection(first, 0, number)
-    implementation = registry.resolve("topk_salience", first.device, first.dtype, backend)
     members = [pairs[i] for i in chosen]
     budgets = [k for k in ks if k > 0]
     try:
