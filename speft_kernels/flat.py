@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from .autograd import accumulates
 from .errors import ConfigError
 from .overview import sparse_layers
+from .values import Values
 
 
 class FlatValues:
@@ -71,7 +72,7 @@ class FlatValues:
             )
         self._layers = layers
         flat = torch.cat([layer.values.detach().reshape(-1) for layer in layers])
-        self.parameter = nn.Parameter(flat)
+        self.parameter: nn.Parameter = Values(flat)
         start = 0
         for layer in layers:
             part = flat[start : start + layer.values.numel()].view_as(layer.values)

@@ -20,6 +20,7 @@ from .pattern import SparsePattern
 from .plan import SparsityPlan, plan_of
 from .recipe import CHOICES
 from .shared_input import SharedInput
+from .values import Values, times_taken, watch
 
 MODES = CHOICES["mode"]
 
@@ -36,8 +37,8 @@ class SparseDeltaLinear(nn.Module):
 
     - `resident`: D is written into the weight, so a step costs what the frozen layer costs plus the
       sampled gradient. The write happens on the first forward after `values` changed. Changes are
-      seen through the tensor's version, which every in-place operation and every optimizer raises;
-      after writing through `values.data`, call `sync()`.
+      seen by the tensor's version, which every in-place operation and every optimizer raises, and
+      by its `.data` having been taken.
     - `additive`: the base is never written; D is a second, sparse product. For a base that is
       quantised or shared.
 
@@ -141,7 +142,7 @@ class SparseDeltaLinear(nn.Module):
         # Made in inference mode they would have no version, and could never train.
         with torch.inference_mode(False):
             zeros = torch.zeros(pattern.values_shape, dtype=accumulator_dtype(dtype), device=device)
-        self.values = nn.Parameter(zeros, requires_grad=not pattern.is_empty)
+        self.values = Values(zeros, requires_grad=not pattern.is_empty)
 
     @classmethod
     def from_linear(
@@ -269,18 +270,24 @@ class SparseDeltaLinear(nn.Module):
 
     def note_written(self) -> None:
         """Take note that the weight holds now what the mode says."""
+        watch(self.values)
         self._written_for = self._current_state() if self.mode == "resident" else None
 
     def _current_state(self) -> _State:
-        """What values and weight are now: of each the tensor itself, its version and its address.
-        All three, as a new tensor may come to lie where a former one was (`functional_call` with
-        values of one's own), and a change of `.data` is one of the address alone.
+        """What values and weight are now: of each the tensor itself, its version and its address,
+        and how often the `.data` of the values was taken. All of them, as a new tensor may come to
+        lie where a former one was (`functional_call` with values of one's own), another `.data` is
+        a change of the address alone, and a write through it one of nothing.
         """
         values, weight = self._parameters["values"], self._parameters["weight"]
         assert values is not None
         assert weight is not None
-        seen = (version_of(values, self.sink), values.data_ptr(), version_of(weight))
-        return weakref.ref(values), weakref.ref(weight), *seen, weight.data_ptr()
+        taken = times_taken(values)
+        if self.sink is not None:
+            taken += times_taken(self.sink.parameter)
+        seen = (version_of(values, self.sink), values.data_ptr(), taken)
+        rest = (version_of(weight), weight.data_ptr())
+        return weakref.ref(values), weakref.ref(weight), *seen, *rest
 
     def _holds_delta(self) -> bool:
         """Whether the weight was written for what values and weight are now."""
@@ -293,8 +300,9 @@ class SparseDeltaLinear(nn.Module):
     def sync(self) -> None:
         """Make the weight hold what the mode says: W0 + D (resident) or W0 (additive).
 
-        A forward pass does so by itself. Call it after writing through `values.data` or past the
-        version of `weight`, which cannot be seen.
+        A forward pass does so by itself. Call it after writing past the version of `weight`, or
+        into memory of `values` that was taken before the last pass (`data = layer.values.data`),
+        which cannot be seen.
         """
         family.sync([self])
 
