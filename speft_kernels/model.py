@@ -160,10 +160,15 @@ def desparsify(model: nn.Module, keep_delta: bool = True) -> None:
     Parameters keep their `requires_grad`, so the layers' weights stay frozen; hooks go along.
 
     Raises:
-        ConfigError: no sparse layers; with `keep_delta`, one whose weight is shared or cannot hold
-            a delta. Nothing is changed.
+        ConfigError: no sparse layers, or the model is one itself; with `keep_delta`, one whose
+            weight is shared or cannot hold a delta. Nothing is changed.
     """
     model = unwrapped(model)
+    if isinstance(model, SparseDeltaLinear):
+        raise ConfigError(
+            "the model itself is a sparse layer, in whose place nothing can be put: use what its "
+            "to_linear() returns"
+        )
     if not any(isinstance(module, Conv1DLinear) for module in model.modules()):
         # Else a former call was cut short, as by a want of memory: this one goes on from there.
         _require_sparse(model)

@@ -229,7 +229,8 @@ def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -
 def shared_weights(model: nn.Module) -> dict[str, str]:
     """Return name -> another name for each parameter or buffer that shares memory with another.
 
-    A module that is registered twice shows up too: it has two names for one weight.
+    A module that is registered twice has one name, its first: it is one layer, and what it learns
+    is meant for both places.
     """
     spans: list[tuple[int, int, str]] = []
     for name, tensor in _named_tensors(model):
@@ -263,8 +264,11 @@ def _refuse_unready(model: nn.Module) -> None:
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    for prefix, module in model.named_modules():
+        owner = f"{prefix}." if prefix else ""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield owner + name, tensor
 
 
 def _matches(pattern: str, name: str) -> bool:

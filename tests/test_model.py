@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from speft_kernels import SparseDeltaLinear, SparsePattern
+from speft_kernels.adapter import load_adapter, save_adapter
 from speft_kernels.errors import ConfigError
 from speft_kernels.model import (
     SpeftConfig,
@@ -298,14 +300,51 @@ def test_tied_embeddings() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_module_registered_twice_is_replaced_in_both_places() -> None:
-    model = Twins()
-    sparsify(model, config(target_modules=["again.0"], mode="additive"))
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+@pytest.mark.parametrize("keep_delta", [True, False])
+def test_a_module_registered_twice_is_one_layer_in_both_places(mode: str, keep_delta: bool) -> None:
+    model, x = Twins(), torch.randn(4, 6)
+    plain = model.once(x)
+    sparsify(model, config(target_modules=["again.0"], mode=mode))
     assert model.once is model.again[0]
     assert list(sparse_layers(model)) == ["once"]
-    desparsify(model, keep_delta=False)
+    trained = filled(model).once(x)
+    desparsify(model, keep_delta=keep_delta)
     assert model.once is model.again[0]
     assert type(model.once) is nn.Linear
+    torch.testing.assert_close(model.once(x), trained if keep_delta else plain)
+
+
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+def test_a_block_that_is_gone_through_three_times_is_saved_as_one(
+    mode: str, tmp_path: Path
+) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh())] * 3)
+
+    model, x = build(), torch.randn(4, 6)
+    sparsify(model, config(mode=mode, density=0.2))
+    assert list(sparse_layers(model)) == ["0.0"]
+    filled(model)
+    (gradient,) = torch.autograd.grad(model(x).sum(), model[0][0].values)
+    twin = build()
+    with torch.no_grad():
+        twin[0][0].weight.copy_(model[0][0].effective_weight())
+    twin(x).sum().backward()
+    entries = model[0][0].pattern.entry_indices.long()
+    torch.testing.assert_close(gradient, twin[0][0].weight.grad.flatten()[entries])
+    save_adapter(model, tmp_path / "adapter")
+    loaded = build()
+    load_adapter(loaded, tmp_path / "adapter", mode=mode)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_a_layer_by_itself_cannot_be_put_back_by_desparsify() -> None:
+    pattern = SparsePattern((4, 6), torch.tensor([1, 9]))
+    layer = SparseDeltaLinear.from_linear(nn.Linear(6, 4), pattern)
+    with pytest.raises(ConfigError, match=r"itself is a sparse layer.*to_linear\(\)"):
+        desparsify(layer)
 
 
 def test_a_weight_that_trains_densely_elsewhere_is_refused() -> None:

@@ -353,17 +353,17 @@ def test_shared_weights_are_found() -> None:
     shared = shared_weights(model)
     assert shared["left.weight"] == "right.weight"
     assert shared["right.weight"] == "left.weight"
-    assert shared["once.weight"] == "again.0.weight"
+    assert "once.weight" not in shared  # one layer, under two names
     assert "top.weight" not in shared  # one storage, but no byte in common
     model.bottom.weight = nn.Parameter(whole[5:11])
     assert shared_weights(model)["bottom.weight"] == "top.weight"
 
 
-@pytest.mark.parametrize("name", ["left", "once"])
-def test_a_shared_weight_is_refused_in_resident_mode(name: str) -> None:
+def test_a_shared_weight_is_refused_in_resident_mode() -> None:
     model = Twins()
     before = Snapshot(model)
-    other = {"left": "right.weight", "once": "again.0.weight"}[name]
-    with pytest.raises(ConfigError, match=f"{name!r} shares its weight with {other!r}.*additive"):
-        sparsify(model, config(target_modules=[name]))
+    with pytest.raises(
+        ConfigError, match=r"'left' shares its weight with 'right\.weight'.*additive"
+    ):
+        sparsify(model, config(target_modules=["left"]))
     before.assert_untouched()
