@@ -194,10 +194,10 @@ def load_adapter(
 
     A plain model is made sparse and frozen as by `apply_patterns`. In a model with sparse layers of
     the same patterns the values are replaced, and all weights are written at once; with other
-    patterns, its base is restored first and the layers are replaced: an optimizer must be made anew
-    then, for it holds what no longer trains. Of what trains densely only the tensors that the
-    adapter brings are changed. A model in a wrapper is loaded into as it is
-    within (see `overview.unwrapped`).
+    patterns, its base is restored first and the layers are replaced: an optimizer and a FlatValues
+    must be made anew then, for they hold what no longer trains. Of what trains densely only the
+    tensors that the adapter brings are changed. A model in a wrapper is loaded into as it is within
+    (see `overview.unwrapped`).
 
     Args:
         mode: "resident" or "additive". None means resident, or what a sparse layer of the same
@@ -208,8 +208,7 @@ def load_adapter(
         AdapterError: a file is missing, damaged or hostile, or does not fit the model. The model is
             as it was.
         ConfigError: the mode is unknown or does not fit, as for a shared weight in resident mode; a
-            parameter is sharded; the values are in a FlatValues, and the patterns are others.
-            Likewise.
+            parameter is sharded. Likewise.
     """
     file = read_adapter(folder)
     model = unwrapped(model)
@@ -247,12 +246,6 @@ def _load(model: nn.Module, file: AdapterFile, mode: str | None, check_base: boo
             and file.dense.keys() <= _dense_tensors(model).keys()
         )
         if not fits:
-            if any(layer.sink is not None for layer in present.values()):
-                raise ConfigError(
-                    "the adapter brings other layers or patterns, and the values are in a "
-                    "FlatValues, which would train nothing any more: release() it, load the "
-                    "adapter, and build FlatValues and the optimizer of it again"
-                )
             _make_plain(model, present, undo)
             install(model, patterns, mode or "resident", file.dense, undo)
         elif mode == "resident":

@@ -222,6 +222,8 @@ def _targets_to_score(
     model: nn.Module, config: SpeftConfig, batches: Iterable[Any] | None
 ) -> Targets:
     _refuse_sparse(model)
+    if isinstance(batches, Mapping):
+        raise ConfigError("batches must be many, and this is one: pass [batch]")
     targets = find_targets(model, config)
     if config.head_warmup_steps and not targets.dense_modules:
         raise ConfigError("head_warmup_steps: no head to warm up; name it in modules_to_train")

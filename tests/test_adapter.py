@@ -31,7 +31,7 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
-from speft_kernels import FlatValues, SparsePattern, adapter, ops
+from speft_kernels import SparsePattern, adapter, ops
 from speft_kernels.adapter import load_adapter, read_adapter, save_adapter
 from speft_kernels.errors import AdapterError, ConfigError
 from speft_kernels.model import (
@@ -412,18 +412,3 @@ def test_fused_paths_stay_off_while_there_is_a_delta(tmp_path: Path) -> None:
     assert fused(loaded) == (False, False)
     desparsify(loaded)
     assert fused(loaded) == (True, True)
-
-
-def test_other_patterns_are_not_loaded_past_a_flat_buffer(saved: Path) -> None:
-    """It would train nothing any more, and nothing would say so."""
-    model = mlp()
-    other = SpeftConfig(target_modules=["first"], modules_to_train=["head"], density=0.2)
-    sparsify(model, other, pair_batches(1), lambda m, b: m(b[0]).square().sum())
-    flat = FlatValues(model)
-    before = contents(model)
-    with pytest.raises(ConfigError, match=r"other layers or patterns.*release\(\)"):
-        load_adapter(model, saved)
-    assert_same_contents(model, before)
-    flat.release()
-    load_adapter(model, saved)
-    assert_same_contents(model, contents(trained_mlp()))

@@ -1,5 +1,6 @@
 import csv
 import gzip
+import json
 import os
 import re
 from pathlib import Path
@@ -41,6 +42,19 @@ def test_the_line_ends_of_old_macs_are_read_where_there_are_no_others(tmp_path, 
     rows = read(path).rows
     assert [row.texts for row in rows] == [(text,) for text in texts]
     assert [row.line for row in rows] == ([1, 2, 3] if name == "a.jsonl" else [2, 3, 4])
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_may_be_one_array_as_well_as_lines(tmp_path, indent):
+    rows = [{"sentence": f"one, [two], {n}\n", "label": n % 2} for n in range(3)]
+    path = tmp_path / "a.json"
+    path.write_text(" \n" + json.dumps(rows, indent=indent) + "\n")
+    examples = read(path)
+    assert [row.texts for row in examples.rows] == [(row["sentence"],) for row in rows]
+    assert [row.label for row in examples.rows] == ["0", "1", "0"]
+    assert [row.line for row in examples.rows] == ([2] * 3 if indent is None else [3, 7, 11])
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [row.line for row in read(path).rows] == [1, 2, 3]
 
 
 def test_a_carriage_return_is_a_part_of_a_text_where_newlines_end_the_lines(tmp_path):
@@ -195,7 +209,28 @@ BROKEN = {
     "open quote": ("a.csv", b'sentence,label\n"a,1\n', ["broken CSV", "inner quotes doubled"]),
     "repeated column": ("a.tsv", b"label\tsentence\tlabel\n1\ta\t1\n", ["'label' twice"]),
     "bad json": ("a.jsonl", b'{"sentence": "a", "label": 1}\n{"sen\n', ["line 2", "valid JSON"]),
-    "json list": ("a.json", b'["a"]\n', ["line 1: holds a list"]),
+    "bad json's column": (
+        "a.jsonl",
+        b'{"sentence": }\n',
+        ["line 1", "Expecting value, column 14)"],
+    ),
+    "json list": ("a.jsonl", b'["a"]\n', ["line 1: holds a list"]),
+    "no objects in an array": (
+        "a.json",
+        b'[\n{"sentence": "a", "label": 1},\n "b"]',
+        ["line 3: holds a str"],
+    ),
+    "missing key in an array": (
+        "a.json",
+        b'[{"sentence": "a", "label": 1},\n\n  {"label": 1}]',
+        ["line 3: 'sentence' is missing"],
+    ),
+    "bad array": ("a.json", b'[{"sentence": "a"}\n{}]', ["valid JSON", "line 2 column 1"]),
+    "no end of an array": ("a.json", b'[{"sentence": "a", "label": 1},', ["valid JSON"]),
+    "empty array": ("a.json", b"[]", ["Found: none"]),
+    "array too deep": ("a.json", b"[" * 100_000, ["valid JSON"]),
+    "semicolons": ("a.csv", b"sentence;label\na;1\n", ["parted by ';'", "by commas in a .csv"]),
+    "tabs in a csv": ("a.csv", b"sentence\tlabel\na\t1\n", ["parted by '\\t'", "by tabs"]),
     "missing key": (
         "a.jsonl",
         b'{"sentence": "a", "label": 1}\n{"label": 1}\n',

@@ -124,6 +124,11 @@ def test_what_cannot_be_evaluated_is_said(place, trained, tmp_path, capsys):
     assert "another base" in error_of(capsys, *command, data, "--model", tmp_path / "base")
     assert "no folder of a run" in error_of(capsys, "evaluate", tmp_path, "--data", data)
     assert "no adapter folder" in error_of(capsys, "evaluate", tmp_path / "x", "--data", data)
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "metrics.jsonl").touch()
+    message = error_of(capsys, "evaluate", unfinished, "--data", data)
+    assert f"is not finished: go on with speft finetune --resume --output {unfinished}" in message
     write_tsv(tmp_path / "long.tsv", [("film " * 100, "good")])
     long = [*command, tmp_path / "long.tsv", "--max-length", "500"]
     assert "positions for 64" in error_of(capsys, *long)

@@ -355,3 +355,11 @@ def test_a_weight_that_trains_densely_elsewhere_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'out' shares its weight with 'embed\.weight', which"):
         sparsify(model, settings)
     before.assert_untouched()
+
+
+def test_a_single_batch_in_the_place_of_many_is_refused() -> None:
+    model = bert_classifier()
+    before = Snapshot(model)
+    with pytest.raises(ConfigError, match=r"this is one: pass \[batch\]"):
+        sparsify(model, SpeftConfig(), token_batches(1)[0])
+    before.assert_untouched()

@@ -239,7 +239,11 @@ class RunConfig:
         """Raises ConfigError when one of these settings is empty."""
         for name in names:
             if not getattr(self, name):
-                raise ConfigError(f"--{name} is missing (or the key {name!r} in the YAML file)")
+                other = "; --validation 0.1 splits some off the training data"
+                raise ConfigError(
+                    f"--{name} is missing (or the key {name!r} in the YAML file)"
+                    f"{other if name == 'eval' else ''}"
+                )
 
     def _check_combinations(self) -> None:
         allowed = ("loss",) if self.task == "causal-lm" else ("accuracy", "f1", "matthews")

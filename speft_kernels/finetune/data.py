@@ -1,4 +1,4 @@
-"""Examples from local files (TSV, CSV, JSON lines) or from the `datasets` library.
+"""Examples from local files (TSV, CSV, JSON) or from the `datasets` library.
 
 Every fault of a file is refused with a DataError that names the file, the line and the remedy.
 """
@@ -42,6 +42,8 @@ _NO_TEXT = {
     b"PAR1\x15": ("a Parquet file", "export it as JSON lines"),
 }
 _MOST_NAMES = 20  # of columns or labels in a message
+# What stands before each element of an array, and before its end.
+_BETWEEN = re.compile(r"\s*[\[,]?\s*")
 _WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
 
 
@@ -183,8 +185,10 @@ def _parse(path: Path) -> Iterator[Located]:
     text = _decode(path)
     if not text.strip():
         raise DataError(f"{path}: the file is empty; the first line must name the columns")
+    if suffix == ".json" and text.lstrip().startswith("["):
+        return _objects(path, _json_array(path, text))
     if suffix in (".jsonl", ".json"):
-        return _json_lines(path, text)
+        return _objects(path, _json_lines(path, text))
     return _table(path, _tsv(text) if suffix == ".tsv" else _csv(path, text))
 
 
@@ -253,21 +257,47 @@ def _table(path: Path, lines: Iterable[tuple[int, list[str]]]) -> Iterator[Locat
         yield number, dict(zip(header, fields, strict=True))
 
 
-def _json_lines(path: Path, text: str) -> Iterator[Located]:
-    keys: dict[str, None] | None = None
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in _lines(text):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
+            # In a line of its own an error knows its column alone.
+            column = (
+                isinstance(error, json.JSONDecodeError) and f"{error.msg}, column {error.colno}"
+            )
             raise DataError(
-                f"{path}, line {number}: not valid JSON ({error}); each line must hold one object"
+                f"{path}, line {number}: not valid JSON ({column or error}); each line must hold "
+                "one object"
             ) from error
+
+
+def _json_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """The elements of the one array that a file holds, each with the line that it begins in."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from error
+    decoder, at, number = json.JSONDecoder(), 0, 1
+    while True:
+        begin = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # also of nothing
+        number += text.count("\n", at, begin)
+        if text[begin] == "]":
+            return
+        record, at = decoder.raw_decode(text, begin)
+        yield number, record
+        number += text.count("\n", begin, at)
+
+
+def _objects(path: Path, located: Iterator[tuple[int, Any]]) -> Iterator[Located]:
+    keys: dict[str, None] | None = None
+    for number, record in located:
         if not isinstance(record, dict):
             raise DataError(
-                f"{path}, line {number}: holds a {type(record).__name__}; each line must hold one "
-                'object such as {"sentence": "...", "label": "..."}'
+                f"{path}, line {number}: holds a {type(record).__name__} where an object must be, "
+                'such as {"sentence": "...", "label": "..."}'
             )
         if keys is None:
             keys = dict.fromkeys(record)
@@ -348,8 +378,18 @@ def _choose_columns(source: str, found: tuple[str, ...], task: str) -> tuple[str
     )
     raise DataError(
         f"{source}: task {task} needs {', and '.join(needed)}. Found: {_quoted(found)}."
-        f"{''.join(hints)}"
+        f"{_other_separator(found) or ''.join(hints)}"
     )
+
+
+def _other_separator(found: tuple[str, ...]) -> str:
+    """What to do where the columns of a table came as one."""
+    if len(found) == 1 and (other := next((c for c in ";\t|" if c in found[0]), None)):
+        return (
+            f" The columns look parted by {other!r}; they must be by commas in a .csv, by tabs in "
+            "a .tsv"
+        )
+    return ""
 
 
 def _text(source: str, line: int, record: dict[str, Any], column: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,19 @@ def load_trained(
 
 
 def trained_folder(folder: Path) -> Path:
-    """The adapter's folder where that of its run was given."""
-    return Folder(folder).adapter if is_run(folder) else folder
+    """The adapter's folder where that of its run was given.
+
+    Raises AdapterError where the run has not come to its end.
+    """
+    if not is_run(folder):
+        return folder
+    if not Folder(folder).adapter.is_dir():
+        output = shlex.quote(str(folder))
+        raise AdapterError(
+            f"{folder} is a run that is not finished: go on with speft finetune --resume "
+            f"--output {output}"
+        )
+    return Folder(folder).adapter
 
 
 def about_of(folder: Path) -> dict[str, Any]:
