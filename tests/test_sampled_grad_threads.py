@@ -18,7 +18,8 @@ def assert_threads_change_nothing(run):
     for threads in (1, 2, 3, 7, 16):
         torch.set_num_threads(threads)
         results += [run() for _ in range(2)]
-    assert all(torch.equal(result, results[0]) for result in results)
+    bits = [result.view(torch.uint8) for result in results]
+    assert all(torch.equal(those, bits[0]) for those in bits)
     return results[0]
 
 
@@ -32,6 +33,26 @@ def test_threads_do_not_change_a_bit(dtype, part, form):
         dy, x = torch.randn(m, 96).to(dtype), torch.randn(m, 130).to(dtype)
         run = functools.partial(sampled, dy, x, plan, form, backend="cpu")
         assert_threads_change_nothing(run)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", ["gather", "tiles", "mixed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_do_not_change_a_bit_of_many_rows(dtype, part, form):
+    """More threads cut the rows into more parts, which must not change the sum of any entry."""
+    plan = plan_for(part, "mixed", 1100, 90)
+    for m in (20, 300):
+        dy, x = torch.randn(m, 1100).to(dtype), torch.randn(m, 90).to(dtype)
+        run = functools.partial(sampled, dy, x, plan, form, backend="cpu")
+        assert_threads_change_nothing(run)
+
+
+def test_threads_do_not_change_the_sign_of_a_zero():
+    """Products too small for float32, which a fused multiply-add takes for -0, added to -0."""
+    plan = plan_for("gather", "uniform", 1100, 90)
+    dy, x = torch.full((32, 1100), -1e-30), torch.full((32, 90), 1e-30)
+    run = functools.partial(sampled, dy, x, plan, "whole", backend="cpu", accumulate=True)
+    assert_threads_change_nothing(lambda: run(out=torch.full((plan.pattern.nnz,), -0.0)))
 
 
 @pytest.mark.parametrize("form", FORMS)

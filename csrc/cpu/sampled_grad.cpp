@@ -24,8 +24,11 @@ namespace {
 constexpr int64_t kChunkBytes = 256 << 10;  // of dy packed at a time: a fifth of a 1.25 MB L2
 constexpr int64_t kMostSplits = 16;
 constexpr int64_t kTasks = 32;       // wanted: many enough to even out the threads
-constexpr int64_t kRowsInPart = 64;  // at least: a part packs the whole of x where that is not kept
-constexpr int64_t kWorkOfRow = 4;    // packing a row costs as much as this many entries
+constexpr int64_t kRowsInPart = 64;  // at least
+
+// In gathered entries, which cost as much a token: to pack a line of dy or x, to widen a packed
+// line of 16 bits, and to compute a tile.
+constexpr int64_t kWorkOfPacking = 4, kWorkOfWidening = 1, kWorkOfTile = 64;
 
 constexpr int64_t kTileEntries = kTileSide * kTileSide;
 
@@ -65,7 +68,7 @@ SPEFT_INLINE void gather(const Acc* dy, const Acc* x, int width, const int32_t* 
         L s;
         for (int t = 0; t < width; t += L::count)
             s.add_product(L::from(a + t), L::from(b + t));
-        sums[e] += sum_lanes(s);
+        sums[e] += Acc(0) + sum_lanes(s);  // a sum of -0 is 0, as among four
     }
 }
 
@@ -111,21 +114,22 @@ int64_t first_at(const int32_t* lines, int64_t count, int64_t line) {
     return std::lower_bound(lines, lines + count, line) - lines;
 }
 
+// What the first `rows` used rows cost, apart from x.
+int64_t work_of_rows(const SampledEntries& plan, int64_t rows) {
+    const int64_t groups = (rows + kTileSide - 1) / kTileSide;
+    return kWorkOfPacking * rows + first_at(plan.entry_rows, plan.num_entries, rows) +
+           kWorkOfTile * first_at(plan.tile_rows, plan.num_tiles, groups);
+}
+
 // The used rows of part `part` of `parts`, alike in work; they begin at a multiple of kTileSide.
 Range rows_of_part(const SampledEntries& plan, int64_t part, int64_t parts) {
-    const auto work = [&](int64_t row) {
-        const int64_t groups = (row + kTileSide - 1) / kTileSide;
-        const int64_t tiles = first_at(plan.tile_rows, plan.num_tiles, groups);
-        return kWorkOfRow * row + first_at(plan.entry_rows, plan.num_entries, row) +
-               tiles * kTileSide * kTileSide / 4;
-    };
     const auto begin_of = [&](int64_t p) {
         if (p == parts) return plan.num_rows;
-        const int64_t wanted = work(plan.num_rows) * p / parts;
+        const int64_t wanted = work_of_rows(plan, plan.num_rows) * p / parts;
         int64_t low = 0, high = (plan.num_rows + kTileSide - 1) / kTileSide;
         while (low < high) {
             const int64_t middle = (low + high) / 2;
-            if (work(middle * kTileSide) < wanted)
+            if (work_of_rows(plan, middle * kTileSide) < wanted)
                 low = middle + 1;
             else
                 high = middle;
@@ -174,8 +178,12 @@ struct Panels {
             if (problem.packed != nullptr) return problem.packed + block * size;
         }
         if (problem.packed != nullptr) {
-            for (int64_t i = 0; i < size; ++i)
-                x[i] = widen(problem.packed[block * size + i]);
+            const T* from = problem.packed + block * size;
+            Acc* to = x.get();
+            vectorised([&](auto) SPEFT_INLINED {
+                for (int64_t i = 0; i < size; ++i)
+                    to[i] = widen(from[i]);
+            });
         } else {
             pack_panel(problem.block_of(problem.x, block), problem.plan.cols, problem.plan.num_cols,
                        problem.width, x.get());
@@ -225,11 +233,28 @@ void add_block(const Problem<T>& problem, Panels<T>& panels, int64_t block, Rang
     }
 }
 
-// Tokens are cut into splits and used rows into parts, in numbers that depend on the problem alone.
-// A task sums one part over one split, in one order, whichever thread takes it: the result does not
-// depend on threads. The splits are summed into buffers in the order of the plan, which are added
-// in order after the threads have met, once. Where there is no room for two there is one split; a
-// task then adds to `out` itself, and nothing is met for.
+// Into how many parts the used rows are cut. Many tasks even out the threads, but each part brings
+// all of x once more, unless that is read in place: freely as long as this stays within an eighth
+// of the work; beyond that a part a thread, until it comes to as much as the work.
+template <class T>
+int64_t parts_of(const Problem<T>& problem, int64_t splits, int threads) {
+    const SampledEntries& plan = problem.plan;
+    const auto for_tasks = [&](int64_t tasks) { return (tasks + splits - 1) / splits; };
+    int64_t parts = std::min(for_tasks(kTasks), plan.num_rows / kRowsInPart);
+    if (!problem.in_place()) {
+        const int64_t bring = problem.packed == nullptr ? kWorkOfPacking : kWorkOfWidening;
+        const int64_t most = work_of_rows(plan, plan.num_rows) / (bring * plan.num_cols);
+        parts = std::min(parts, std::max(most / 8, std::min(for_tasks(threads), most)));
+    }
+    return std::max<int64_t>(1, parts);
+}
+
+// Tokens are cut into splits, in a number that depends on the problem alone, and used rows into
+// parts. A task sums one part over one split, each entry by itself and in one order, whatever the
+// parts are and whichever thread takes it: the result does not depend on threads. The splits are
+// summed into buffers in the order of the plan, which are added in order after the threads have
+// met, once. Where there is no room for two there is one split; a task then adds to `out` itself,
+// and nothing is met for.
 template <class T>
 void run(const Problem<T>& problem, Accumulator<T>* out, bool accumulate, int threads) {
     using Acc = Accumulator<T>;
@@ -237,12 +262,7 @@ void run(const Problem<T>& problem, Accumulator<T>* out, bool accumulate, int th
     const int64_t sums_of_split = plan.num_entries + plan.num_tiles * kTileEntries;
     const int64_t splits = token_splits<Acc>(problem.blocks(), kMostSplits, sums_of_split,
                                              problem.dy.columns * plan.num_cols);
-    // A part packs what it reads of x, all of it, unless that came packed: more parts than one only
-    // to make up for splits that had no room.
-    const int64_t tasks =
-        problem.packed == nullptr && splits > 1 ? std::min(problem.blocks(), kMostSplits) : kTasks;
-    const int64_t parts =
-        std::max<int64_t>(1, std::min((tasks + splits - 1) / splits, plan.num_rows / kRowsInPart));
+    const int64_t parts = parts_of(problem, splits, threads);
     const bool direct = splits == 1;
     std::vector<Range> rows;
     for (int64_t p = 0; p < parts; ++p)
