@@ -139,7 +139,7 @@ def test_nothing_beyond_the_matrix_is_read():
         assert_same_bits(kept, packed(x, columns, 32))
 
 
-@pytest.mark.parametrize("m", [1, 130, 613])
+@pytest.mark.parametrize("m", [1, 130, 613, 4000])
 def test_threads_change_nothing(m):
     plan = plan_with("mixed", mixed_pattern(96, 130))
     x = torch.randn(m, 130)

@@ -41,7 +41,7 @@ def test_threads_do_not_change_a_bit(dtype, part, form):
 def test_threads_do_not_change_a_bit_of_many_rows(dtype, part, form):
     """More threads cut the rows into more parts, which must not change the sum of any entry."""
     plan = plan_for(part, "mixed", 1100, 90)
-    for m in (20, 300):
+    for m in (128, 300):
         dy, x = torch.randn(m, 1100).to(dtype), torch.randn(m, 90).to(dtype)
         run = functools.partial(sampled, dy, x, plan, form, backend="cpu")
         assert_threads_change_nothing(run)
@@ -50,7 +50,7 @@ def test_threads_do_not_change_a_bit_of_many_rows(dtype, part, form):
 def test_threads_do_not_change_the_sign_of_a_zero():
     """Products too small for float32, which a fused multiply-add takes for -0, added to -0."""
     plan = plan_for("gather", "uniform", 1100, 90)
-    dy, x = torch.full((32, 1100), -1e-30), torch.full((32, 90), 1e-30)
+    dy, x = torch.full((128, 1100), -1e-30), torch.full((128, 90), 1e-30)
     run = functools.partial(sampled, dy, x, plan, "whole", backend="cpu", accumulate=True)
     assert_threads_change_nothing(lambda: run(out=torch.full((plan.pattern.nnz,), -0.0)))
 

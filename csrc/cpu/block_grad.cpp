@@ -22,6 +22,10 @@ namespace {
 
 constexpr int kTileHeight = 8;
 
+// To copy an element costs as much as this many products of a tile. A thread needs some 80 us of
+// work: with few splits the team meets twice a block of tokens, and reads what the others copied.
+constexpr int64_t kWorkOfCopy = 16, kWorkPerThread = 1 << 22;
+
 // One operand's used groups of `size` neighbouring columns, and where each block's group lies in
 // the slab.
 struct Groups {
@@ -150,6 +154,9 @@ void run(const Operand<T>& dy, const Operand<T>& x, int64_t out_features, int64_
         }
         worker.barrier();
     };
+    const int64_t products = num_blocks * tall.groups.size * across * lanes;
+    const int64_t work = products + kWorkOfCopy * (tall_columns + wide_columns);
+    threads = threads_for(tokens * work, kWorkPerThread, threads);
     sum_over_tokens(tokens, stretch, num_blocks * block_entries, out_features * x.groups.columns(),
                     out, accumulate, threads, make_slabs, add_block);
 }

@@ -16,6 +16,7 @@ void keep_columns(const void* x, int64_t x_stride, int64_t in_features, int64_t 
                   const int32_t* columns, int64_t num_columns, int64_t width, void* kept,
                   DType dtype, int threads) {
     const int64_t blocks = (tokens + width - 1) / width;
+    threads = threads_for(kWorkOfPacking * tokens * num_columns, kPanelWorkPerThread, threads);
     threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, blocks)));
     dispatch(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;

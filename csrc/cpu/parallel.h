@@ -56,6 +56,12 @@ void parallel([[maybe_unused]] int threads, F&& f) {
     f(Worker{0, 1});
 }
 
+// As many threads as have `each` of the work: to wake one costs as much as it would save below
+// that, and the others wait for it where a busy machine has descheduled it.
+inline int threads_for(int64_t work, int64_t each, int threads) {
+    return int(std::min<int64_t>(threads, work / each + 1));
+}
+
 // Scratch memory of earlier calls, kept by the thread that made them: memory fresh from the system
 // is mapped and zeroed page by page on first use, which took a quarter of a short call.
 class ScratchCache {

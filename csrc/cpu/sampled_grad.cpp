@@ -26,9 +26,8 @@ constexpr int64_t kMostSplits = 16;
 constexpr int64_t kTasks = 32;       // wanted: many enough to even out the threads
 constexpr int64_t kRowsInPart = 64;  // at least
 
-// In gathered entries, which cost as much a token: to pack a line of dy or x, to widen a packed
-// line of 16 bits, and to compute a tile.
-constexpr int64_t kWorkOfPacking = 4, kWorkOfWidening = 1, kWorkOfTile = 64;
+// In the unit of kWorkOfPacking (panel.h): to widen a packed element of 16 bits, and a tile.
+constexpr int64_t kWorkOfWidening = 1, kWorkOfTile = 64;
 
 constexpr int64_t kTileEntries = kTileSide * kTileSide;
 
@@ -114,7 +113,7 @@ int64_t first_at(const int32_t* lines, int64_t count, int64_t line) {
     return std::lower_bound(lines, lines + count, line) - lines;
 }
 
-// What the first `rows` used rows cost, apart from x.
+// What a token costs for the first `rows` used rows, apart from x.
 int64_t work_of_rows(const SampledEntries& plan, int64_t rows) {
     const int64_t groups = (rows + kTileSide - 1) / kTileSide;
     return kWorkOfPacking * rows + first_at(plan.entry_rows, plan.num_entries, rows) +
@@ -156,6 +155,12 @@ struct Problem {
         return some;
     }
     bool in_place() const { return packed != nullptr && std::is_same<T, Acc>::value; }
+    // What it costs a token to bring x to a part, and to compute all entries.
+    int64_t work_of_x() const {
+        if (in_place()) return 0;
+        return plan.num_cols * (packed == nullptr ? kWorkOfPacking : kWorkOfWidening);
+    }
+    int64_t work_of_entries() const { return work_of_rows(plan, plan.num_rows); }
 };
 
 template <class T>
@@ -238,12 +243,10 @@ void add_block(const Problem<T>& problem, Panels<T>& panels, int64_t block, Rang
 // of the work; beyond that a part a thread, until it comes to as much as the work.
 template <class T>
 int64_t parts_of(const Problem<T>& problem, int64_t splits, int threads) {
-    const SampledEntries& plan = problem.plan;
     const auto for_tasks = [&](int64_t tasks) { return (tasks + splits - 1) / splits; };
-    int64_t parts = std::min(for_tasks(kTasks), plan.num_rows / kRowsInPart);
+    int64_t parts = std::min(for_tasks(kTasks), problem.plan.num_rows / kRowsInPart);
     if (!problem.in_place()) {
-        const int64_t bring = problem.packed == nullptr ? kWorkOfPacking : kWorkOfWidening;
-        const int64_t most = work_of_rows(plan, plan.num_rows) / (bring * plan.num_cols);
+        const int64_t most = problem.work_of_entries() / problem.work_of_x();
         parts = std::min(parts, std::max(most / 8, std::min(for_tasks(threads), most)));
     }
     return std::max<int64_t>(1, parts);
@@ -262,6 +265,9 @@ void run(const Problem<T>& problem, Accumulator<T>* out, bool accumulate, int th
     const int64_t sums_of_split = plan.num_entries + plan.num_tiles * kTileEntries;
     const int64_t splits = token_splits<Acc>(problem.blocks(), kMostSplits, sums_of_split,
                                              problem.dy.columns * plan.num_cols);
+    threads = threads_for(
+        problem.blocks() * problem.width * (problem.work_of_entries() + problem.work_of_x()),
+        kPanelWorkPerThread, threads);
     const int64_t parts = parts_of(problem, splits, threads);
     const bool direct = splits == 1;
     std::vector<Range> rows;

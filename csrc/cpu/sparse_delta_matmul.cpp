@@ -64,6 +64,7 @@ void add_rows(T* y, int64_t y_stride, int tokens, const CompactIndices& delta, i
 
 // Few tokens (decoding): a panel would be mostly padding, and each entry is read once anyway.
 constexpr int64_t kFewTokens = 4;
+constexpr int64_t kWorkOfEntry = 8;  // here, in the unit of kWorkOfPacking (panel.h)
 
 template <class T>
 void add_directly(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t tokens,
@@ -92,12 +93,15 @@ void run(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t in_featur
     using Acc = Accumulator<T>;
     if (delta.nnz() == 0 || tokens == 0) return;
     if (tokens <= kFewTokens) {
+        threads = threads_for(kWorkOfEntry * tokens * delta.nnz(), kPanelWorkPerThread, threads);
         parallel(threads, [&](Worker worker) {
             add_directly(y, y_stride, x, x_stride, tokens, delta, values,
                          rows_by_entries(worker, delta));
         });
         return;
     }
+    const int64_t work = delta.nnz() + kWorkOfPacking * (delta.num_rows + delta.num_cols);
+    threads = threads_for(tokens * work, kPanelWorkPerThread, threads);
     // Every thread has a block of tokens, if there are that many.
     const int64_t each = (tokens + threads - 1) / threads;
     const int width = block_tokens<Acc>(delta.num_rows + delta.num_cols, each);

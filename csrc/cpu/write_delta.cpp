@@ -11,7 +11,6 @@
 namespace speft {
 namespace {
 
-// Below this a second thread costs more than it saves.
 constexpr int64_t kEntriesPerThread = 4096;
 
 // Entries that a line is asked for ahead of its write.
@@ -38,7 +37,7 @@ void write_delta(const DeltaWrite* deltas, int64_t count, DType dtype, int threa
     int64_t total = 0;
     for (int64_t i = 0; i < count; ++i)
         total += deltas[i].nnz;
-    threads = int(std::min<int64_t>(threads, total / kEntriesPerThread + 1));
+    threads = threads_for(total, kEntriesPerThread, threads);
     dispatch(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         // Threads share the entries of all weights as if they stood in one row.
