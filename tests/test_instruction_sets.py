@@ -75,6 +75,30 @@ def test_delta_matmul(instruction_set, dtype):
     assert_as_exact_as_torch(ours, theirs, exact)
 
 
+@pytest.mark.parametrize("poison", [-0.0, torch.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_delta_matmul_changes_its_own_columns_alone(instruction_set, dtype, poison):
+    """Whole groups of columns of y are read and written, but what is not used keeps its bits."""
+    x = torch.randn(43, 130).to(dtype)
+    mask = torch.zeros(96, 130, dtype=torch.bool)
+    mask[[*range(3, 40, 2), 50, 66, 67, 68, 93, 94, 95]] = torch.rand(26, 130) < 0.2
+    pattern = SparsePattern.from_mask(mask)
+    values = torch.randn(pattern.nnz, dtype=accumulator(dtype))
+    csr = SparsityPlan.build(pattern).csr
+    memory = -torch.full((45, 101), poison).abs().to(dtype)
+    y, wanted = memory[1:44, 2:98], memory.clone()
+    used = csr.rows.long()
+    y[:, used] = 0
+    wanted[1:44, 2 + used] = ops.delta_matmul(x, values, pattern, backend="cpu")[:, used]
+    _native.kernels().sparse_delta_matmul(
+        *(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], x.shape[0]),
+        *(csr.rows.data_ptr(), csr.crow.data_ptr(), csr.rows.numel()),
+        *(csr.cols.data_ptr(), csr.local.data_ptr(), csr.cols.numel()),
+        *(values.data_ptr(), _native.dtype_code(x), 1),
+    )
+    assert torch.equal(memory.view(torch.uint8), wanted.view(torch.uint8))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_topk_salience(instruction_set, dtype):
     weight, grad = operands(dtype)[0], operands(dtype, m=96, n=613)[0].reshape(613, 96)

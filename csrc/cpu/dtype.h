@@ -61,20 +61,17 @@ SPEFT_INLINE void narrow(float x, Float16* out) {
     const uint32_t bits = bit_cast<uint32_t>(x);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
-    uint32_t result;
-    if (magnitude > 0x7f800000u) {
-        result = 0x7e00u;
-    } else if (magnitude >= 0x477ff000u) {  // 65520, the first value that rounds to infinity
-        result = 0x7c00u;
-    } else if (magnitude < 0x38800000u) {
-        // Below 2^-14 the result is subnormal: adding 0.5 puts its last bit, 2^-24, at float32's
-        // last bit, so the addition itself rounds.
-        const float shifted = bit_cast<float>(magnitude) + 0.5f;
-        result = bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(0.5f);
-    } else {
-        const uint32_t odd = (magnitude >> 13) & 1u;
-        result = (magnitude - (uint32_t(112) << 23) + 0xfffu + odd) >> 13;
-    }
+    // All of them are computed, so that a loop of narrowings has no branch and runs in vectors.
+    // Below 2^-14 the result is subnormal: adding 0.5 puts its last bit, 2^-24, at float32's last
+    // bit, so the addition itself rounds.
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;
+    const uint32_t subnormal = bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(0.5f);
+    const uint32_t odd = (magnitude >> 13) & 1u;
+    const uint32_t normal = (magnitude - (uint32_t(112) << 23) + 0xfffu + odd) >> 13;
+    const uint32_t result = magnitude > 0x7f800000u    ? 0x7e00u
+                            : magnitude >= 0x477ff000u ? 0x7c00u  // 65520, rounds to infinity
+                            : magnitude < 0x38800000u  ? subnormal
+                                                       : normal;
     out->bits = uint16_t(sign | result);
 }
 

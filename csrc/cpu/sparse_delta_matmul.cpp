@@ -51,15 +51,74 @@ SPEFT_INLINE void sum_rows(const Acc* panel, int width, const CompactIndices& de
     }
 }
 
-// y[t, rows[r]] += sums[r, t]
-template <class T>
-void add_rows(T* y, int64_t y_stride, int tokens, const CompactIndices& delta, int width,
-              const Accumulator<T>* sums) {
-    for (int t = 0; t < tokens; ++t)
-        for (int64_t r = 0; r < delta.num_rows; ++r) {
-            T* to = y + t * y_stride + delta.rows[r];
-            narrow(widen(*to) + sums[r * width + t], to);
+// Up to this many rows of a group are added one element at a time; more are turned in a square.
+constexpr int64_t kFewRows = 2;
+
+// y[t, rows[r] - first] += sums[r, t] for `count` rows that lie within [first, first + lanes), all
+// of them columns of y. The others there keep their bits.
+template <int kBytes, class T>
+SPEFT_INLINE void add_square(T* y, int64_t y_stride, int tokens, const int32_t* rows, int64_t count,
+                             int64_t first, int width, const Accumulator<T>* sums) {
+    using Acc = Accumulator<T>;
+    constexpr int lanes = VectorOf<Acc, kBytes>::lanes;
+    using Bits = typename std::conditional<sizeof(T) == 2, uint16_t, uint32_t>::type;
+    alignas(kVectorBytes) static const Acc zeros[lanes] = {};
+    const Acc* from[lanes];
+    for (int j = 0; j < lanes; ++j)
+        from[j] = zeros;
+    Bits used[lanes] = {};
+    for (int64_t r = 0; r < count; ++r) {
+        from[rows[r] - first] = sums + r * width;
+        used[rows[r] - first] = Bits(-1);
+    }
+    Vector<Acc, kBytes> square[lanes];
+    for (int j = 0; j < lanes; ++j)
+        square[j] = load<Acc, kBytes>(from[j]);
+    transpose<Acc, kBytes>(square);
+    for (int t = 0; t < tokens; ++t) {
+        T line[lanes];
+        Acc sum[lanes];
+        __builtin_memcpy(line, y + t * y_stride, sizeof(line));
+        __builtin_memcpy(sum, &square[t], kBytes);
+        for (int j = 0; j < lanes; ++j) {
+            T added;
+            narrow(widen(line[j]) + sum[j], &added);
+            line[j] = bit_cast<T>(Bits((bit_cast<Bits>(added) & used[j]) |
+                                       (bit_cast<Bits>(line[j]) & Bits(~used[j]))));
         }
+        __builtin_memcpy(y + t * y_stride, line, sizeof(line));
+    }
+}
+
+// y[t, rows[r]] += sums[r, t]: as many tokens at a time as a square has, so that the lines of y
+// and of the sums are read from end to end.
+template <int kBytes, class T>
+SPEFT_INLINE void add_rows(T* y, int64_t y_stride, int tokens, const CompactIndices& delta,
+                           int width, const Accumulator<T>* sums) {
+    constexpr int lanes = VectorOf<Accumulator<T>, kBytes>::lanes;
+    const int64_t end = delta.rows[delta.num_rows - 1] + 1;
+    for (int t0 = 0; t0 < tokens; t0 += lanes) {
+        const int some = std::min(lanes, tokens - t0);
+        T* lines = y + t0 * y_stride;
+        for (int64_t r = 0; r < delta.num_rows;) {
+            const int64_t group = delta.rows[r] / lanes * lanes;
+            int64_t next = r + 1;
+            while (next < delta.num_rows && delta.rows[next] < group + lanes)
+                ++next;
+            if constexpr (!std::is_same<T, double>::value) {  // which is not turned in registers
+                if (next - r > kFewRows && group + lanes <= end) {
+                    add_square<kBytes>(lines + group, y_stride, some, delta.rows + r, next - r,
+                                       group, width, sums + r * width + t0);
+                    r = next;
+                }
+            }
+            for (; r < next; ++r)
+                for (int t = 0; t < some; ++t) {
+                    T* to = lines + t * y_stride + delta.rows[r];
+                    narrow(widen(*to) + sums[r * width + t0 + t], to);
+                }
+        }
+    }
 }
 
 // Few tokens (decoding): a panel would be mostly padding, and each entry is read once anyway.
@@ -120,7 +179,9 @@ void run(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t in_featur
             vectorised([&](auto bytes) SPEFT_INLINED {
                 sum_rows<bytes>(own_panel, width, delta, values, own_sums);
             });
-            add_rows(y + m * y_stride, y_stride, count, delta, width, own_sums);
+            vectorised([&](auto bytes) SPEFT_INLINED {
+                add_rows<bytes>(y + m * y_stride, y_stride, count, delta, width, own_sums);
+            });
         }
     });
 }
