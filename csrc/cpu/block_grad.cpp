@@ -121,7 +121,8 @@ void run(const Operand<T>& dy, const Operand<T>& x, int64_t out_features, int64_
     const int64_t block_entries = block_height * block_width;
     const int64_t row_step = turned ? 1 : block_width, lane_step = turned ? block_width : 1;
     const int64_t tall_columns = tall.groups.columns();
-    // A tile may read up to a vector beyond the last group: those lanes are never stored.
+    // A tile may read up to a vector beyond the last group: those lanes, which are zero, are never
+    // stored.
     const int64_t wide_columns = wide.groups.columns() + lanes;
     const int stretch = block_tokens<Acc>(tall_columns + wide_columns, tokens);
     struct Slabs {
@@ -129,7 +130,8 @@ void run(const Operand<T>& dy, const Operand<T>& x, int64_t out_features, int64_
     };
     const auto make_slabs = [&] {
         Slabs slabs{scratch<Acc>(tall_columns * stretch), scratch<Acc>(wide_columns * stretch)};
-        std::fill(slabs.wide.get(), slabs.wide.get() + wide_columns * stretch, Acc(0));
+        for (int64_t t = 1; t <= stretch; ++t)
+            std::fill_n(slabs.wide.get() + t * wide_columns - lanes, lanes, Acc(0));
         return slabs;
     };
     const int64_t down = (tall.groups.size + kTileHeight - 1) / kTileHeight;
