@@ -122,6 +122,11 @@ def test_sums_are_the_same_to_the_bit_on_both_wide_sets():
     assert torch.equal(*sums)
 
 
+def test_a_dtype_that_the_kernels_do_not_know_is_refused():
+    with pytest.raises(ValueError, match="no dtype has the code 4"):
+        _native.kernels().keep_columns(0, 0, 0, 0, 0, 0, 16, 0, 4, 1)
+
+
 def test_one_that_is_not_here_is_refused():
     with pytest.raises(ValueError, match="no instruction set SSE9"):
         _native.kernels().use_instruction_set("SSE9")

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "../dtypes.h"
 #include "simd.h"
@@ -75,7 +77,7 @@ SPEFT_INLINE void narrow(float x, Float16* out) {
     out->bits = uint16_t(sign | result);
 }
 
-// Calls f with a null pointer of the element type that `dtype` names.
+// Calls f with a null pointer of the element type that `dtype` names. Throws where there is none.
 template <class F>
 void dispatch(DType dtype, F&& f) {
     switch (dtype) {
@@ -88,6 +90,7 @@ void dispatch(DType dtype, F&& f) {
         case DType::kFloat16:
             return f(static_cast<Float16*>(nullptr));
     }
+    throw std::invalid_argument("no dtype has the code " + std::to_string(int(dtype)));
 }
 
 }  // namespace speft
