@@ -10,6 +10,9 @@
 #ifdef _OPENMP
     #include <omp.h>
 #endif
+#ifdef __SSE__
+    #include <xmmintrin.h>
+#endif
 
 #include "simd.h"
 
@@ -42,14 +45,35 @@ struct Worker {
     }
 };
 
+// How a thread rounds, and whether it flushes denormals (torch.set_flush_denormal): that of a
+// team's caller, for as long as a worker works for it. Each thread has its own.
+class Rounding {
+  public:
+#ifdef __SSE__
+    static unsigned of_this_thread() { return _mm_getcsr(); }
+    explicit Rounding(unsigned callers) : own_(_mm_getcsr()) { _mm_setcsr(callers); }
+    ~Rounding() { _mm_setcsr(own_); }
+
+  private:
+    unsigned own_;
+#else
+    static unsigned of_this_thread() { return 0; }
+    explicit Rounding(unsigned) {}
+#endif
+};
+
 // Runs f(worker) on `threads` threads. With one thread OpenMP is left out, because its runtime does
 // not survive a fork() in which it was already running, and data loaders fork.
 template <class F>
 void parallel([[maybe_unused]] int threads, F&& f) {
 #ifdef _OPENMP
     if (threads > 1) {
+        const unsigned callers = Rounding::of_this_thread();
     #pragma omp parallel num_threads(threads)
-        f(Worker{omp_get_thread_num(), omp_get_num_threads()});
+        {
+            const Rounding as_the_caller(callers);
+            f(Worker{omp_get_thread_num(), omp_get_num_threads()});
+        }
         return;
     }
 #endif
