@@ -20,7 +20,7 @@ from .pattern import SparsePattern
 from .plan import SparsityPlan, plan_of
 from .recipe import CHOICES
 from .shared_input import SharedInput
-from .values import Values, times_taken, watch
+from .values import times_taken, watch
 
 MODES = CHOICES["mode"]
 
@@ -88,6 +88,8 @@ class SparseDeltaLinear(nn.Module):
                 )
             )
         self.mode = mode
+        if mode == "resident":
+            watch(self.values)  # now: once there is a graph, it would be made anew
         # What the weight's trained entries were written for; None where they hold W0.
         self._written_for: _State | None = None
         self._start()
@@ -142,7 +144,7 @@ class SparseDeltaLinear(nn.Module):
         # Made in inference mode they would have no version, and could never train.
         with torch.inference_mode(False):
             zeros = torch.zeros(pattern.values_shape, dtype=accumulator_dtype(dtype), device=device)
-        self.values = Values(zeros, requires_grad=not pattern.is_empty)
+        self.values = nn.Parameter(zeros, requires_grad=not pattern.is_empty)
 
     @classmethod
     def from_linear(
@@ -270,8 +272,11 @@ class SparseDeltaLinear(nn.Module):
 
     def note_written(self) -> None:
         """Take note that the weight holds now what the mode says."""
-        watch(self.values)
-        self._written_for = self._current_state() if self.mode == "resident" else None
+        if self.mode == "resident":
+            watch(self.values)  # torch puts plain ones where it loads or casts
+            self._written_for = self._current_state()
+        else:
+            self._written_for = None
 
     def _current_state(self) -> _State:
         """What values and weight are now: of each the tensor itself, its version and its address,

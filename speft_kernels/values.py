@@ -32,7 +32,10 @@ class Values(nn.Parameter):
 
 
 def watch(parameter: Tensor) -> None:
-    """Make a parameter `Values`, in place: torch puts plain ones where it loads or casts."""
+    """Make a parameter `Values`, in place.
+
+    Not where no weight holds it: some of torch's tracers take parameters of no other class.
+    """
     if type(parameter) is nn.Parameter:
         parameter.__class__ = Values
 

@@ -108,7 +108,7 @@ def test_other_parameters_that_a_layer_comes_to_have_are_watched_too(renew):
 def test_a_compiled_layer_sees_a_write_through_data():
     layer, x = make_layer(), torch.randn(5, 48)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         compiled(x)
         layer.values.data.zero_()
         assert torch.equal(compiled(x), nn.functional.linear(x, layer.base_weight(), layer.bias))
@@ -123,3 +123,15 @@ def test_values_are_a_parameter_as_any_other():
     values.data = torch.ones_like(values)
     assert values.data_ptr() != before
     assert bool((values == 1).all())
+
+
+def test_values_that_no_weight_ever_held_are_plain():
+    layer, x = make_layer(mode="additive"), torch.randn(5, 48)
+    assert type(layer.values) is nn.Parameter
+    y = layer(x)
+    layer.merge()
+    assert type(layer.values) is Values
+    torch.testing.assert_close(layer(x), y)
+    layer.unmerge()
+    layer.values.data.zero_()
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.base_weight(), layer.bias))
