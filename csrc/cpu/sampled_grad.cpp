@@ -239,15 +239,15 @@ void add_block(const Problem<T>& problem, Panels<T>& panels, int64_t block, Rang
 }
 
 // Into how many parts the used rows are cut. Many tasks even out the threads, but each part brings
-// all of x once more, unless that is read in place: freely as long as this stays within an eighth
-// of the work; beyond that a part a thread, until it comes to as much as the work.
+// all of x once more, unless that is read in place: then there are as many as give each thread a
+// task, as long as bringing x does not come to more than the rest of the work.
 template <class T>
 int64_t parts_of(const Problem<T>& problem, int64_t splits, int threads) {
     const auto for_tasks = [&](int64_t tasks) { return (tasks + splits - 1) / splits; };
     int64_t parts = std::min(for_tasks(kTasks), problem.plan.num_rows / kRowsInPart);
     if (!problem.in_place()) {
         const int64_t most = problem.work_of_entries() / problem.work_of_x();
-        parts = std::min(parts, std::max(most / 8, std::min(for_tasks(threads), most)));
+        parts = std::min({parts, for_tasks(threads), most});
     }
     return std::max<int64_t>(1, parts);
 }
