@@ -4,7 +4,6 @@ entries.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import compiled, conv1d, family, ops, stepping
-from .autograd import Sink, SparseLinear, version_of
+from .autograd import Sink, SparseLinear
 from .conv1d import is_conv1d, is_plain_linear, linear_shape
 from .dtypes import accumulator_dtype
 from .errors import ConfigError, PatternError, nearest
@@ -20,13 +19,9 @@ from .pattern import SparsePattern
 from .plan import SparsityPlan, plan_of
 from .recipe import CHOICES
 from .shared_input import SharedInput
-from .values import times_taken, watch
+from .values import UNKNOWN, State, is_as_it_was, state_of, watch
 
 MODES = CHOICES["mode"]
-
-# What values and weight were when the weight was written. _UNKNOWN is equal to none.
-_State = tuple[Any, ...]
-_UNKNOWN: _State = ()
 
 
 class SparseDeltaLinear(nn.Module):
@@ -91,7 +86,7 @@ class SparseDeltaLinear(nn.Module):
         if mode == "resident":
             watch(self.values)  # now: once there is a graph, it would be made anew
         # What the weight's trained entries were written for; None where they hold W0.
-        self._written_for: _State | None = None
+        self._written_for: State | None = None
         self._start()
 
     def _start(self) -> None:
@@ -268,7 +263,7 @@ class SparseDeltaLinear(nn.Module):
 
     def doubt_written(self) -> None:
         """Have the next forward pass write the weight again, whatever is seen of it."""
-        self._written_for = _UNKNOWN
+        self._written_for = UNKNOWN
 
     def note_written(self) -> None:
         """Take note that the weight holds now what the mode says."""
@@ -278,29 +273,17 @@ class SparseDeltaLinear(nn.Module):
         else:
             self._written_for = None
 
-    def _current_state(self) -> _State:
-        """What values and weight are now: of each the tensor itself, its version and its address,
-        and how often the `.data` of the values was taken. All of them, as a new tensor may come to
-        lie where a former one was (`functional_call` with values of one's own), another `.data` is
-        a change of the address alone, and a write through it one of nothing.
-        """
+    def _current_state(self) -> State:
         values, weight = self._parameters["values"], self._parameters["weight"]
         assert values is not None
         assert weight is not None
-        taken = times_taken(values)
-        if self.sink is not None:
-            taken += times_taken(self.sink.parameter)
-        seen = (version_of(values, self.sink), values.data_ptr(), taken)
-        rest = (version_of(weight), weight.data_ptr())
-        return weakref.ref(values), weakref.ref(weight), *seen, *rest
+        return state_of(values, weight, self.sink)
 
     def _holds_delta(self) -> bool:
         """Whether the weight was written for what values and weight are now."""
-        if not self._written_for or self.values.is_inference():  # which does not count its writes
+        if self.values.is_inference():  # which does not count its writes
             return False
-        # Not by ==, for which references ask what they refer to.
-        former, now = self._written_for, self._current_state()
-        return former[0]() is now[0]() and former[1]() is now[1]() and former[2:] == now[2:]
+        return is_as_it_was(self._written_for, self._current_state())
 
     def sync(self) -> None:
         """Make the weight hold what the mode says: W0 + D (resident) or W0 (additive).
@@ -497,7 +480,7 @@ class SparseDeltaLinear(nn.Module):
         # Addresses mean nothing in a copy.
         own = ("_input", "kept_columns", "family", "sink", "number")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
-        return {**state, "_written_for": _UNKNOWN if self.is_written else None}
+        return {**state, "_written_for": UNKNOWN if self.is_written else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -46,7 +46,8 @@ struct Worker {
 };
 
 // How a thread rounds, and whether it flushes denormals (torch.set_flush_denormal): that of a
-// team's caller, for as long as a worker works for it. Each thread has its own.
+// team's caller, for as long as a worker works for it. Each thread has its own. On x86 alone;
+// elsewhere the others go by theirs.
 class Rounding {
   public:
 #ifdef __SSE__

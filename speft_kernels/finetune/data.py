@@ -262,22 +262,21 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            # In a line of its own an error knows its column alone.
-            column = (
-                isinstance(error, json.JSONDecodeError) and f"{error.msg}, column {error.colno}"
-            )
+            reason: object = error
+            if isinstance(error, json.JSONDecodeError):  # whose line would be the first one always
+                reason = f"{error.msg}, column {error.colno}"
             raise DataError(
-                f"{path}, line {number}: not valid JSON ({column or error}); each line must hold "
-                "one object"
+                f"{path}, line {number}: not valid JSON ({reason}); each line must hold one object"
             ) from error
+        yield number, record
 
 
 def _json_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """The elements of the one array that a file holds, each with the line that it begins in."""
     try:
-        json.loads(text)
+        json.loads(text)  # so that what follows meets nothing but elements, commas and the end
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
     decoder, at, number = json.JSONDecoder(), 0, 1

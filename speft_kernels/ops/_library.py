@@ -76,8 +76,8 @@ def is_plain(tensor: Tensor) -> bool:
     """
     return (
         type(tensor) is Tensor
-        and holds_its_numbers(tensor)
         and not torch.compiler.is_compiling()
+        and holds_its_numbers(tensor)
         and not torch.is_autocast_enabled(tensor.device.type)
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
