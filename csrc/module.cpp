@@ -119,12 +119,13 @@ PYBIND11_MODULE(_C, m) {
         released);
     m.def(
         "block_grad",
-        [](Ptr dy, int64_t dy_stride, int64_t out_features, Ptr x, int64_t x_stride, int64_t tokens,
-           Ptr block_rows, Ptr block_cols, int64_t num_blocks, int64_t height, int64_t width,
-           Ptr out, bool accumulate, int dtype, int threads) {
-            speft::block_grad(at<void>(dy), dy_stride, out_features, at<void>(x), x_stride, tokens,
-                              at<int32_t>(block_rows), at<int32_t>(block_cols), num_blocks, height,
-                              width, at<void>(out), accumulate, DType(dtype), threads);
+        [](Ptr dy, int64_t dy_stride, int64_t out_features, Ptr x, int64_t x_stride,
+           int64_t in_features, int64_t tokens, Ptr block_rows, Ptr block_cols, int64_t num_blocks,
+           int64_t height, int64_t width, Ptr out, bool accumulate, int dtype, int threads) {
+            speft::block_grad(at<void>(dy), dy_stride, out_features, at<void>(x), x_stride,
+                              in_features, tokens, at<int32_t>(block_rows), at<int32_t>(block_cols),
+                              num_blocks, height, width, at<void>(out), accumulate, DType(dtype),
+                              threads);
         },
         released);
     m.def("release_scratch", [] { speft::ScratchCache::of_this_thread().clear(); });

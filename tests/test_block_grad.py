@@ -19,9 +19,9 @@ from speft_kernels import SparsePattern, ops
 from speft_kernels.plan import SparsityPlan
 
 BACKENDS = backends("block_grad")
-BLOCKS = ((1, 1), (4, 4), (16, 16), (32, 32), (1, 64), (64, 1), (8, 24), (24, 8), (5, 3))
+BLOCKS = ((1, 1), (2, 2), (1, 8), (4, 4), (5, 3), (16, 16), (32, 32), (8, 24), (24, 8))
 # A whole weight, and a part, of which the Triton kernels take tiles, the last ones padded.
-BLOCKS += ((128, 192), (128, 96))
+BLOCKS += ((1, 64), (64, 1), (128, 192), (128, 96))
 
 triton_only = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not here")
 

@@ -51,7 +51,7 @@ def test_keep_columns(instruction_set, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [(1, 1), (4, 4), (16, 16), (13, 5), (24, 8)])
+@pytest.mark.parametrize("block", [(1, 1), (4, 4), (2, 7), (16, 16), (13, 5), (24, 8)])
 def test_block_grad(instruction_set, block, dtype):
     n, k = 96 - 96 % block[0], 130 - 130 % block[1]
     dy, x = operands(dtype, n=n, k=k)

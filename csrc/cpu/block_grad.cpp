@@ -5,9 +5,14 @@
 // of it at a time in registers over the stretch, or all: the longer side of a block lies along the
 // vector.
 //
+// A small block would leave most of that vector empty. The columns of such blocks are packed into
+// panels instead, transposed, and tokens lie along the vector.
+//
 // Count (M tokens, R and C used rows and columns, E entries, float32): reads 4 M (R + C) bytes once
-// from memory; 2 M E operations, one vector load and 8 broadcasts for 8 vector multiply-adds
-// (AVX-512; two loads and 4 for 8 with AVX2).
+// from memory; 2 M E operations. Of a slab one vector load and 8 broadcasts for 8 vector
+// multiply-adds (AVX-512; two loads and 4 for 8 with AVX2), where the longer side fills the vector;
+// of panels a load for each row and column of a block and 16 tokens, and a sum of lanes for each
+// entry and stretch.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -26,22 +31,36 @@ constexpr int kTileHeight = 8;
 // work: with few splits the team meets twice a block of tokens, and reads what the others copied.
 constexpr int64_t kWorkOfCopy = 16, kWorkPerThread = 1 << 22;
 
-// One operand's used groups of `size` neighbouring columns, and where each block's group lies in
-// the slab.
+// One operand's used groups of `size` neighbouring columns, and where each block's group lies among
+// them.
 struct Groups {
     std::vector<int32_t> used;
     std::vector<int32_t> place;  // [num_blocks]
     int64_t size;
 
-    Groups(const int32_t* of_block, int64_t num_blocks, int64_t group_size)
-        : used(of_block, of_block + num_blocks), place(num_blocks), size(group_size) {
-        std::sort(used.begin(), used.end());
-        used.erase(std::unique(used.begin(), used.end()), used.end());
+    Groups(const int32_t* of_block, int64_t num_blocks, int64_t group_size, int64_t width)
+        : place(num_blocks), size(group_size) {
+        constexpr int32_t unused = -1;
+        std::vector<int32_t> place_of(width / size, unused);
         for (int64_t b = 0; b < num_blocks; ++b)
-            place[b] =
-                int32_t(std::lower_bound(used.begin(), used.end(), of_block[b]) - used.begin());
+            place_of[of_block[b]] = 0;
+        for (size_t group = 0; group < place_of.size(); ++group) {
+            if (place_of[group] == unused) continue;
+            place_of[group] = int32_t(used.size());
+            used.push_back(int32_t(group));
+        }
+        for (int64_t b = 0; b < num_blocks; ++b)
+            place[b] = place_of[of_block[b]];
     }
     int64_t columns() const { return int64_t(used.size()) * size; }
+    std::vector<int32_t> list_columns() const {
+        std::vector<int32_t> all;
+        all.reserve(columns());
+        for (const int32_t group : used)
+            for (int64_t j = 0; j < size; ++j)
+                all.push_back(int32_t(group * size + j));
+        return all;
+    }
 };
 
 // slab[t, i * size + j] = matrix[t, used[i] * size + j]
@@ -96,7 +115,7 @@ SPEFT_INLINE void add_tile(int height, const Acc* tall, int64_t tall_stride, con
 template <class T>
 struct Operand {
     const T* matrix;
-    int64_t stride;
+    int64_t stride, columns;
     Groups groups;
 };
 
@@ -110,9 +129,106 @@ void fill_slab(const Operand<T>& operand, int64_t first, Range tokens, int64_t c
     });
 }
 
+// out[i * row_step + j] += dy[i] . x[j], i < kHeight, j < kWidth: lines of `tokens` tokens.
+template <int kBytes, int kHeight, int kWidth, class Acc>
+SPEFT_INLINE void add_products(const Acc* dy, const Acc* x, int tokens, int64_t row_step,
+                               Acc* out) {
+    using L = Lanes<Acc, kBytes>;
+    constexpr int count = kHeight * kWidth;
+    L sums[(count + 3) / 4 * 4];
+    for (int t = 0; t < tokens; t += L::count) {
+        L v[kWidth];
+        for (int j = 0; j < kWidth; ++j)
+            v[j] = L::from(x + j * tokens + t);
+        for (int i = 0; i < kHeight; ++i) {
+            const L a = L::from(dy + i * tokens + t);
+            for (int j = 0; j < kWidth; ++j)
+                sums[i * kWidth + j].add_product(a, v[j]);
+        }
+    }
+    for (int n = 0; n < count; n += 4) {
+        if constexpr (kWidth == 4) {
+            add_sums_of_lanes(sums + n, out + n / kWidth * row_step);
+            continue;
+        }
+        Acc sum[4] = {};
+        add_sums_of_lanes(sums + n, sum);
+        for (int q = 0; q < 4 && n + q < count; ++q)
+            out[(n + q) / kWidth * row_step + (n + q) % kWidth] += sum[q];
+    }
+}
+
+// As many sums at a time as the registers hold, as in sampled_grad's tiles: 4 x 4 with AVX-512.
+template <int kBytes, class Acc>
+SPEFT_INLINE void add_small_block(int height, int width, const Acc* dy, const Acc* x, int tokens,
+                                  Acc* out) {
+    const auto by_side = [](int size, auto&& f) SPEFT_INLINED {
+        int i = 0;
+        const auto all_of = [&](auto side) SPEFT_INLINED {
+            for (; i + side <= size; i += side)
+                f(i, side);
+        };
+        if constexpr (kBytes == kAvx512) all_of(std::integral_constant<int, 4>{});
+        all_of(std::integral_constant<int, 2>{});
+        all_of(std::integral_constant<int, 1>{});
+    };
+    by_side(height, [&](int i, auto tall) SPEFT_INLINED {
+        by_side(width, [&](int j, auto wide) SPEFT_INLINED {
+            add_products<kBytes, tall, wide>(dy + i * tokens, x + j * tokens, tokens, width,
+                                             out + i * width + j);
+        });
+    });
+}
+
 template <class T>
-void run(const Operand<T>& dy, const Operand<T>& x, int64_t out_features, int64_t tokens,
-         int64_t num_blocks, Accumulator<T>* out, bool accumulate, int threads) {
+void sum_in_panels(const Operand<T>& dy, const Operand<T>& x, int64_t tokens, int64_t num_blocks,
+                   Accumulator<T>* out, bool accumulate, int threads) {
+    using Acc = Accumulator<T>;
+    const int height = int(dy.groups.size), width = int(x.groups.size);
+    const std::vector<int32_t> dy_columns = dy.groups.list_columns();
+    const std::vector<int32_t> x_columns = x.groups.list_columns();
+    const int64_t columns = int64_t(dy_columns.size() + x_columns.size());
+    const int stretch = block_tokens<Acc>(columns, tokens);
+    struct Panels {
+        Scratch<Acc> dy, x;
+    };
+    const auto make_panels = [&] {
+        return Panels{scratch<Acc>(int64_t(dy_columns.size()) * stretch),
+                      scratch<Acc>(int64_t(x_columns.size()) * stretch)};
+    };
+    const auto add_block = [&](Worker worker, Panels& panels, int64_t first, int64_t count,
+                               Acc* sums) {
+        const auto pack = [&](const Operand<T>& operand, const std::vector<int32_t>& which,
+                              Acc* panel) {
+            const Tokens<T> some{operand.matrix + first * operand.stride, operand.stride,
+                                 operand.columns, int(count)};
+            const Range mine = worker.share(int64_t(which.size()));
+            pack_panel(some, which.data() + mine.begin, mine.end - mine.begin, stretch,
+                       panel + mine.begin * stretch);
+        };
+        pack(dy, dy_columns, panels.dy.get());
+        pack(x, x_columns, panels.x.get());
+        worker.barrier();
+        const Range mine = worker.share(num_blocks);
+        vectorised([&](auto bytes) SPEFT_INLINED {
+            for (int64_t b = mine.begin; b < mine.end; ++b)
+                add_small_block<bytes>(height, width,
+                                       panels.dy.get() + dy.groups.place[b] * height * stretch,
+                                       panels.x.get() + x.groups.place[b] * width * stretch,
+                                       stretch, sums + b * height * width);
+        });
+        worker.barrier();
+    };
+    const int64_t entries = num_blocks * height * width;
+    threads =
+        threads_for(tokens * (entries + kWorkOfPacking * columns), kPanelWorkPerThread, threads);
+    sum_over_tokens(tokens, stretch, entries, dy.columns * int64_t(x_columns.size()), out,
+                    accumulate, threads, make_panels, add_block);
+}
+
+template <class T>
+void sum_in_slabs(const Operand<T>& dy, const Operand<T>& x, int64_t tokens, int64_t num_blocks,
+                  Accumulator<T>* out, bool accumulate, int threads) {
     using Acc = Accumulator<T>;
     constexpr int lanes = kVectorBytes / sizeof(Acc);
     const int64_t block_height = dy.groups.size, block_width = x.groups.size;
@@ -159,23 +275,28 @@ void run(const Operand<T>& dy, const Operand<T>& x, int64_t out_features, int64_
     const int64_t products = num_blocks * tall.groups.size * across * lanes;
     const int64_t work = products + kWorkOfCopy * (tall_columns + wide_columns);
     threads = threads_for(tokens * work, kWorkPerThread, threads);
-    sum_over_tokens(tokens, stretch, num_blocks * block_entries, out_features * x.groups.columns(),
+    sum_over_tokens(tokens, stretch, num_blocks * block_entries, dy.columns * x.groups.columns(),
                     out, accumulate, threads, make_slabs, add_block);
 }
 
 }  // namespace
 
 void block_grad(const void* dy, int64_t dy_stride, int64_t out_features, const void* x,
-                int64_t x_stride, int64_t tokens, const int32_t* block_rows,
+                int64_t x_stride, int64_t in_features, int64_t tokens, const int32_t* block_rows,
                 const int32_t* block_cols, int64_t num_blocks, int64_t block_height,
                 int64_t block_width, void* out, bool accumulate, DType dtype, int threads) {
     dispatch(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        run(Operand<T>{static_cast<const T*>(dy), dy_stride,
-                       Groups(block_rows, num_blocks, block_height)},
-            Operand<T>{static_cast<const T*>(x), x_stride,
-                       Groups(block_cols, num_blocks, block_width)},
-            out_features, tokens, num_blocks, static_cast<Accumulator<T>*>(out), accumulate,
+        const Operand<T> left{static_cast<const T*>(dy), dy_stride, out_features,
+                              Groups(block_rows, num_blocks, block_height, out_features)};
+        const Operand<T> right{static_cast<const T*>(x), x_stride, in_features,
+                               Groups(block_cols, num_blocks, block_width, in_features)};
+        // Small: it fits into a vector, but not along one.
+        constexpr int64_t lanes = kVectorBytes / sizeof(Accumulator<T>);
+        const bool small =
+            block_height * block_width <= lanes && std::max(block_height, block_width) < lanes;
+        const auto sum = small ? sum_in_panels<T> : sum_in_slabs<T>;
+        sum(left, right, tokens, num_blocks, static_cast<Accumulator<T>*>(out), accumulate,
             threads);
     });
 }

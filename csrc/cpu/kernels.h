@@ -54,7 +54,7 @@ void keep_columns(const void* x, int64_t x_stride, int64_t in_features, int64_t 
 
 // out[b] (+)= dy[:, rows_b]^T @ x[:, cols_b]
 void block_grad(const void* dy, int64_t dy_stride, int64_t out_features, const void* x,
-                int64_t x_stride, int64_t tokens, const int32_t* block_rows,
+                int64_t x_stride, int64_t in_features, int64_t tokens, const int32_t* block_rows,
                 const int32_t* block_cols, int64_t num_blocks, int64_t block_height,
                 int64_t block_width, void* out, bool accumulate, DType dtype, int threads);
 

@@ -116,7 +116,7 @@ def _product(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 def _cpu(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor, out: Tensor, accumulate: bool) -> None:
     dy, x = _native.rows_contiguous(dy), _native.rows_contiguous(x)
     _native.kernels().block_grad(
-        *(dy.data_ptr(), dy.stride(0), dy.shape[1], x.data_ptr(), x.stride(0)),
+        *(dy.data_ptr(), dy.stride(0), dy.shape[1], x.data_ptr(), x.stride(0), x.shape[1]),
         *(dy.shape[0], rows.data_ptr(), cols.data_ptr(), rows.numel()),
         *(out.shape[1], out.shape[2], out.data_ptr(), accumulate),
         *(_native.dtype_code(dy), torch.get_num_threads()),

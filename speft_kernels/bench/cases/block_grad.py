@@ -59,5 +59,8 @@ def setup(block: tuple[int, int]) -> Case:
     return Case("block_grad", name, sides, check, rounds=5)
 
 
-CASES = {f"{h} x {w}": partial(setup, (h, w)) for h, w in ((16, 16), (32, 32), (1, 64), (64, 1))}
+CASES = {
+    f"{h} x {w}": partial(setup, (h, w))
+    for h, w in ((16, 16), (32, 32), (1, 64), (64, 1), (4, 4), (2, 2))
+}
 QUICK = ("16 x 16",)
