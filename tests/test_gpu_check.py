@@ -4,6 +4,7 @@ plugin, time.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -367,3 +368,25 @@ def test_the_operations_are_tested_first_and_what_takes_most_memory_last(suite):
     assert [item.nodeid for item in items] == list(suite.ORDER)
     assert suite.ORDER[:2] == ("operations", "sampled_grad")
     assert suite.ORDER[-1] == "beyond_int32"
+
+
+@pytest.mark.parametrize(
+    ("words", "out", "wanted"),
+    [
+        ([], check.OUT, list(check.STAGES)),
+        (["step"], check.OUT, ["step"]),
+        (["build/gpu_check", "build", "small"], ROOT / "build" / "gpu_check", ["build", "small"]),
+        (["./results"], ROOT / "results", list(check.STAGES)),
+        (["folder", "test"], ROOT / "folder", ["test"]),
+    ],
+)
+def test_the_first_word_that_is_no_stage_is_the_folder(words, out, wanted, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert check._split(words, argparse.ArgumentParser()) == (out, wanted)
+
+
+def test_a_misspelt_stage_is_no_folder(capsys):
+    with pytest.raises(SystemExit):
+        check._split(["tets"], argparse.ArgumentParser())
+    message = capsys.readouterr().err
+    assert "Did you mean 'test'? A new folder is ./tets" in message

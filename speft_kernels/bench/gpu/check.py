@@ -91,8 +91,9 @@ def _split(rest: Sequence[str], parser: argparse.ArgumentParser) -> tuple[Path, 
     words = list(rest)
     out = OUT
     if words and words[0] not in STAGES:
-        if nearest(words[0], STAGES) and not Path(words[0]).exists():
-            parser.error(f"unknown stage {words[0]!r}.{nearest(words[0], STAGES)}")
+        meant, is_path = nearest(words[0], STAGES), os.sep in words[0]
+        if meant and not is_path and not Path(words[0]).exists():
+            parser.error(f"unknown stage {words[0]!r}.{meant} A new folder is ./{words[0]}")
         out = Path(words.pop(0)).absolute()
     for word in words:
         if word not in STAGES:
