@@ -12,7 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from speft_kernels.cli import main
 from speft_kernels.errors import ConfigError, SpeftError
 from speft_kernels.finetune import RunConfig
-from speft_kernels.finetune.resolve import resolved
+from speft_kernels.finetune.dry_run import dry_run
 from speft_kernels.finetune.run import finetune
 
 
@@ -56,7 +56,7 @@ def test_a_terminal_obeys_nothing_that_a_file_of_settings_holds(place, tmp_path,
 )
 def test_a_dry_run_counts_what_the_run_trains(place, tmp_path, others):
     random = torch.get_rng_state()
-    text = resolved(RunConfig.from_dict(settings(place, tmp_path / "run", **others)))
+    text = dry_run(RunConfig.from_dict(settings(place, tmp_path / "run", **others)))
     assert torch.equal(torch.get_rng_state(), random)
     assert not list(tmp_path.iterdir())
     result = run(place, tmp_path / "run", **others)
@@ -72,7 +72,7 @@ def test_examples_that_the_tokenizer_cuts_off_make_no_steps(sums, tmp_path):
         **{"eval": str(sums / "eval.jsonl"), "output": str(tmp_path / "run")},
         **{"task": "causal-lm", "max_length": 16, "batch_size": 3, "epochs": 1},
     }
-    assert "15 rows of prompt, response" in (text := resolved(RunConfig.from_dict(own)))
+    assert "15 rows of prompt, response" in (text := dry_run(RunConfig.from_dict(own)))
     assert number(text, "steps$") == 4
 
 
@@ -84,7 +84,7 @@ def test_experts_that_stay_frozen_are_said(sums, tmp_path):
     data = {name: str(sums / f"{name}.jsonl") for name in ("train", "eval")}
     own = {"model": str(model), "task": "causal-lm", "output": str(tmp_path / "run"), **data}
     for method in ("speft", "lora"):
-        text = resolved(RunConfig.from_dict({**own, "method": method, "lora_rank": 2}))
+        text = dry_run(RunConfig.from_dict({**own, "method": method, "lora_rank": 2}))
         assert "'all-linear' leaves out 8" in text
         assert "mlp.experts.gate_up_proj, mlp.experts.down_proj" in text
 
@@ -115,7 +115,7 @@ def test_a_dry_run_refuses_what_the_run_refuses_in_the_same_words(place, tmp_pat
     own = {**settings(place, tmp_path / "run"), **change}
     own = {key: v.format(tmp_path) if isinstance(v, str) else v for key, v in own.items()}
     with pytest.raises(SpeftError, match=message) as dry:
-        resolved(RunConfig.from_dict(own), display=Silent())
+        dry_run(RunConfig.from_dict(own), display=Silent())
     with pytest.raises(SpeftError) as wet:
         finetune(RunConfig.from_dict(own), display=Silent())
     assert str(dry.value) == str(wet.value)
@@ -125,8 +125,8 @@ def test_a_run_that_is_there_is_replaced_or_resumed_by_the_run_alone(place, tmp_
     run(place, tmp_path / "run", max_steps=2)
     config = RunConfig.from_dict(settings(place, tmp_path / "run"))
     with pytest.raises(ConfigError, match="exists already"):
-        resolved(config)
-    assert "96 rows" in resolved(config, overwrite=True)
+        dry_run(config)
+    assert "96 rows" in dry_run(config, overwrite=True)
     assert (tmp_path / "run" / "result.json").is_file()
     command = ["finetune", "--dry-run", "--resume", "--output", str(tmp_path / "run")]
     assert main([*command, "--train", str(place / "train.tsv")]) == 2
@@ -135,10 +135,10 @@ def test_a_run_that_is_there_is_replaced_or_resumed_by_the_run_alone(place, tmp_
 
 def test_what_is_to_be_downloaded_is_named_and_the_rest_is_checked(place, tmp_path):
     own = settings(place, tmp_path / "run", eval="someone/reviews:validation")
-    text = resolved(RunConfig.from_dict(own))
+    text = dry_run(RunConfig.from_dict(own))
     assert "eval: someone/reviews:validation (to be downloaded)" in text
     assert "96 rows of sentence" in text
     assert number(text, "of them train") == 716
-    text = resolved(RunConfig.from_dict({**settings(place, tmp_path / "run"), "model": "a/b"}))
+    text = dry_run(RunConfig.from_dict({**settings(place, tmp_path / "run"), "model": "a/b"}))
     assert "a/b (to be downloaded)" in text
     assert number(text, "steps$") == 36

@@ -19,9 +19,9 @@ from speft_kernels.finetune import load_classifier, load_tokenizer
 from speft_kernels.finetune import loop as loop_module
 from speft_kernels.finetune.batches import epoch_order
 from speft_kernels.finetune.data import read_examples
+from speft_kernels.finetune.display import Display
 from speft_kernels.finetune.loop import TrainingError
 from speft_kernels.finetune.models import MeanPoolClassifier
-from speft_kernels.finetune.progress import Display
 from speft_kernels.finetune.signals import Interrupted
 from speft_kernels.finetune.tasks import Classification
 from speft_kernels.model import sparse_layers

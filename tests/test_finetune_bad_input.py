@@ -22,7 +22,7 @@ from speft_kernels.finetune.checkpoint import (
 from speft_kernels.finetune.config import RunConfig, load_json, load_yaml
 from speft_kernels.finetune.data import read_examples
 from speft_kernels.finetune.inputs import ScoringBatches, check_rank
-from speft_kernels.finetune.models import pooling_of, resolve
+from speft_kernels.finetune.models import folder_or_id, pooling_of
 from speft_kernels.finetune.signals import StopSignals
 from speft_kernels.finetune.tasks import Encoded
 from speft_kernels.finetune.yaml_file import read_yaml
@@ -92,7 +92,7 @@ def test_a_path_that_no_file_can_have_is_refused(name, value, reason):
 
 def test_a_model_of_nobody_is_refused():
     with pytest.raises(ConfigError, match="model = '~nosuchuser/x' is no path"):
-        resolve("~nosuchuser/x")
+        folder_or_id("~nosuchuser/x")
 
 
 @pytest.mark.parametrize(

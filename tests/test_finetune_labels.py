@@ -12,8 +12,8 @@ from speft_kernels.cli import main
 from speft_kernels.errors import AdapterError, ConfigError
 from speft_kernels.finetune import RunConfig, load_classifier, load_trained
 from speft_kernels.finetune.data import label_ids, read_examples, split_off
+from speft_kernels.finetune.dry_run import dry_run
 from speft_kernels.finetune.models import labels_of_head
-from speft_kernels.finetune.resolve import resolved
 from speft_kernels.finetune.result import describe
 from speft_kernels.finetune.tasks import classification_scores, positive_label
 
@@ -90,7 +90,7 @@ def test_a_run_measures_and_remembers_its_positive_label(place, tmp_path, capsys
     assert f"f1:         {result['test']['f1']:.4f}" in said
     assert "f1 is of the label 'bad'" in said
     config = RunConfig.from_dict(settings(place, tmp_path / "other", method, **others))
-    assert "f1 is of the label 'bad'" in resolved(config)
+    assert "f1 is of the label 'bad'" in dry_run(config)
     with pytest.raises(ConfigError, match="'god' does not occur"):
         run(place, tmp_path / "other", method, positive_label="god")
 

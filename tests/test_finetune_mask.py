@@ -19,8 +19,8 @@ from speft_kernels.config import SpeftConfig
 from speft_kernels.errors import ConfigError, SpeftError
 from speft_kernels.finetune import RunConfig, load_classifier, methods
 from speft_kernels.finetune.config import DECIDE_THE_MASK, FIELDS
+from speft_kernels.finetune.dry_run import dry_run
 from speft_kernels.finetune.mask import Mask, read_mask, targets_of
-from speft_kernels.finetune.resolve import resolved
 from speft_kernels.finetune.run import finetune
 from speft_kernels.finetune.signals import Interrupted
 from speft_kernels.model import apply_patterns
@@ -138,7 +138,7 @@ def test_the_mask_is_read_once_and_its_values_are_let_go(place, mask, tmp_path, 
     kept = read_mask(config)
     assert kept.nnz == 716
     assert {reference() for reference in readings.pop()} == {None}
-    resolved(config)
+    dry_run(config)
     assert len(readings) == 1
     finetune(config, display=Silent())
     assert len(readings) == 2
@@ -151,11 +151,11 @@ def test_a_folder_that_is_an_adapter_is_the_mask_itself(place, mask, tmp_path):
 
 
 def test_a_dry_run_counts_the_mask(place, mask, tmp_path):
-    text = resolved(config_of(place, tmp_path / "run", mask, lr=None))
+    text = dry_run(config_of(place, tmp_path / "run", mask, lr=None))
     assert "716 of them train (4.9944%)" in text
     assert f"  mask: {mask}\n" in text
     assert "learning rates: 0.008," in text
-    text = resolved(config_of(place, tmp_path / "run", mask, model="a/b"))
+    text = dry_run(config_of(place, tmp_path / "run", mask, model="a/b"))
     assert "a/b (to be downloaded)\n  716 weights train" in text
     assert list(tmp_path.iterdir()) == []
 
@@ -323,7 +323,7 @@ def test_a_mask_that_cannot_be_trained_is_refused_and_nothing_is_lost(place, mas
     with pytest.raises(SpeftError, match=f"^mask {own}.*{message}") as wet:
         finetune(config, display=Silent())
     with pytest.raises(SpeftError) as dry:
-        resolved(config, display=Silent())
+        dry_run(config, display=Silent())
     assert str(wet.value) == str(dry.value)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -397,7 +397,7 @@ def test_the_run_that_has_the_mask_is_not_overwritten(place, mask, tmp_path):
         (inner / path.name).symlink_to(path)
     for linked in (outer, inner):
         config = config_of(place, tmp_path / "run", linked)
-        for attempt in (finetune, resolved):
+        for attempt in (finetune, dry_run):
             with pytest.raises(ConfigError, match="mask .* lies in the output"):
                 attempt(config, overwrite=True, display=Silent())
     assert (tmp_path / "run" / "result.json").is_file()

@@ -24,8 +24,8 @@ from transformers import (
 from speft_kernels.cli import main
 from speft_kernels.errors import ConfigError
 from speft_kernels.finetune import load_causal_lm, load_classifier, load_trained
+from speft_kernels.finetune.display import Display
 from speft_kernels.finetune.models import load_tokenizer
-from speft_kernels.finetune.progress import Display
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from speft_kernels.files import replaced, write_json
 from speft_kernels.finetune import load_classifier
 from speft_kernels.finetune.batches import Batch, epoch_order, length_order
 from speft_kernels.finetune.config import RunConfig, load_yaml
+from speft_kernels.finetune.display import Display, duration
 from speft_kernels.finetune.inputs import ScoringBatches
 from speft_kernels.finetune.methods import mean_loss
 from speft_kernels.finetune.models import pooling_of
-from speft_kernels.finetune.progress import Display, duration
 from speft_kernels.finetune.signals import StopSignals
 from speft_kernels.finetune.tasks import classification_scores
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from tiny_text import save_bert, sentences, write_tsv
 
 from speft_kernels.finetune import RunConfig
-from speft_kernels.finetune.progress import Display
+from speft_kernels.finetune.display import Display
 from speft_kernels.finetune.run import finetune
 
 PEFT = ("lora", "pissa", "shira", "supertuning")

@@ -38,7 +38,7 @@ def run_demo(settings: dict[str, Any], *, overwrite: bool) -> None:
         if name in settings:
             raise ConfigError(f"--{name} without --train: name the training data too")
     from ..finetune.loop import check_moves
-    from ..finetune.models import resolve
+    from ..finetune.models import folder_or_id
     from ..finetune.result import describe
     from ..finetune.run import finetune
     from ..finetune.tasks import check_metric, majority_scores, positive_label
@@ -52,7 +52,7 @@ def run_demo(settings: dict[str, Any], *, overwrite: bool) -> None:
         configs[method] = RunConfig.from_dict(
             {**SETTINGS, **own, **given, **files, "method": method, "output": str(root / method)}
         )
-        resolve(configs[method].model)
+        folder_or_id(configs[method].model)
     print("Which package of Python's standard library does a docstring come from?")
     data = collect()
     for config in configs.values():  # before anything is written

@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..finetune.data import check_labels, read_examples
+    from ..finetune.display import Display
     from ..finetune.inputs import check_fit, encode
     from ..finetune.loop import evaluate
     from ..finetune.models import quiet_transformers
-    from ..finetune.progress import Display
     from ..finetune.run import start_accelerator
     from ..finetune.signals import Interrupted, StopSignals
     from ..finetune.trained import load_trained

@@ -34,12 +34,12 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and args.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
     if args.dry_run:
-        from ..finetune.resolve import resolved
+        from ..finetune.dry_run import dry_run
 
         if args.resume:
             raise ConfigError("--resume goes on as the run began: there is nothing to try")
         # A file of settings may come from anybody, and a terminal obeys what is in it.
-        print(plain(resolved(RunConfig.from_dict(settings), overwrite=args.overwrite)))
+        print(plain(dry_run(RunConfig.from_dict(settings), overwrite=args.overwrite)))
         return 0
     try:
         if args.resume:

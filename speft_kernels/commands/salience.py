@@ -52,9 +52,9 @@ def _score(config: RunConfig) -> str:
     from ..adapter import save_adapter
     from ..files import write_json
     from ..finetune import methods
+    from ..finetune.display import Display
     from ..finetune.inputs import read_inputs
     from ..finetune.models import quiet_transformers
-    from ..finetune.progress import Display
     from ..finetune.run import start_accelerator
     from ..finetune.signals import StopSignals
     from ..model import summary

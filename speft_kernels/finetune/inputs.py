@@ -29,16 +29,16 @@ from .data import (
     read_examples,
     split_off,
 )
+from .display import Display
 from .mask import Mask, rated, read_mask
 from .models import (
+    folder_or_id,
     labels_of_head,
     load_causal_lm,
     load_classifier,
     load_tokenizer,
     pooling_of,
-    resolve,
 )
-from .progress import Display
 from .signals import StopSignals
 from .tasks import CausalLM, Classification, Encoded, Task, check_metric, positive_label
 
@@ -286,7 +286,7 @@ def digest_of(config: RunConfig, name: str) -> str:
 
 
 def weights_digest(model: str) -> str:
-    folder = Path(str(cached_file(resolve(model), "config.json"))).parent
+    folder = Path(str(cached_file(folder_or_id(model), "config.json"))).parent
     # A folder of such a name holds no weights, and a pipe would wait for its writer.
     found = [path for path in sorted(folder.iterdir()) if path.is_file()]
     files = [path for path in found if path.suffix == ".safetensors"]

@@ -30,9 +30,9 @@ from .checkpoint import (
     undamaged,
 )
 from .config import RunConfig
+from .display import Display
 from .folder import Folder
 from .methods import Prepared
-from .progress import Display
 from .signals import Interrupted, StopSignals
 from .tasks import Encoded, Task
 

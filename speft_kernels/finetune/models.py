@@ -101,7 +101,7 @@ class MeanPoolClassifier(PreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def resolve(model: str) -> str:
+def folder_or_id(model: str) -> str:
     """The folder of the demo's model where its name is given, a folder or a hub id as it is.
 
     Raises ConfigError when the folder is not there or holds no model.
@@ -133,7 +133,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises ConfigError when it cannot be loaded.
     """
     with _loading(model, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+        tokenizer = AutoTokenizer.from_pretrained(folder_or_id(model))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ConfigError(
@@ -160,7 +160,7 @@ def load_classifier(
     (see `pooling_of`); one that does not suit the architecture is a ConfigError. So are other
     weights that the folder lacks; of a `whole` model, those of the head too.
     """
-    where = resolve(model)
+    where = folder_or_id(model)
     names = dict(enumerate(labels))
     settings: dict[str, Any] = {
         "num_labels": len(labels),
@@ -201,7 +201,7 @@ def labels_of_head(
     one without names of its own (LABEL_0, ...), and any for labels that are its outputs' numbers.
     """
     with _loading(model, "configuration"):
-        config = AutoConfig.from_pretrained(resolve(model))
+        config = AutoConfig.from_pretrained(folder_or_id(model))
     if pooling == "auto":
         pooling = pooling_of(model)
     found = config.architectures
@@ -264,7 +264,7 @@ def load_causal_lm(model: str) -> PreTrainedModel:
             "a language model's folder or hub id such as Qwen/Qwen2.5-0.5B"
         )
     with _loading(model, "causal language model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(resolve(model), **_TOLD)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder_or_id(model), **_TOLD)
         network: PreTrainedModel = loaded[0]
         _check_causal(model, network)  # first: many an encoder has no head for tokens either
         _check_drawn(model, network, loaded[1])
@@ -328,7 +328,7 @@ def pooling_of(model: str) -> str:
         ("1_Pooling/config.json", "pooling_mode_mean_tokens", True),
     ):
         found = cached_file(
-            resolve(model),
+            folder_or_id(model),
             name,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,

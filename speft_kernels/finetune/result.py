@@ -15,9 +15,9 @@ from ..machine import commit, installed, processor
 from ..overview import sparse_layers
 from ..peak_memory import PeakMemory
 from .checkpoint import Progress
+from .display import duration
 from .inputs import Inputs
 from .methods import Prepared
-from .progress import duration
 from .tasks import majority_scores
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors", "numpy")

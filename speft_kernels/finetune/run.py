@@ -23,12 +23,12 @@ from ..peak_memory import PeakMemory
 from . import methods
 from .checkpoint import Progress, read_checkpoint, undamaged
 from .config import PATHS, RunConfig, load_json
+from .display import Display
 from .folder import Folder
 from .inputs import Inputs, read_inputs
 from .loop import Loop, check_finite, check_moves, evaluate
 from .mask import places_of, recipe_of
 from .models import quiet_transformers
-from .progress import Display
 from .result import result_of
 from .signals import Interrupted, StopSignals
 

@@ -1,4 +1,4 @@
-"""The examples' settings, and that a dry run takes them."""
+"""The settings in `examples` and `docs`, and that a dry run takes them."""
 
 import json
 from pathlib import Path

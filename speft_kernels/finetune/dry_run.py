@@ -13,16 +13,16 @@ from ..salience.draw import budget
 from ..targets import Targets, note_of_left_out
 from .config import ADAPTERS, FIELDS, RunConfig
 from .data import SUFFIXES, Examples, label_ids
+from .display import Display
 from .folder import Folder
 from .inputs import SPLITS, Sources, load_model, read_source, read_sources, with_model
 from .loop import check_moves, steps_of
 from .mask import Mask, rated, read_mask
-from .models import load_tokenizer, quiet_transformers, resolve
-from .progress import Display
+from .models import folder_or_id, load_tokenizer, quiet_transformers
 from .run import check_apart, check_free, start_accelerator
 
 
-def resolved(config: RunConfig, *, overwrite: bool = False, display: Display | None = None) -> str:
+def dry_run(config: RunConfig, *, overwrite: bool = False, display: Display | None = None) -> str:
     """The settings that are not defaults, the data, the model, and the budget in numbers, as text.
 
     Where data and model are on this machine they are read and checked as the run itself does it.
@@ -94,7 +94,7 @@ def _model(
     display: Display,
 ) -> tuple[int | None, list[str]]:
     """How many examples train, where that is known without a download, and lines on the model."""
-    where = resolve(config.model)
+    where = folder_or_id(config.model)
     rows = None if sources is None else len(sources.used["train"])
     if not Path(where).is_dir():
         lines = [f"{where} (to be downloaded)"]
