@@ -67,12 +67,9 @@ def _score(config: RunConfig) -> str:
         inputs = read_inputs(config, Display())
         config = inputs.config  # with its budget in numbers
         model = inputs.model.to(accelerator.device)
-        batches, loss_fn = (
-            inputs.scoring_batches(stop),
-            methods.mean_loss(inputs.task, accelerator),
-        )
-        methods.warm_up_head(model, config, inputs.targets, batches, loss_fn)
-        prepared = methods.prepare(model, config, inputs.targets, batches, loss_fn)
+        scoring = inputs.scoring(accelerator, stop)
+        methods.warm_up_head(model, config, inputs.targets, *scoring)
+        prepared = methods.prepare(model, config, inputs.targets, *scoring)
     assert prepared.report is not None
     with new_output(output) as draft:
         save_adapter(model, Folder(draft).adapter, config=config.speft(), extra=inputs.about())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
@@ -17,6 +18,7 @@ from transformers.utils.hub import cached_file
 from .._version import __version__
 from ..errors import ConfigError
 from ..experts import split_experts
+from ..salience.accumulate import LossFn
 from ..salience.custom import source_of
 from ..targets import Targets
 from . import methods
@@ -94,9 +96,12 @@ class Inputs:
             about["mask"] = {"sha256": self.mask.sha256}
         return about
 
-    def scoring_batches(self, stop: StopSignals, count: int = 0) -> ScoringBatches:
-        """Those of the `count`-th choice of the mask; other examples for each."""
-        return ScoringBatches(self.task, self.train, self.config, stop, count)
+    def scoring(
+        self, accelerator: Accelerator, stop: StopSignals, count: int = 0
+    ) -> tuple[ScoringBatches, LossFn]:
+        """The batches of the `count`-th choice of the mask, other examples for each; their loss."""
+        batches = ScoringBatches(self.task, self.train, self.config, stop, count)
+        return batches, methods.mean_loss(self.task, accelerator)
 
 
 class ScoringBatches:

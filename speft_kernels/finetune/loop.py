@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from transformers import get_scheduler
 
 from ..adapter import load_adapter
 from ..carry import carry
-from ..dynamic import Move
 from ..errors import ConfigError, SpeftError
 from ..files import replaced, writing
 from ..flat import FlatValues
@@ -29,10 +28,12 @@ from .checkpoint import (
     save_tensors,
     undamaged,
 )
-from .config import RunConfig
+from .config import PATHS, RunConfig
 from .display import Display
 from .folder import Folder
-from .methods import Prepared
+from .inputs import Inputs
+from .mask import recipe_of
+from .methods import Prepared, parameter_groups, patterns_of, save_trained
 from .signals import Interrupted, StopSignals
 from .tasks import Encoded, Task
 
@@ -63,40 +64,31 @@ def check_moves(config: RunConfig, rows: int) -> None:
 
 
 class Loop:
-    """Trains a model with one optimizer over `train`, evaluating on `held_out`.
+    """Trains what is `prepared` of a run's model, with one optimizer, and keeps the best of it.
 
     A step is `grad_accumulation` batches. Its loss is the mean over all their items, whatever the
-    sizes of the batches, so accumulation changes the memory and not the mathematics. `facts()` go
-    into each checkpoint, `save_best` is called when the model is the best so far. `move_mask`
-    chooses a dynamic mask again, given the number of the choice and the progress towards the last.
+    sizes of the batches, so accumulation changes the memory and not the mathematics.
     """
 
     def __init__(
         self,
+        inputs: Inputs,
         prepared: Prepared,
-        task: Task,
-        config: RunConfig,
-        groups: list[dict[str, Any]],
-        train: Sequence[Encoded],
-        held_out: Sequence[Encoded],
-        *,
         accelerator: Accelerator,
         folder: Folder,
-        facts: Callable[[], dict[str, Any]],
-        save_best: Callable[[], object],
-        move_mask: Callable[[int, float], Move],
         display: Display,
         stop: StopSignals,
     ) -> None:
-        self.task, self.config = task, config
-        self.train, self.held_out = train, held_out
-        self.accelerator, self.folder, self.facts = accelerator, folder, facts
-        self.save_best, self.move_mask = save_best, move_mask
+        self.inputs, self.task, self.config = inputs, inputs.task, inputs.config
+        self.train, self.held_out = inputs.train, inputs.eval
+        self.prepared, self.model = prepared, prepared.model
+        self.accelerator, self.folder = accelerator, folder
         self.display, self.stop = display, stop
-        self.progress = Progress()
-        self.steps_per_epoch = steps_per_epoch(config, len(train))
-        self.total_steps = steps_of(config, len(train))
-        groups, self._values = _flat(groups, prepared.model)
+        self.progress, config = Progress(), inputs.config
+        self.steps_per_epoch = steps_per_epoch(config, len(self.train))
+        self.total_steps = steps_of(config, len(self.train))
+        groups = parameter_groups(self.model, config, inputs.targets)
+        groups, self._values = _flat(groups, self.model)
         fused = accelerator.device.type in ("cpu", "cuda")
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
@@ -106,9 +98,8 @@ class Loop:
             num_warmup_steps=round(config.warmup_ratio * self.total_steps),
             num_training_steps=self.total_steps,
         )
-        self.prepared, self.model = prepared, prepared.model
         self.optimizer = accelerator.prepare(optimizer)
-        self._lengths = [item.length for item in train]
+        self._lengths = [item.length for item in self.train]
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continues from a checkpoint that `read_checkpoint` returned."""
@@ -120,6 +111,8 @@ class Loop:
                 raise ValueError(f"step {progress.step} of {self.total_steps}")
             for metrics in (progress.before, progress.best or progress.before):
                 _ = metrics[self.config.metric_name]
+            if self.prepared.moving is not None:
+                self.prepared.moving.load_state_dict(self.model, state["facts"]["left"])
         self._drop_later_metrics()
 
     def run(self) -> Progress:
@@ -156,7 +149,7 @@ class Loop:
         with writing(self.folder.checkpoint):
             self.folder.checkpoint.mkdir(exist_ok=True)
         save_checkpoint(
-            self.folder.state, self.progress, self.model, self.facts(), **self._stateful_parts()
+            self.folder.state, self.progress, self.model, self._facts(), **self._stateful_parts()
         )
 
     def evaluate(self, encoded: Sequence[Encoded]) -> dict[str, float]:
@@ -164,6 +157,16 @@ class Loop:
         return evaluate(
             self.model, self.task, encoded, self.config.batch_size, self.accelerator, self.stop
         )[0]
+
+    def _facts(self) -> dict[str, Any]:
+        """The checkpoint's `Facts`."""
+        moving = self.prepared.moving
+        return {
+            "fingerprint": self.inputs.fingerprint,
+            "settings": {k: v for k, v in self.config.to_dict().items() if k not in PATHS},
+            "patterns": patterns_of(self.model),
+            "left": {} if moving is None else moving.state_dict(),
+        }
 
     def _stateful_parts(self) -> dict[str, Any]:
         return {
@@ -203,10 +206,12 @@ class Loop:
     def _move_mask(self) -> None:
         """Chooses the mask again, and lets the optimizer train the new values."""
         started, progress = time.perf_counter(), self.progress
-        end = self.config.dynamic_until * self.total_steps
-        move = self.move_mask(len(progress.mask_steps) + 1, progress.step / end)
-        old = self._values
+        moving, old = self.prepared.moving, self._values
+        assert moving is not None
         assert old is not None
+        scoring = self.inputs.scoring(self.accelerator, self.stop, len(progress.mask_steps) + 1)
+        end = self.config.dynamic_until * self.total_steps
+        move = moving.update(self.model, *scoring, progress=progress.step / end)
         new = self._values = FlatValues(self.model).parameter
         carry(self.optimizer.optimizer, old, new, self.model, move, self.config.dynamic == "rigl")
         self._parameters = [new if p is old else p for p in self._parameters]
@@ -215,6 +220,12 @@ class Loop:
         progress.mask_seconds += time.perf_counter() - started
         self._log(mask_moved=move.moved)
         self.display.note(f"step {progress.step}: {move.moved:,} other weights train now")
+
+    def _save_adapter(self) -> None:
+        inputs, folder = self.inputs, self.folder.adapter
+        recipe, about = recipe_of(self.config, inputs.mask), inputs.about()
+        with writing(folder):
+            save_trained(self.prepared, self.config, recipe, folder, about, inputs.tokenizer)
 
     def _load_best(self) -> None:
         moving = self.prepared.moving
@@ -286,8 +297,7 @@ class Loop:
             progress.best, progress.best_step = metrics, progress.step
             if self.prepared.moving is None:
                 save_tensors(self.folder.best, self.model)
-            with writing(self.folder.adapter):
-                self.save_best()
+            self._save_adapter()
         progress.evaluated_step = progress.step
         self._log(eval=metrics, best=best)
         self.display.evaluated(progress.step, metrics, best)

@@ -16,18 +16,17 @@ from accelerate.utils import set_seed
 
 from .._version import __version__
 from ..atomic import check_creatable
-from ..dynamic import Move
 from ..errors import ConfigError, OutputError, shown
 from ..files import alone, write_json, writing
 from ..peak_memory import PeakMemory
 from . import methods
 from .checkpoint import Progress, read_checkpoint, undamaged
-from .config import PATHS, RunConfig, load_json
+from .config import RunConfig, load_json
 from .display import Display
 from .folder import Folder
 from .inputs import Inputs, read_inputs
 from .loop import Loop, check_finite, check_moves, evaluate
-from .mask import places_of, recipe_of
+from .mask import places_of
 from .models import quiet_transformers
 from .result import result_of
 from .signals import Interrupted, StopSignals
@@ -77,15 +76,16 @@ def finetune(
         check_moves(config, len(inputs.train))
         inputs.model.to(accelerator.device)
         if resume:
-            loop, prepared = _resumed(inputs, accelerator, folder, display, stop)
+            loop = _resumed(inputs, accelerator, folder, display, stop)
         else:
-            loop, prepared = _fresh(inputs, accelerator, folder, replaces, display, stop)
+            loop = _fresh(inputs, accelerator, folder, display, stop, replaces)
             held.enter_context(alone(folder.root))
         peak = PeakMemory([accelerator.device])
         try:
             progress = loop.run()
             tested = {} if inputs.test is None else {"test": loop.evaluate(inputs.test)}
-            result = {**result_of(inputs, prepared, progress, peak, accelerator.device), **tested}
+            own = result_of(inputs, loop.prepared, progress, peak, accelerator.device)
+            result = {**own, **tested}
             write_json(folder.result, result)
         except Interrupted as interruption:
             interruption.folder = folder.root
@@ -103,24 +103,24 @@ def _fresh(
     inputs: Inputs,
     accelerator: Accelerator,
     folder: Folder,
-    replaces: bool,
     display: Display,
     stop: StopSignals,
-) -> tuple[Loop, methods.Prepared]:
+    replaces: bool,
+) -> Loop:
     config, model, task = inputs.config, inputs.model, inputs.task
     before, _ = evaluate(model, task, inputs.eval, config.batch_size, accelerator, stop)
     display.note("before training: " + "  ".join(f"{k} {v:.4f}" for k, v in before.items()))
-    batches, loss_fn = inputs.scoring_batches(stop), methods.mean_loss(task, accelerator)
-    warmed = methods.warm_up_head(model, config, inputs.targets, batches, loss_fn)
+    scoring = inputs.scoring(accelerator, stop)
+    warmed = methods.warm_up_head(model, config, inputs.targets, *scoring)
     patterns = None if inputs.mask is None else inputs.mask.patterns
-    prepared = methods.prepare(model, config, inputs.targets, batches, loss_fn, patterns)
+    prepared = methods.prepare(model, config, inputs.targets, *scoring, patterns)
     if inputs.mask is not None:
         display.note(f"training what is in the mask {config.mask}, from zero")
     display.note(prepared.describe())
     check_finite(before, "before training", "use --dtype float32, or another model")
     stop.check()
 
-    loop = _loop(inputs, prepared, accelerator, folder, display, stop)
+    loop = Loop(inputs, prepared, accelerator, folder, display, stop)
     salience = {**prepared.salience, "head_warmup_seconds": warmed}
     loop.progress = Progress(before=before, salience=salience)
     set_seed(config.seed)  # the same dropout whatever scoring drew
@@ -141,7 +141,7 @@ def _fresh(
     except BaseException:
         shutil.rmtree(folder.root, ignore_errors=True)  # without a checkpoint it is no run
         raise
-    return loop, prepared
+    return loop
 
 
 def _resumed(
@@ -150,7 +150,7 @@ def _resumed(
     folder: Folder,
     display: Display,
     stop: StopSignals,
-) -> tuple[Loop, methods.Prepared]:
+) -> Loop:
     state = read_checkpoint(folder.state)
     if state["facts"]["fingerprint"] != inputs.fingerprint:
         raise ConfigError(
@@ -170,64 +170,12 @@ def _resumed(
             )
     with undamaged(folder.state):
         patterns = methods.patterns_from(state["facts"]["patterns"])
-    batches, loss_fn = inputs.scoring_batches(stop), methods.mean_loss(inputs.task, accelerator)
-    prepared = methods.prepare(
-        inputs.model, inputs.config, inputs.targets, batches, loss_fn, patterns
-    )
-    loop = _loop(inputs, prepared, accelerator, folder, display, stop)
+    scoring = inputs.scoring(accelerator, stop)
+    prepared = methods.prepare(inputs.model, inputs.config, inputs.targets, *scoring, patterns)
+    loop = Loop(inputs, prepared, accelerator, folder, display, stop)
     loop.resume(state)
-    if prepared.moving is not None:
-        with undamaged(folder.state):
-            prepared.moving.load_state_dict(prepared.model, state["facts"]["left"])
     display.note(f"resuming after step {loop.progress.step} of {loop.total_steps}")
-    return loop, prepared
-
-
-def _loop(
-    inputs: Inputs,
-    prepared: methods.Prepared,
-    accelerator: Accelerator,
-    folder: Folder,
-    display: Display,
-    stop: StopSignals,
-) -> Loop:
-    config, model, targets = inputs.config, prepared.model, inputs.targets
-    moving = prepared.moving
-
-    def facts() -> dict[str, Any]:
-        return {
-            "fingerprint": inputs.fingerprint,
-            "settings": {k: v for k, v in config.to_dict().items() if k not in PATHS},
-            "patterns": methods.patterns_of(model),
-            "left": {} if moving is None else moving.state_dict(),
-        }
-
-    def move_mask(count: int, progress: float) -> Move:
-        assert moving is not None
-        batches = inputs.scoring_batches(stop, count)
-        loss_fn = methods.mean_loss(inputs.task, accelerator)
-        return moving.update(model, batches, loss_fn, progress=progress)
-
-    return Loop(
-        prepared,
-        inputs.task,
-        config,
-        methods.parameter_groups(model, config, targets),
-        inputs.train,
-        inputs.eval,
-        accelerator=accelerator,
-        folder=folder,
-        facts=facts,
-        save_best=lambda: save_best(prepared, inputs, folder),
-        move_mask=move_mask,
-        display=display,
-        stop=stop,
-    )
-
-
-def save_best(prepared: methods.Prepared, inputs: Inputs, folder: Folder) -> None:
-    config, recipe = inputs.config, recipe_of(inputs.config, inputs.mask)
-    methods.save_trained(prepared, config, recipe, folder.adapter, inputs.about(), inputs.tokenizer)
+    return loop
 
 
 def start_accelerator(dtype: str) -> Accelerator:
