@@ -230,7 +230,7 @@ def with_model(config: RunConfig, sources: Sources, mask: Mask | None, display: 
     pooling = None
     task: Task = CausalLM(tokenizer, config.max_length)
     if config.task == "classification":
-        pooling = pooling_of(config.model) if config.pooling == "auto" else config.pooling
+        pooling = pooling_of(config.model, config.pooling)
         numbers = {label: number for number, label in enumerate(labels)}
         task = Classification(tokenizer, numbers, config.max_length, sources.positive_label)
     encoded = {name: encode(task, source, display) for name, source in sources.used.items()}

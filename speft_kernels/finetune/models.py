@@ -167,8 +167,7 @@ def load_classifier(
         "id2label": names,
         "label2id": {label: number for number, label in names.items()},
     }
-    if pooling == "auto":
-        pooling = pooling_of(model)
+    pooling = pooling_of(model, pooling)
     with _loading(model, "classifier"):
         config = AutoConfig.from_pretrained(where, **settings)
         config.problem_type = "single_label_classification"
@@ -202,8 +201,7 @@ def labels_of_head(
     """
     with _loading(model, "configuration"):
         config = AutoConfig.from_pretrained(folder_or_id(model))
-    if pooling == "auto":
-        pooling = pooling_of(model)
+    pooling = pooling_of(model, pooling)
     found = config.architectures
     architectures = [str(name) for name in found] if isinstance(found, list) else []
     kept = architectures == [MeanPoolClassifier.__name__] or (
@@ -316,13 +314,15 @@ def _check_drawn(
         )
 
 
-def pooling_of(model: str) -> str:
-    """The pooling that a model's folder asks for: "mean" or "model" (the architecture's own).
+def pooling_of(model: str, asked: str = "auto") -> str:
+    """The pooling that is `asked` for: "mean" or "model" (the architecture's own).
 
-    "mean" is for what a `MeanPoolClassifier` wrote, and for sentence-transformers encoders whose
-    `1_Pooling/config.json` says that they were trained so. Raises ConfigError when one of the two
-    cannot be read.
+    With "auto" the model's folder decides: "mean" is for what a `MeanPoolClassifier` wrote, and for
+    sentence-transformers encoders whose `1_Pooling/config.json` says that they were trained so.
+    Raises ConfigError when one of the two cannot be read.
     """
+    if asked != "auto":
+        return asked
     for name, key, wanted in (
         ("config.json", "pooling", "mean"),
         ("1_Pooling/config.json", "pooling_mode_mean_tokens", True),
