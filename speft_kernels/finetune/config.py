@@ -374,6 +374,14 @@ FIELDS = {spec.name: spec for spec in dataclasses.fields(RunConfig)}
 _TYPES = typing.get_type_hints(RunConfig)
 
 
+def usual_settings(task: str = "classification", method: str = "speft") -> dict[str, Any]:
+    """The default of each setting. Some go with the task and the method: of these they are those of
+    a run that gives nothing else.
+    """
+    usual = RunConfig(train="-", output="-", task=task, method=method).to_dict()
+    return usual | {name: FIELDS[name].default for name in ("train", "output", "task", "method")}
+
+
 def check_keys(settings: Mapping[str, Any], what: str) -> None:
     for key in settings:
         if key not in FIELDS:

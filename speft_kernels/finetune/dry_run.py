@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import shown
 from ..salience.draw import budget
 from ..targets import Targets, note_of_left_out
-from .config import ADAPTERS, FIELDS, RunConfig
+from .config import ADAPTERS, RunConfig, usual_settings
 from .data import SUFFIXES, Examples, label_ids
 from .display import Display
 from .folder import Folder
@@ -45,13 +45,10 @@ def dry_run(config: RunConfig, *, overwrite: bool = False, display: Display | No
     start_accelerator(config.dtype)
     mask = read_mask(config)
     lines = ["settings that are not the default's:"]
-    # Some defaults go with others: they are those of a run that gives none of them.
-    defaults = RunConfig(train="-", output="-", task=config.task, method=config.method)
-    for name, spec in FIELDS.items():
-        value = getattr(config, name)
-        usual = spec.default if name in ("task", "method") else getattr(defaults, name)
-        if value != usual and name not in (*SPLITS, "model"):
-            lines.append(f"  {name}: {value}")
+    usual = usual_settings(config.task, config.method)
+    for name, value in config.to_dict().items():
+        if value != usual[name] and name not in (*SPLITS, "model"):
+            lines.append(f"  {name}: {getattr(config, name)}")
     config = rated(config, mask)
     head = "" if config.task == "causal-lm" else f", head {config.head_learning_rate:g}"
     lines.append(f"  learning rates: {config.learning_rate:g}{head}")

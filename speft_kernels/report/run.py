@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import read_json
-from ..finetune.config import RunConfig, without_choice
+from ..finetune.config import usual_settings, without_choice
 from ..finetune.folder import Folder
 from . import cells, figures
 from .folder import Metrics, read_metrics
@@ -220,15 +220,10 @@ def _setting_table(
 
 
 def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Some defaults go with others: they are those of a run that gives none of them."""
-    plain = RunConfig(train="-", output="-").to_dict()
-    given = {key: settings[key] for key in ("task", "method") if key in settings}
     try:
-        found = RunConfig(train="-", output="-", **given).to_dict()
+        return usual_settings(**{k: settings[k] for k in ("task", "method") if k in settings})
     except ConfigError:  # a task or a method that there is not
-        found = plain
-    own = {key: plain[key] for key in ("task", "method")}
-    return {**found, **own, "train": "", "output": ""}
+        return usual_settings()
 
 
 def _shown(value: object) -> str:
