@@ -231,7 +231,7 @@ def test_no_page_is_endless(run, monkeypatch):
     one = SparsePattern((4, 4), torch.tensor([1]))
     masks = {f"layer.{n}.part{n}": one for n in range(150)}
     monkeypatch.setattr("speft_kernels.report.run.read_masks", lambda folder: masks)
-    monkeypatch.setattr("speft_kernels.report.study.read_masks", lambda folder: masks)
+    monkeypatch.setattr("speft_kernels.report.folder.read_masks", lambda folder: masks)
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": n, "eval": {f"m{n}": 0.5}}) + "\n" for n in range(200))
     )

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import ConfigError, DataError
 from ..files import read_text
+from ..finetune.folder import Folder
 from ..study.config import Run
 from ..study.rows import Row, read_rows
+from .masks import Masks, read_masks
+from .page import Html, notices
 from .units import number
+
+_T = TypeVar("_T")
 
 # A run of a million steps needs a hundred megabytes.
 _LARGEST_METRICS = 2**30
@@ -63,8 +68,6 @@ def read_metrics(path: Path) -> Metrics:
 
 def read_runs(path: Path) -> list[Row]:
     """The rows of a study's `runs.csv`, none where no run has finished."""
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"{path}: not a file")
     try:
         return read_rows(path)
     except DataError as error:
@@ -126,7 +129,44 @@ def _places(names: object) -> dict[str, int]:
     return {name: i for i, name in enumerate(names)} if isinstance(names, dict) else {}
 
 
-def inside(folder: Path, name: str) -> Path:
+@dataclass
+class RunFiles:
+    """Reads from the folders of a study's runs; what cannot be read is told once in `problems`."""
+
+    folder: Path
+    problems: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    def metrics(self, row: Row) -> Metrics:
+        return self._read(row, lambda run: read_metrics(Folder(run).metrics), Metrics([], []))
+
+    def masks(self, row: Row) -> Masks:
+        return self._read(row, lambda run: read_masks(Folder(run).adapter), {})
+
+    def _read(self, row: Row, read: Any, nothing: _T) -> _T:
+        try:
+            run = _inside(self.folder, row.id)
+            if not run.exists():
+                if row.id not in self.absent:
+                    self.absent.append(row.id)
+                return nothing
+            found: _T = read(run)
+            return found
+        except (ConfigError, OSError) as error:  # OSError: of a name too long for any folder
+            reason = getattr(error, "strerror", None) or error
+            problem = f"run {row.id} could not be read: {reason}"
+            if problem not in self.problems:
+                self.problems.append(problem)
+            return nothing
+
+    def missing(self, what: str) -> Html:
+        if not self.absent:
+            return Html("")
+        names = ", ".join(self.absent)
+        return notices([f"{what} of these runs are left out, for they have no folder: {names}"])
+
+
+def _inside(folder: Path, name: str) -> Path:
     """`folder / name` for a name that is no path: a row's id must not lead out of the study."""
     if name in ("", ".", "..") or any(letter in name for letter in "/\\\0"):
         raise ConfigError(f"{folder}: {name!r} is no name of a run's folder")

@@ -8,25 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ..errors import ConfigError
 from ..files import read_json
-from ..finetune.folder import Folder
 from ..study.folder import Places
 from ..study.rows import Row
 from . import figures
 from .aggregate import Summary, density_groups, summarise
-from .folder import Metrics, asked_for, diverged_rates, inside, read_metrics, read_runs
-from .masks import Masks, read_masks
+from .folder import Metrics, RunFiles, asked_for, diverged_rates, read_runs
 from .page import Html, details, figure, notices, page, paragraph, section
 from .parts import pretty, smoothed, thinned
 from .study_masks import masks_section
 from .study_tables import cost_section, machines, rate_table, result_table, run_table
-
-_T = TypeVar("_T")
 
 
 def study_page(folder: Path) -> str:
@@ -49,7 +43,7 @@ def study_page(folder: Path) -> str:
         return page(title, Html(lead + _unfinished(places, rows, failures)), about)
     current, others = asked_for(rows, study)
     summary = summarise(current, diverged_rates(current, study, failures))
-    files = _Files(places.runs)
+    files = RunFiles(places.runs)
     curves = _curves(summary, files)
     masks = masks_section(summary, files)
     lead = Html(
@@ -68,43 +62,6 @@ def study_page(folder: Path) -> str:
         section("All runs", run_table(rows), machines(rows)),
         about,
     )
-
-
-@dataclass
-class _Files:
-    """Reads from the runs' folders; what cannot be read is told once in `problems`."""
-
-    folder: Path
-    problems: list[str] = field(default_factory=list)
-    absent: list[str] = field(default_factory=list)
-
-    def metrics(self, row: Row) -> Metrics:
-        return self._read(row, lambda run: read_metrics(Folder(run).metrics), Metrics([], []))
-
-    def masks(self, row: Row) -> Masks:
-        return self._read(row, lambda run: read_masks(Folder(run).adapter), {})
-
-    def _read(self, row: Row, read: Any, nothing: _T) -> _T:
-        try:
-            run = inside(self.folder, row.id)
-            if not run.exists():
-                if row.id not in self.absent:
-                    self.absent.append(row.id)
-                return nothing
-            found: _T = read(run)
-            return found
-        except (ConfigError, OSError) as error:  # OSError: of a name too long for any folder
-            reason = getattr(error, "strerror", None) or error
-            problem = f"run {row.id} could not be read: {reason}"
-            if problem not in self.problems:
-                self.problems.append(problem)
-            return nothing
-
-    def missing(self, what: str) -> Html:
-        if not self.absent:
-            return Html("")
-        names = ", ".join(self.absent)
-        return notices([f"{what} of these runs are left out, for they have no folder: {names}"])
 
 
 def _size(summary: Summary, rows: Sequence[Row]) -> str:
@@ -230,7 +187,7 @@ def _kind(row: Row) -> str:
     return " ".join(filter(None, (row.method, row.salience, row.scope, row.dynamic)))
 
 
-def _curves(summary: Summary, files: _Files) -> Html:
+def _curves(summary: Summary, files: RunFiles) -> Html:
     parts = []
     for task in summary.tasks:
         lines = []

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from ..errors import ConfigError
 from ..study.rows import Row
 from . import cells
 from .aggregate import Summary, density_groups
+from .folder import RunFiles
 from .masks import Masks, Overlap, grid_of, overlap
 from .page import Cell, Column, Html, details, figure, join, notices, paragraph, section, table
 from .units import cell, share
 
 
-class Files(Protocol):
-    """Where the masks come from; reading never raises, it notes what is wrong."""
-
-    def masks(self, row: Row) -> Masks: ...
-
-    def missing(self, what: str) -> Html: ...
-
-
-def masks_section(summary: Summary, files: Files) -> Html:
+def masks_section(summary: Summary, files: RunFiles) -> Html:
     """For each task the masks of one seed, at each method's chosen rate, compared in pairs."""
     parts = [
         part for i, task in enumerate(summary.tasks) for part in _task(summary, task, files, i)
@@ -40,7 +31,7 @@ def masks_section(summary: Summary, files: Files) -> Html:
     return section(title, note, *parts, files.missing("The masks"))
 
 
-def _task(summary: Summary, task: str, files: Files, number: int) -> list[Html]:
+def _task(summary: Summary, task: str, files: RunFiles, number: int) -> list[Html]:
     seed, rows = _one_seed(summary, task)
     masks = {name: found for name, row in rows.items() if (found := files.masks(row))}
     if not masks:
