@@ -16,7 +16,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..study.rows import Row
@@ -96,9 +96,10 @@ def summarise(rows: Sequence[Row], diverged: Collection[tuple[str, str, float]] 
     first = {row.task: row for row in reversed(rows)}
     metrics = {task: first[task].metric for task in tasks}
     higher = {task: first[task].higher_is_better for task in tasks}
-    names = tuple(dict.fromkeys(label for label in labels(rows)))
+    named = labels(rows)
+    names = tuple(dict.fromkeys(named))
     groups: dict[tuple[str, str], dict[Rate, dict[int, Row]]] = {}
-    for row, label in zip(rows, labels(rows), strict=True):
+    for row, label in zip(rows, named, strict=True):
         fault = _fault(row, metrics[row.task])
         if fault:
             problems.append(f"run {row.id} is left out of the statistics: {fault}")
@@ -190,11 +191,11 @@ def compare_rates(
 def score(cell: Cell, summary: Summary) -> str:
     """Mean and deviation, "79.20 ± 0.41" for a share in percent; one seed has no deviation."""
     metric = summary.metrics[cell.task]
-    text = number(cell.mean, metric)
-    return text if cell.deviation is None else f"{text} ± {number(cell.deviation, metric)}"
+    text = formatted(cell.mean, metric)
+    return text if cell.deviation is None else f"{text} ± {formatted(cell.deviation, metric)}"
 
 
-def number(value: float, metric: str) -> str:
+def formatted(value: float, metric: str) -> str:
     return f"{100 * value:.2f}" if metric in _SHARES else f"{value:.4f}"
 
 
@@ -248,10 +249,7 @@ def _marked(
         task: _best([c.mean for c in cells.values() if c.task == task], higher[task])
         for task in higher
     }
-    return {
-        key: Cell(c.task, c.name, c.rate, c.rows, c.mean, c.deviation, c.mean == best[c.task])
-        for key, c in cells.items()
-    }
+    return {key: replace(c, best=c.mean == best[c.task]) for key, c in cells.items()}
 
 
 def _averages(

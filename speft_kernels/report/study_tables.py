@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 from ..study.rows import COLUMNS, Row
 from . import figures
-from .aggregate import Rate, Summary, number, score, seeds_of, unit
+from .aggregate import Rate, Summary, formatted, score, seeds_of, unit
 from .page import Cell, Column, Html, code, details, figure, section, table
-from .units import NOTHING, cell, memory, seconds, share
-from .units import number as as_number
+from .units import NOTHING, cell, memory, number, seconds, share
 
 
 def result_table(summary: Summary) -> Html:
@@ -59,7 +58,7 @@ def _results(summary: Summary) -> tuple[list[Column], list[list[Cell]]]:
         if average:
             value = summary.averages.get(name)
             metric = summary.metrics[summary.tasks[0]]
-            text = NOTHING if value is None else number(value, metric)
+            text = NOTHING if value is None else formatted(value, metric)
             line.append(Cell(text, value, name in summary.best_averages))
         line.append(Cell(seeds_of(present), min(found.n for found in present)))
         rows.append(line)
@@ -84,7 +83,7 @@ def rate_table(summary: Summary) -> Html:
             elif found.validation is None:
                 line.append(Cell("not compared", marked=found.chosen))
             else:
-                text = number(found.validation, summary.metrics[task])
+                text = formatted(found.validation, summary.metrics[task])
                 line.append(Cell(text, found.validation, found.chosen))
         rows.append([*line, Cell(" ".join(map(str, group[0].seeds)))])
     return table(columns, rows, "Mean validation by learning rate; the chosen rate is marked")
@@ -110,7 +109,7 @@ def cost_section(summary: Summary) -> Html:
             _known(runs, "salience_peak_memory_bytes"),
         )
         if scored and trained and statistics.median(trained) > 0:
-            ratio = as_number(100 * statistics.median(scored) / statistics.median(trained))
+            ratio = number(100 * statistics.median(scored) / statistics.median(trained))
             shares |= {} if ratio is None else {name: ratio}
         if used:
             peaks[name] = max(used) / 2**30
@@ -152,7 +151,7 @@ def _known(runs: Sequence[Row], *columns: str) -> list[float]:
 
     Nothing that was measured is near the bound.
     """
-    found = ([as_number(getattr(run, column)) for column in columns] for run in runs)
+    found = ([number(getattr(run, column)) for column in columns] for run in runs)
     sums = (sum(value or 0 for value in values) for values in found if values[0] is not None)
     return [value for value in sums if 0 <= value < 1e18]
 
