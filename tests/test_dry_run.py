@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from tiny_runs import Silent, run, settings
-from tiny_text import save_llama, write_jsonl, write_tsv
+from tiny_text import save_llama, write_jsonl, write_sums, write_tsv
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from speft_kernels.cli import main
@@ -19,10 +19,9 @@ from speft_kernels.finetune.run import finetune
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sums")
-    rows = [{"prompt": f"{a} plus {b} =", "response": str(a + b)} for a in range(6) for b in (1, 2)]
+    rows = write_sums(folder)
     rows += [{"prompt": "what is one plus " * 9, "response": "two"}] * 3  # to be cut off
     write_jsonl(folder / "train.jsonl", rows)
-    write_jsonl(folder / "eval.jsonl", rows[:4])
     save_llama(folder / "model", [row["prompt"] for row in rows])
     return folder
 
@@ -97,11 +96,14 @@ BAD = [
     ({"train": "{}/none.tsv"}, "no such file"),
     ({"eval": "{}/other.tsv"}, "label 'so-so' does not occur"),
     ({"eval": "{}/pairs.tsv"}, "text columns"),
-    ({"train": "{}/three.tsv", "eval": "{}/three.tsv", "metric": "f1"}, "f1"),
-    ({"test": "{}/long.tsv", "max_length": 512}, "positions for 64"),
+    ({"train": "{}/three.tsv", "eval": "{}/three.tsv", "metric": "f1"}, "'f1' is .* has 3"),
+    (
+        {"test": "{}/long.tsv", "max_length": 512},
+        r"long.tsv: its longest example has \d+ tokens, .* positions for 64; lower",
+    ),
     ({"output": "{}/taken"}, "exists already"),
     ({"method": "lora", "lora_rank": 40}, "lora_rank = 40 is too high"),
-    ({"eval": None}, "eval"),
+    ({"eval": None}, "--eval is missing"),
 ]
 
 
@@ -119,6 +121,7 @@ def test_a_dry_run_refuses_what_the_run_refuses_in_the_same_words(place, tmp_pat
     with pytest.raises(SpeftError) as wet:
         finetune(RunConfig.from_dict(own), display=Silent())
     assert str(dry.value) == str(wet.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_is_there_is_replaced_or_resumed_by_the_run_alone(place, tmp_path, capsys):

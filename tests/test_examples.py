@@ -12,6 +12,7 @@ from speft_kernels.finetune.config import RunConfig, load_yaml
 from speft_kernels.finetune.methods import budgeted
 from speft_kernels.study import read_rows
 from speft_kernels.study.config import read_study
+from speft_kernels.study.inputs import changed_settings
 from speft_kernels.targets import find_targets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,11 +153,12 @@ def test_the_study_that_is_documented_can_be_read():
 
 
 @pytest.mark.parametrize("name", ["study", "defaults", "settings", "language_model"])
-def test_the_rows_that_are_documented_are_of_that_study_and_name_no_machines_folders(name):
+def test_the_studies_that_are_documented_go_on_and_name_no_machines_folders(name):
     study = read_study(ROOT / "docs" / f"{name}.yaml")
     rows = read_rows(ROOT / "docs" / f"{name}.csv")
     assert rows
-    assert {row.id for row in rows} <= set(study.grid())
+    assert {row.id for row in rows} <= set(grid := study.grid())
+    assert changed_settings(study, grid, {row.id: row for row in rows}) == []
     for row in rows:
         settings = json.loads(row.settings)
         assert not [value for value in settings.values() if str(value).startswith("/")], row.id

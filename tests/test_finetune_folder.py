@@ -209,14 +209,6 @@ def test_lines_of_metrics_that_say_nothing_do_not_end_a_run(place, tmp_path, lef
     assert steps[-1] == 36
 
 
-def test_examples_that_the_model_has_no_positions_for_are_refused(own, tmp_path):
-    longest = "the film was fine " * 100
-    write_tsv(own / "test.tsv", [(longest, "good")])
-    with pytest.raises(ConfigError, match=r"test.tsv: its longest example has \d+ tokens, .*lower"):
-        run(own, tmp_path / "run", test=str(own / "test.tsv"), max_length=512)
-    assert not (tmp_path / "run").exists()
-
-
 def test_tokens_that_the_model_has_no_embeddings_for_are_refused(own, tmp_path):
     path = own / "model" / "model.safetensors"
     tensors = load_file(path)

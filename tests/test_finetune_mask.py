@@ -11,7 +11,7 @@ import torch
 from tiny_models import Twins
 from tiny_runs import Silent, lines, settings, tensors, terminate
 from tiny_studies import write_result
-from tiny_text import save_bert, save_llama, write_jsonl
+from tiny_text import save_bert, save_llama, write_sums
 
 from speft_kernels.adapter import fingerprint, read_adapter, save_adapter
 from speft_kernels.cli import main
@@ -178,9 +178,8 @@ def test_a_mask_of_ones_own_needs_no_recipe_and_may_mix_blocks(place, tmp_path):
 
 
 def test_a_language_models_mask_is_trained(tmp_path):
-    rows = [{"prompt": f"{a} plus {b} =", "response": str(a + b)} for a in range(6) for b in (1, 2)]
-    data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    save_llama(tmp_path / "model", [row["prompt"] for row in rows])
+    data = tmp_path / "train.jsonl"
+    save_llama(tmp_path / "model", [row["prompt"] for row in write_sums(tmp_path)])
     own = ["--model", tmp_path / "model", "--train", data, "--task", "causal-lm"]
     own = [str(part) for part in own]
     assert main(["salience", *own, "--output", str(tmp_path / "mask")]) == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_runs import PEFT, Silent, lines, run, tensors, terminate
 
-from speft_kernels.errors import ConfigError, SpeftError
+from speft_kernels.errors import ConfigError
 from speft_kernels.finetune import load_classifier
 from speft_kernels.finetune.signals import Interrupted
 
@@ -122,7 +122,3 @@ def test_validation_is_split_off_the_training_data(place, tmp_path):
     assert again["majority"] == result["majority"]  # the same rows, whatever the seed and method
     with pytest.raises(ConfigError, match="exclude each other"):
         run(place, tmp_path / "both", validation=0.25)
-    with pytest.raises(SpeftError, match="leaves one side empty"):
-        run(place, tmp_path / "none", eval=None, validation=0.001)
-    with pytest.raises(ConfigError, match="--eval is missing"):
-        run(place, tmp_path / "missing", eval=None)
