@@ -196,7 +196,9 @@ def test_a_folder_that_another_process_made_meanwhile_is_left_alone(place, tmp_p
     assert not list(output.iterdir())
 
 
-@pytest.mark.parametrize("left", ['{"step": "x"}\n', "null\n", "[1]\n", "[" * 100_000 + "\n"])
+@pytest.mark.parametrize(
+    "left", ['{"step": "x"}\n', '{"step": 1e999}\n', "null\n", "[1]\n", "[" * 100_000 + "\n"]
+)
 def test_lines_of_metrics_that_say_nothing_do_not_end_a_run(place, tmp_path, left):
     output = interrupted(place, tmp_path / "run")
     with open(output / "metrics.jsonl", "a", encoding="utf-8") as file:

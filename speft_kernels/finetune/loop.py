@@ -321,7 +321,7 @@ class Loop:
                 last = self.progress.evaluated_step if "eval" in entry else self.progress.step
                 if int(entry["step"]) <= last:
                     kept.append(line + "\n")
-            except (ValueError, TypeError, LookupError, RecursionError):
+            except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
                 break  # the process was killed while it wrote this line
         with replaced(self.folder.metrics) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
