@@ -100,12 +100,18 @@ def read_examples(source: str, task: str, *, default_split: str = "train") -> Ex
                 f"{path} is a pipe or a device, and data are read more than once; write them to a "
                 "file and name that"
             )
-        if path.suffix.lower() in SUFFIXES or source.startswith(("/", ".", "~")):
+        if is_local(source):
             raise DataError(f"{path}: no such file.{_neighbour(path)}")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     names, located = _from_hub(source, default_split)
     return _to_examples(source, located, task, names)
+
+
+def is_local(source: str) -> bool:
+    """Whether it is not the name of a dataset of the hub: then it has to be readable here."""
+    path = Path(source)
+    return path.exists() or path.suffix.lower() in SUFFIXES or source.startswith(("/", ".", "~"))
 
 
 def split_off(train: Examples, share: float) -> tuple[Examples, Examples]:

@@ -12,7 +12,7 @@ from ..errors import shown
 from ..salience.draw import budget
 from ..targets import Targets, note_of_left_out
 from .config import ADAPTERS, RunConfig, usual_settings
-from .data import SUFFIXES, Examples, label_ids
+from .data import Examples, is_local, label_ids
 from .display import Display
 from .folder import Folder
 from .inputs import SPLITS, Sources, load_model, read_source, read_sources, with_model
@@ -56,7 +56,7 @@ def dry_run(config: RunConfig, *, overwrite: bool = False, display: Display | No
         lines.append(f"  the head trains alone first, for {config.head_warmup_steps} steps")
 
     given = {name: getattr(config, name) for name in SPLITS if getattr(config, name)}
-    here = {name for name, source in given.items() if _is_local(source)}
+    here = {name for name, source in given.items() if is_local(source)}
     sources = read_sources(config) if len(here) == len(given) else None
     read = sources.given if sources else {name: read_source(config, name) for name in here}
     with quiet_transformers(), torch.random.fork_rng():
@@ -75,12 +75,6 @@ def dry_run(config: RunConfig, *, overwrite: bool = False, display: Display | No
     lines.append("model:")
     lines += [f"  {line}" for line in model]
     return "\n".join(lines)
-
-
-def _is_local(source: str) -> bool:
-    """Whether it is not the name of a dataset of the hub: then it has to be readable here."""
-    path = Path(source)
-    return path.exists() or path.suffix.lower() in SUFFIXES or source.startswith(("/", ".", "~"))
 
 
 def _model(
