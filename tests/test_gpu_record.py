@@ -16,14 +16,15 @@ MOST_BYTES = 500_000  # of a record: what pre-commit's check for large files tak
 def test_a_journal_keeps_what_is_its_own_and_survives_a_cut_off_line(tmp_path):
     path = tmp_path / "journal.jsonl"
     mine = Journal(path, "kernels", "abc", "H200")
-    mine.add("case", spec={"a": 1})
+    mine.add("case", spec={"a": 1}, error="what\u2028a compiler\x85says")
     for other in (Journal(path, "step", "abc", "H200"), Journal(path, "kernels", "abd", "H200")):
         other.add("case", spec={"a": 2})
     Journal(path, "kernels", "abc", "A100").add("stage", status="complete")
     with open(path, "a") as file:
         file.write('{"kind": "case", "stage": "kern')
     mine.add("stage", status="out of time")
-    assert [entry["spec"] for entry in mine.entries("case")] == [{"a": 1}]
+    (case,) = mine.entries("case")
+    assert (case["spec"], case["error"]) == ({"a": 1}, "what\u2028a compiler\x85says")
     assert mine.status() == "out of time"
     mine.forget()
     assert mine.status() is None

@@ -84,7 +84,8 @@ class Journal:
     def forget(self) -> None:
         """Take the stage's entries out of the file."""
         kept = [e for e in read(self.path) if e["stage"] != self.stage]
-        self.path.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
+        text = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept)
+        self.path.write_text(text, encoding="utf-8")
 
     def _owns(self, entry: dict[str, Any]) -> bool:
         return (entry["stage"], entry["sources"], entry["device"]) == (
@@ -99,7 +100,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Not `splitlines`: it ends one at marks that JSON has within a text, too.
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             entries.append(json.loads(line))
         except json.JSONDecodeError:
