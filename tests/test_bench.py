@@ -405,10 +405,3 @@ def test_without_sst2_the_text_is_the_demos_and_the_label_says_so(tmp_path, monk
     (tmp_path / "sst2").mkdir()
     (tmp_path / "sst2" / "train.tsv").write_text("sentence\tlabel\nfine\t1\n")
     assert masks._examples() == ("SST-2", [("fine", "1")])
-
-
-def test_every_operation_has_a_benchmark_file():
-    folder = Path(__file__).resolve().parents[1] / "benchmarks"
-    assert {path.stem for path in folder.glob("bench_*.py")} == {
-        f"bench_{operation}" for operation in cases.OPERATIONS
-    }
