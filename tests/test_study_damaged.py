@@ -64,14 +64,11 @@ def test_a_damaged_table_is_named_with_its_line_and_left_alone(study, fake):
 
 
 @pytest.mark.parametrize("missing", ["lr", "test", "commit"])
-def test_a_result_without_what_a_row_needs_is_refused_by_name(study, missing):
-    run = study.search("films", "head")[0]
-    folder = Places(study.output).runs / run.id
-    write_result(run.config(folder, study.data))
-    result = json.loads((folder / "result.json").read_text())
+def test_a_result_without_what_a_row_needs_is_refused_by_name(study, finished, missing):
+    result = json.loads((finished / "result.json").read_text())
     del result[missing]
-    (folder / "result.json").write_text(json.dumps(result))
-    with pytest.raises(DataError, match=f"run {run.id}: its result.json lacks .*{missing}"):
+    (finished / "result.json").write_text(json.dumps(result))
+    with pytest.raises(DataError, match=f"run {finished.name}: its result.json lacks .*{missing}"):
         collect(study)
 
 
