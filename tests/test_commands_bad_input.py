@@ -105,6 +105,14 @@ def test_merge_refuses_an_adapter_of_no_model(folder, tmp_path, capsys, key, val
     assert not output.exists()
 
 
+def test_a_language_model_has_no_labels_to_predict(folder, tmp_path, capsys):
+    change_extra(folder, task="causal-lm")
+    predictions = tmp_path / "labels.jsonl"
+    command = ("evaluate", folder, "--data", "x.tsv", "--predictions", predictions)
+    assert "labels must be empty, as a language model has none" in error_of(capsys, *command)
+    assert not predictions.exists()
+
+
 @pytest.mark.parametrize(
     "argv", [("merge", "--adapter", "nowhere"), ("salience", "--train", "nowhere.tsv")]
 )

@@ -133,10 +133,11 @@ def about_of(folder: Path) -> dict[str, Any]:
             "load it in Python with load_adapter(model, folder) and desparsify(model)"
         )
     headed, length = about["task"] == "classification", about["max_length"]
+    names = "a list of distinct names" if headed else "empty, as a language model has none"
     for key, fits, wanted in (
         ("task", about["task"] in TASKS, f"one of {', '.join(TASKS)}"),
         ("model", isinstance(about["model"], str), "a folder or hub id"),
-        ("labels", _are_labels(about["labels"], headed), "a list of distinct names"),
+        ("labels", _are_labels(about["labels"]) if headed else about["labels"] == [], names),
         ("positive_label", _is_one_of(about), "null or one of two labels"),
         ("pooling", not headed or about["pooling"] in ("mean", "model"), "mean or model"),
         ("max_length", type(length) is int and 0 < length < 2**31, "a number of tokens"),
@@ -153,9 +154,9 @@ def _is_one_of(about: dict[str, Any]) -> bool:
     )
 
 
-def _are_labels(value: object, headed: bool) -> bool:
+def _are_labels(value: object) -> bool:
     return (
         isinstance(value, list)
         and all(isinstance(label, str) for label in value)
-        and len(set(value)) == len(value) >= (2 if headed else 0)
+        and len(set(value)) == len(value) >= 2
     )
