@@ -23,7 +23,7 @@ from speft_kernels.finetune.signals import Interrupted
 from speft_kernels.study import COLUMNS, read_rows, write_rows
 from speft_kernels.study import runner as runner_module
 from speft_kernels.study.config import read_study
-from speft_kernels.study.folder import Places
+from speft_kernels.study.folder import StudyFolder
 from speft_kernels.study.runner import StudyError, collect, run_study
 from speft_kernels.study.schedule import best_rate, due
 from speft_kernels.study.worker import Failure
@@ -63,7 +63,7 @@ def test_every_rate_runs_with_the_search_seeds_and_the_best_with_the_others(stud
         assert own == {(1e-2, 0), (3e-2, 0), (3e-2, 1), (3e-2, 2)}
     # Method by method: what is listed first is complete first, but for a run that waits its turn.
     assert {config.method for config in fake.began[:4]} == {"head"}
-    assert read_rows(Places(study.output).rows) == rows
+    assert read_rows(StudyFolder(study.output).rows) == rows
     assert due(study, {row.id: row for row in rows}) == []
 
 
@@ -129,7 +129,7 @@ def test_a_search_that_climbs_leaves_out_what_lies_beyond_a_worse_rate(
 def test_a_study_goes_on_where_it_was_and_repeats_nothing(study, fake):
     run_study(study, jobs=1, say=silent, max_runs=5)
     assert len(fake.began) == 5
-    places = Places(study.output)
+    places = StudyFolder(study.output)
     # A run that finished without getting its row; a row without the run's folder.
     rows = read_rows(places.rows)
     write_rows(places.rows, rows[1:])
@@ -145,13 +145,13 @@ def test_rows_of_a_grid_that_changed_are_kept(study, study_file, fake, place):
     rows = run_study(study, jobs=1, say=silent)
     smaller = read_study(study_file(STUDY.replace("[snip, random]", "[snip]")), data=str(place))
     assert len(run_study(smaller, jobs=1, say=silent)) == 8
-    assert read_rows(Places(study.output).rows) == rows
+    assert read_rows(StudyFolder(study.output).rows) == rows
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_run(study_file, place, fake, capsys):
     """What others gave is told first; the same command tries again."""
     arguments = ["study", "--config", str(study_file()), "--data", str(place), "--jobs", "2"]
-    places = Places(read_study(study_file()).output)
+    places = StudyFolder(read_study(study_file()).output)
     fake.outcome = staticmethod(
         lambda config: (
             Failure("its process died")
@@ -179,7 +179,7 @@ def test_a_run_that_would_fail_again_is_noted_and_the_study_is_done(
     """Its rate is out of the choice; taken out of the notes, it is tried again."""
     arguments = ["study", "--config", str(study_file()), "--data", str(place)]
     study = read_study(study_file(), data=str(place))
-    places = Places(study.output)
+    places = StudyFolder(study.output)
     places.root.mkdir()
     places.failures.write_text('{"of-an-earlier-grid": "the loss became inf"}')
     fake.outcome = staticmethod(
@@ -250,7 +250,7 @@ def test_a_study_runs_in_one_process_at_a_time(study, fake):
 
 def test_a_row_has_every_column_and_reads_back(study, fake, tmp_path):
     rows = run_study(study, jobs=1, say=silent, max_runs=3)
-    assert read_rows(Places(study.output).rows) == rows
+    assert read_rows(StudyFolder(study.output).rows) == rows
     settings = json.loads(rows[0].settings)
     assert settings["train"] == "train.tsv"  # no path of this machine
     assert str(tmp_path) not in json.dumps({**settings, "model": ""})
@@ -264,7 +264,7 @@ def test_rows_of_other_data_or_weights_are_met_by_an_error_and_kept(
     own = shutil.copytree(place, tmp_path / "own")
     text = STUDY.replace("model: {model}", f"model: {own / 'model'}")
     study = read_study(study_file(text), data=str(own))
-    path = Places(study.output).rows
+    path = StudyFolder(study.output).rows
     run_study(study, jobs=1, say=silent, max_runs=1)  # as a run that did not say what it read
 
     def inputs(config):
@@ -314,7 +314,7 @@ def test_rows_of_another_score_of_the_users_are_met_by_an_error_and_kept(
         lambda config: write(config, inputs=f"salience={digest_of(config, 'salience')}"),
     )
     run_study(study, jobs=1, say=silent)
-    path = Places(study.output).rows
+    path = StudyFolder(study.output).rows
     before = read_rows(path)
     ours = [row for row in before if row.salience == "score_of_mine:score"]
     assert ours
@@ -332,7 +332,7 @@ def test_rows_of_another_score_of_the_users_are_met_by_an_error_and_kept(
 
 def test_rows_made_with_other_defaults_are_met_by_an_error_and_kept(study, fake):
     run_study(study, jobs=1, say=silent, max_runs=2)
-    path = Places(study.output).rows
+    path = StudyFolder(study.output).rows
 
     def made_with(**settings):
         rows = read_rows(path)
@@ -351,7 +351,7 @@ def test_rows_made_with_other_defaults_are_met_by_an_error_and_kept(study, fake)
 
 
 def test_tables_from_before_rows_named_their_inputs_are_read_and_go_on(study, fake):
-    path = Places(study.output).rows
+    path = StudyFolder(study.output).rows
     rows = run_study(study, jobs=1, say=silent, max_runs=5)
     with open(path, newline="") as file:
         table = [line[:-2] for line in csv.reader(file)]
@@ -370,14 +370,14 @@ def test_reading_what_has_finished_writes_nothing(study, study_file, place, caps
     for run, others in zip(
         study.search("films", "head"), ({}, {"dynamic": {"seconds": 1.5}}), strict=True
     ):
-        write_result(run.config(Places(study.output).runs / run.id, study.data), **others)
+        write_result(run.config(StudyFolder(study.output).runs / run.id, study.data), **others)
         ids.append(run.id)
     assert [collect(study)[id].mask_seconds for id in ids] == [None, 1.5]
     assert main(["study", "--config", str(study_file()), "--data", str(place), "--dry-run"]) == 0
     assert capsys.readouterr().err == "6 runs are due now, 2 are finished\n"
     assert [path.name for path in study.output.iterdir()] == ["runs"]
     rows = run_study(study, jobs=1, say=silent, max_runs=0)
-    assert read_rows(Places(study.output).rows) == rows
+    assert read_rows(StudyFolder(study.output).rows) == rows
     assert {row.mask_seconds for row in rows} == {None, 1.5}
 
 

@@ -15,7 +15,7 @@ from speft_kernels.errors import ConfigError, DataError
 from speft_kernels.files import alone, write_json
 from speft_kernels.study import read_rows, write_rows
 from speft_kernels.study.config import read_study
-from speft_kernels.study.folder import Places
+from speft_kernels.study.folder import StudyFolder
 from speft_kernels.study.runner import StudyError, collect, run_study
 from speft_kernels.study.worker import execute
 
@@ -40,14 +40,14 @@ def fake(monkeypatch):
 def finished(study):
     """The folder of a run that has finished and has no row yet."""
     run = study.search("films", "head")[0]
-    folder = Places(study.output).runs / run.id
+    folder = StudyFolder(study.output).runs / run.id
     write_result(run.config(folder, study.data))
     return folder
 
 
 def test_a_damaged_table_is_named_with_its_line_and_left_alone(study, fake):
     run_study(study, jobs=1, say=silent, max_runs=2)
-    path = Places(study.output).rows
+    path = StudyFolder(study.output).rows
     good = path.read_text()
     for old, new, message in (
         (",accuracy,", ",accuracy", "line 2"),
@@ -95,7 +95,7 @@ def test_a_result_that_no_table_could_give_back_is_refused(study, finished, chan
     (finished / "result.json").write_text(json.dumps({**result, **changes}))
     with pytest.raises(DataError, match=f"run {finished.name}.*result.json.*{message}"):
         run_study(study, jobs=1, say=silent, max_runs=0)
-    assert not Places(study.output).rows.exists()
+    assert not StudyFolder(study.output).rows.exists()
 
 
 @pytest.mark.parametrize("inputs", [None, [1]])
@@ -131,7 +131,7 @@ def test_a_lock_is_taken_of_nothing_but_itself(study, fake, tmp_path, name):
 def test_a_worker_takes_its_lock_of_nothing_but_itself(study, tmp_path, monkeypatch):
     monkeypatch.setattr("speft_kernels.finetune.run.finetune", lambda config, resume: None)
     run = study.search("films", "head")[0]
-    folder, other = Places(study.output).runs / run.id, tmp_path / "letter"
+    folder, other = StudyFolder(study.output).runs / run.id, tmp_path / "letter"
     other.write_text("mine")
     folder.mkdir(parents=True)
     (folder.parent / ".lock").symlink_to(other)
@@ -152,21 +152,21 @@ def test_a_file_system_without_locks_takes_a_study(study, fake, monkeypatch):
     said = []
     assert len(run_study(study, jobs=1, say=said.append, max_runs=1)) == len(said) == 1
     run = study.search("films", "head")[1]
-    execute(run.config(Places(study.output).runs / run.id, study.data), threads=1, slot=0)
+    execute(run.config(StudyFolder(study.output).runs / run.id, study.data), threads=1, slot=0)
     with alone(study.output):
         assert len(ran) == 1
 
 
 def test_a_table_that_is_a_pipe_is_not_waited_for(study, fake):
-    Places(study.output).root.mkdir()
-    os.mkfifo(Places(study.output).rows)
+    StudyFolder(study.output).root.mkdir()
+    os.mkfifo(StudyFolder(study.output).rows)
     with pytest.raises(DataError, match="runs.csv: not a file"):
         collect(study)
 
 
 def test_a_column_that_stands_twice_is_refused(study, fake):
     run_study(study, jobs=1, say=silent, max_runs=1)
-    path = Places(study.output).rows
+    path = StudyFolder(study.output).rows
     header, row = path.read_text().splitlines()
     path.write_text(f"{header},score\n{row},0.99\n")
     with pytest.raises(DataError, match="a second column 'score'"):
@@ -174,7 +174,7 @@ def test_a_column_that_stands_twice_is_refused(study, fake):
 
 
 def test_a_terminal_obeys_nothing_that_a_studys_folder_holds(study, study_file, fake, capsys):
-    places = Places(study.output)
+    places = StudyFolder(study.output)
     run_study(study, jobs=1, say=silent, max_runs=1)
     write_rows(places.rows, [replace(r, task="\x1b[2J") for r in read_rows(places.rows)])
     run = next(run for id, run in study.grid().items() if id not in collect(study))

@@ -20,7 +20,7 @@ from speft_kernels.finetune.run import finetune
 from speft_kernels.study import read_rows
 from speft_kernels.study import runner as runner_module
 from speft_kernels.study.config import read_study
-from speft_kernels.study.folder import Places
+from speft_kernels.study.folder import StudyFolder
 from speft_kernels.study.runner import run_study
 from speft_kernels.study.worker import Worker, execute
 
@@ -104,7 +104,7 @@ def test_runs_side_by_side_are_those_of_one_process(place, monkeypatch):
         result = finetune(config, display=Silent())
         assert (row.validation, row.score) == (result["after"], result["test"]["accuracy"])
         alone = losses(Path(config.output))
-        assert losses(Places(study.output).runs / row.id) == alone
+        assert losses(StudyFolder(study.output).runs / row.id) == alone
         assert len(alone) == row.steps > 0
         assert row.inputs == " ".join(
             f"{name}={digest_of(config, name)}" for name in ("train", "test", "model")
@@ -127,8 +127,9 @@ def test_runs_side_by_side_take_the_gpus_in_turn(place, monkeypatch, slot, devic
     monkeypatch.setattr(run_module, "finetune", stand_in)
     study = read_study(study_file(place, "{head: {method: head}}"))
     (run,) = study.search("films", "head")
-    Places(study.output).runs.mkdir(parents=True)
-    execute(run.config(Places(study.output).runs / run.id, study.data), threads=1, slot=slot)
+    runs = StudyFolder(study.output).runs
+    runs.mkdir(parents=True)
+    execute(run.config(runs / run.id, study.data), threads=1, slot=slot)
     assert found == [device]
 
 
@@ -143,8 +144,9 @@ def test_runs_side_by_side_take_the_gpus_in_turn(place, monkeypatch, slot, devic
 def test_a_process_says_whether_its_run_would_fail_again(place, settings, settled, reason):
     study = read_study(study_file(place, f"{{odd: {{{settings}}}}}"))
     (run,) = study.search("films", "odd")
-    Places(study.output).runs.mkdir(parents=True)
-    worker = Worker(run.config(Places(study.output).runs / run.id, study.data), threads=1, slot=0)
+    runs = StudyFolder(study.output).runs
+    runs.mkdir(parents=True)
+    worker = Worker(run.config(runs / run.id, study.data), threads=1, slot=0)
     failure = worker.failure()
     assert failure.settled == settled, failure
     assert reason in failure.reason
@@ -156,8 +158,9 @@ def test_a_reason_of_any_length_ends_the_run(place):
     (place / "long_score.py").write_text("raise ValueError('a' * 200_000)\n\nscore = None\n")
     study = read_study(study_file(place, "{odd: {salience: long_score:score}}"))
     (run,) = study.search("films", "odd")
-    Places(study.output).runs.mkdir(parents=True)
-    worker = Worker(run.config(Places(study.output).runs / run.id, study.data), threads=1, slot=0)
+    runs = StudyFolder(study.output).runs
+    runs.mkdir(parents=True)
+    worker = Worker(run.config(runs / run.id, study.data), threads=1, slot=0)
     ended = wait([worker.sentinel], 100)
     failure = worker.failure()
     assert ended == [worker.sentinel]
@@ -169,7 +172,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(place, 
     monkeypatch.setattr(run_module, "finetune", lambda config, resume: calls.append(resume))
     study = read_study(study_file(place, "{head: {method: head}}"))
     (run,) = study.search("films", "head")
-    folder = Places(study.output).runs / run.id
+    folder = StudyFolder(study.output).runs / run.id
     config = run.config(folder, study.data)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..files import new_output, writing
 from ..finetune.config import DEFAULT_MODEL, RunConfig
 from ..finetune.demo_data import DemoData, Docstring, collect
-from ..finetune.folder import Folder
+from ..finetune.folder import RunFolder
 
 SIDES = ("train", "eval", "test")
 SETTINGS: dict[str, Any] = {"model": DEFAULT_MODEL, "max_length": 64, "batch_size": 32}
@@ -93,7 +93,7 @@ def _write(root: Path, data: DemoData, overwrite: bool) -> None:
             raise ConfigError(f"output {root} is not a demo's folder, so it is not overwritten")
         check_nothing_else(root, ("data", *METHODS))
         check_nothing_else(root / "data", [f"{side}.jsonl" for side in SIDES])
-        for folder in [Folder(root / method) for method in METHODS]:
+        for folder in [RunFolder(root / method) for method in METHODS]:
             if folder.root.exists():
                 check_run_alone(folder)
         with writing(root):

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ConfigError, plain
 from ..files import path_of
 from ..finetune.config import RunConfig, check_alone, load_json
-from ..finetune.folder import Folder
+from ..finetune.folder import RunFolder
 from ..finetune.signals import Interrupted
 from .settings import add_settings, given_settings
 
@@ -87,4 +87,4 @@ def _stored_settings(settings: dict[str, Any]) -> dict[str, Any]:
     if "output" not in settings:
         raise ConfigError("--resume needs --output, the folder of the run to continue")
     folder = path_of("output", settings["output"])
-    return {**load_json(Folder(folder).config), **settings}
+    return {**load_json(RunFolder(folder).config), **settings}

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import AdapterError, ConfigError, SpeftError, plain
 from ..files import path_of
-from ..finetune.folder import PEFT_FILE, Folder, is_run
+from ..finetune.folder import PEFT_FILE, RunFolder, is_run
 
 _LIBRARIES = ("transformers", "accelerate", "datasets", "peft", "safetensors", "triton")
 
@@ -82,7 +82,7 @@ def describe_folder(folder: Path) -> str:
     """
     if is_run(folder):
         return _describe_run(folder)
-    for place in (folder, Folder(folder).adapter):
+    for place in (folder, RunFolder(folder).adapter):
         if (place / "adapter_config.json").is_file():
             return _describe_adapter(place)
     if not folder.is_dir():
@@ -97,7 +97,7 @@ def _describe_run(folder: Path) -> str:
     from ..finetune.config import RunConfig, without_choice
     from ..finetune.result import describe
 
-    places = Folder(folder)
+    places = RunFolder(folder)
     with _contents(places.config) as contents:
         config = RunConfig.from_dict(_settings(contents))
     lines = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..files import check_output, new_output
 from ..finetune.config import RunConfig
-from ..finetune.folder import Folder
+from ..finetune.folder import RunFolder
 from ..finetune.signals import Interrupted
 from .finetune import report_interruption
 from .settings import add_settings, given_settings
@@ -72,7 +72,7 @@ def _score(config: RunConfig) -> str:
         prepared = methods.prepare(model, config, inputs.targets, *scoring)
     assert prepared.report is not None
     with new_output(output) as draft:
-        save_adapter(model, Folder(draft).adapter, config=config.speft(), extra=inputs.about())
+        save_adapter(model, RunFolder(draft).adapter, config=config.speft(), extra=inputs.about())
         write_json(draft / "salience.json", prepared.report.to_dict())
     notes = "".join(f"{note}\n" for note in prepared.report.notes)
     seconds = prepared.report.seconds

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import plain
 from ..finetune.signals import Interrupted
-from ..study.folder import Places
+from ..study.folder import StudyFolder
 from .numbers import count
 
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from ..report.study_tables import markdown
 
     finished = collect(study)
-    print(f"\n{len(finished)} runs are in {Places(study.output).rows}")
+    print(f"\n{len(finished)} runs are in {StudyFolder(study.output).rows}")
     failed = settled(study, finished)
     print(_failed(study.output, failed), end="")
     if finished:
@@ -94,7 +94,7 @@ def _failed(folder: Path, failures: Mapping[str, str]) -> str:
         return ""
     return plain(
         f"{len(failures)} failed and would fail again; to try one again all the same, take it out "
-        f"of {Places(folder).failures}, or delete that file:\n{listed(failures)}\n"
+        f"of {StudyFolder(folder).failures}, or delete that file:\n{listed(failures)}\n"
     )
 
 

@@ -14,7 +14,7 @@ from ..targets import Targets, note_of_left_out
 from .config import ADAPTERS, RunConfig, usual_settings
 from .data import Examples, is_local, label_ids
 from .display import Display
-from .folder import Folder
+from .folder import RunFolder
 from .inputs import SPLITS, Sources, load_model, read_source, read_sources, with_model
 from .loop import check_moves, steps_of
 from .mask import Mask, rated, read_mask
@@ -39,7 +39,7 @@ def dry_run(config: RunConfig, *, overwrite: bool = False, display: Display | No
     if not config.validation:
         config.require("eval")
     config = config.located()
-    folder = Folder(Path(config.output))
+    folder = RunFolder(Path(config.output))
     check_free(folder, overwrite)
     check_apart(folder, config)
     start_accelerator(config.dtype)

@@ -9,7 +9,7 @@ PEFT_FILE = "adapter_model.safetensors"  # beside an `adapter_config.json` of PE
 
 
 @dataclass(frozen=True)
-class Folder:
+class RunFolder:
     """The places in a run's folder."""
 
     root: Path
@@ -51,5 +51,5 @@ class Folder:
 
 def is_run(root: Path) -> bool:
     """Whether a run was begun here; a model's folder has a `config.json`, too."""
-    folder = Folder(root)
+    folder = RunFolder(root)
     return any(path.exists() for path in (folder.metrics, folder.result, folder.checkpoint))

@@ -30,7 +30,7 @@ from .checkpoint import (
 )
 from .config import PATHS, RunConfig
 from .display import Display
-from .folder import Folder
+from .folder import RunFolder
 from .inputs import Inputs
 from .mask import recipe_of
 from .methods import Prepared, parameter_groups, patterns_of, save_trained
@@ -75,7 +75,7 @@ class Loop:
         inputs: Inputs,
         prepared: Prepared,
         accelerator: Accelerator,
-        folder: Folder,
+        folder: RunFolder,
         display: Display,
         stop: StopSignals,
     ) -> None:

@@ -19,7 +19,7 @@ from ..pattern import SparsePattern
 from ..recipe import is_drawn
 from ..targets import Targets, check_layers, find_dense_modules, refuse_dense
 from .config import RunConfig
-from .folder import Folder
+from .folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Mask:
 def folder_of(mask: str) -> Path:
     """The adapter that is `mask`, or that lies in it as in what `speft salience` writes."""
     folder = path_of("mask", mask)
-    inner = Folder(folder).adapter
+    inner = RunFolder(folder).adapter
     return inner if inner.is_dir() and not (folder / CONFIG_FILE).exists() else folder
 
 

@@ -23,7 +23,7 @@ from . import methods
 from .checkpoint import Progress, read_checkpoint, undamaged
 from .config import RunConfig, load_json
 from .display import Display
-from .folder import Folder
+from .folder import RunFolder
 from .inputs import Inputs, read_inputs
 from .loop import Loop, check_finite, check_moves, evaluate
 from .mask import places_of
@@ -60,7 +60,7 @@ def finetune(
     if not config.validation:
         config.require("eval")
     config = config.located()
-    folder = Folder(Path(config.output))
+    folder = RunFolder(Path(config.output))
     if resume:
         check_resumable(folder, config)
     else:
@@ -102,7 +102,7 @@ def finetune(
 def _fresh(
     inputs: Inputs,
     accelerator: Accelerator,
-    folder: Folder,
+    folder: RunFolder,
     display: Display,
     stop: StopSignals,
     replaces: bool,
@@ -147,7 +147,7 @@ def _fresh(
 def _resumed(
     inputs: Inputs,
     accelerator: Accelerator,
-    folder: Folder,
+    folder: RunFolder,
     display: Display,
     stop: StopSignals,
 ) -> Loop:
@@ -195,7 +195,7 @@ def start_accelerator(dtype: str) -> Accelerator:
     return accelerator
 
 
-def check_free(folder: Folder, overwrite: bool) -> None:
+def check_free(folder: RunFolder, overwrite: bool) -> None:
     """Raises ConfigError when the folder exists and is not an earlier run that may be replaced."""
     root = folder.root
     if root.exists():
@@ -204,7 +204,7 @@ def check_free(folder: Folder, overwrite: bool) -> None:
                 f"output {root} exists already; choose another --output, or continue the run in it "
                 "with --resume, or replace it with --overwrite"
             )
-        if not _is_run(folder):
+        if not _has_settings(folder):
             raise ConfigError(
                 f"output {root} is not a run of this command, so --overwrite does not delete it; "
                 "choose another --output"
@@ -216,7 +216,7 @@ def check_free(folder: Folder, overwrite: bool) -> None:
         raise ConfigError(f"output {root} cannot be created: {error.strerror}") from error
 
 
-def check_run_alone(folder: Folder) -> None:
+def check_run_alone(folder: RunFolder) -> None:
     """Raises ConfigError when a run's folder holds what the run has not written."""
     check_nothing_else(folder.root, folder.names)
     if folder.adapter.is_dir():
@@ -236,7 +236,7 @@ def check_nothing_else(root: Path, names: Collection[str], flag: str = "--overwr
         )
 
 
-def check_apart(folder: Folder, config: RunConfig) -> None:
+def check_apart(folder: RunFolder, config: RunConfig) -> None:
     """Raises ConfigError when the run's data, model or mask lie in the folder it replaces."""
     root = os.path.realpath(folder.root)
     for name in ("train", "eval", "test", "model", "mask"):
@@ -248,7 +248,7 @@ def check_apart(folder: Folder, config: RunConfig) -> None:
             raise ConfigError(f"{name} {value} lies in the output {folder.root}; choose another")
 
 
-def check_resumable(folder: Folder, config: RunConfig) -> None:
+def check_resumable(folder: RunFolder, config: RunConfig) -> None:
     """Raises ConfigError unless the folder holds an unfinished run with the same settings."""
     load_json(folder.config)  # without it there is no run at all
     if folder.result.exists():
@@ -265,7 +265,7 @@ def check_resumable(folder: Folder, config: RunConfig) -> None:
     check_same(folder, config, left_out)
 
 
-def check_places(folder: Folder) -> None:
+def check_places(folder: RunFolder) -> None:
     """Raises ConfigError where a run that goes on would write elsewhere, or over what it has not
     written: a folder that comes from somebody else may hold links.
     """
@@ -281,7 +281,7 @@ def check_places(folder: Folder) -> None:
         check_nothing_else(folder.adapter, methods.files_of(folder.adapter), "--resume")
 
 
-def check_same(folder: Folder, config: RunConfig, left_out: Collection[str] = ()) -> None:
+def check_same(folder: RunFolder, config: RunConfig, left_out: Collection[str] = ()) -> None:
     """Raises ConfigError where the run in the folder has another value of some other setting."""
     own, stored = config.to_dict(), RunConfig.from_dict(load_json(folder.config)).to_dict()
     del stored["output"]
@@ -295,7 +295,7 @@ def check_same(folder: Folder, config: RunConfig, left_out: Collection[str] = ()
             )
 
 
-def _is_run(folder: Folder) -> bool:
+def _has_settings(folder: RunFolder) -> bool:
     try:
         load_json(folder.config)
     except ConfigError:

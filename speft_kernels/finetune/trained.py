@@ -18,7 +18,7 @@ from ..files import read_json
 from ..model import desparsify, sparse_layers
 from . import baselines
 from .config import TASKS
-from .folder import PEFT_FILE, Folder, is_run
+from .folder import PEFT_FILE, RunFolder, is_run
 from .methods import ABOUT
 from .models import load_causal_lm, load_classifier, load_tokenizer
 from .tasks import CausalLM, Classification, Task, positive_label
@@ -101,13 +101,13 @@ def trained_folder(folder: Path) -> Path:
     """
     if not is_run(folder):
         return folder
-    if not Folder(folder).adapter.is_dir():
+    if not RunFolder(folder).adapter.is_dir():
         output = shlex.quote(str(folder))
         raise AdapterError(
             f"{folder} is a run that is not finished: go on with speft finetune --resume "
             f"--output {output}"
         )
-    return Folder(folder).adapter
+    return RunFolder(folder).adapter
 
 
 def about_of(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError, DataError
 from ..files import read_text
-from ..finetune.folder import Folder
+from ..finetune.folder import RunFolder
 from ..study.config import Run
 from ..study.rows import Row, read_rows
 from .masks import Masks, read_masks
@@ -138,10 +138,10 @@ class RunFiles:
     absent: list[str] = field(default_factory=list)
 
     def metrics(self, row: Row) -> Metrics:
-        return self._read(row, lambda run: read_metrics(Folder(run).metrics), Metrics([], []))
+        return self._read(row, lambda run: read_metrics(RunFolder(run).metrics), Metrics([], []))
 
     def masks(self, row: Row) -> Masks:
-        return self._read(row, lambda run: read_masks(Folder(run).adapter), {})
+        return self._read(row, lambda run: read_masks(RunFolder(run).adapter), {})
 
     def _read(self, row: Row, read: Any, nothing: _T) -> _T:
         try:

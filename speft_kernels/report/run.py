@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..files import read_json
 from ..finetune.config import usual_settings, without_choice
-from ..finetune.folder import Folder
+from ..finetune.folder import RunFolder
 from . import cells, figures
 from .folder import Metrics, read_metrics
 from .masks import Masks, grid_of, read_masks
@@ -24,7 +24,7 @@ def run_page(folder: Path) -> str:
         ConfigError: a file of the run is missing or damaged.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    places = Folder(folder)
+    places = RunFolder(folder)
     config = read_json(places.config)
     finished = places.result.exists()
     result = read_json(places.result) if finished else {}
@@ -54,7 +54,7 @@ def _lead(settings: dict[str, Any], finished: bool, metrics: Metrics, folder: Pa
     if finished:
         return text
     last = metrics.steps[-1]["step"] if metrics.steps else 0
-    resumable = Folder(folder).checkpoint.is_dir()
+    resumable = RunFolder(folder).checkpoint.is_dir()
     more = "; it holds a checkpoint, from which --resume goes on" if resumable else ""
     return Html(text + notices([f"This run is not finished: {last} steps are recorded{more}."]))
 
@@ -169,7 +169,7 @@ def _evaluation_figure(found: list[dict[str, Any]], names: list[str]) -> Html:
 
 def _mask(masks: Masks, folder: Path, merged: bool) -> Html:
     if not masks:
-        there = Folder(folder).adapter.is_dir()
+        there = RunFolder(folder).adapter.is_dir()
         text = "The run's adapter is no sparse one." if there else "There is no adapter (yet)."
         return section("Where the mask lies", paragraph(text))
     count = sum(pattern.nnz for pattern in masks.values())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json
-from ..study.folder import Places
+from ..study.folder import StudyFolder
 from ..study.rows import Row
 from . import figures
 from .aggregate import Summary, density_groups, summarise
@@ -30,7 +30,7 @@ def study_page(folder: Path) -> str:
         ConfigError: `study.json` is missing, or it, `runs.csv` or `failures.json` is damaged.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    places = Places(folder)
+    places = StudyFolder(folder)
     study = read_json(places.study)
     rows = read_runs(places.rows)
     failures = read_json(places.failures) if places.failures.exists() else {}
@@ -90,7 +90,7 @@ def _mixed(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _unfinished(places: Places, rows: Sequence[Row], failures: Mapping[str, Any]) -> Html:
+def _unfinished(places: StudyFolder, rows: Sequence[Row], failures: Mapping[str, Any]) -> Html:
     """The runs that failed and are not tried again, and those with a folder and no row yet."""
     lines = [f"run {id} failed: {why}" for id, why in failures.items()]
     try:

@@ -19,7 +19,7 @@ from ..files import path_of
 from ..finetune.config import FIELDS, RunConfig
 from ..finetune.options import as_kind
 from ..finetune.yaml_file import one_name_each, read_yaml
-from .folder import Places
+from .folder import StudyFolder
 
 _KEYS = {
     "name": "the study's name",
@@ -165,7 +165,7 @@ def read_study(path: Path, *, output: str | None = None, data: str | None = None
     try:
         study = _study(loaded, output, data)
         for run in study.grid().values():
-            config = run.config(Places(study.output).runs / run.id, study.data)
+            config = run.config(StudyFolder(study.output).runs / run.id, study.data)
             if not config.validation and not config.eval:
                 raise ConfigError(f"run {run.id}: validation (or eval) is missing")
             if not config.test:

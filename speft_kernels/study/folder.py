@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Places:
+class StudyFolder:
     """The places in a study's folder."""
 
     root: Path
@@ -34,5 +34,5 @@ class Places:
 
 
 def is_study(root: Path) -> bool:
-    places = Places(root)
+    places = StudyFolder(root)
     return places.study.exists() or places.rows.exists()

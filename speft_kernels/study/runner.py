@@ -13,10 +13,10 @@ import torch
 
 from ..errors import ConfigError, DataError, SpeftError
 from ..files import lock, lock_file, read_json, write_json
-from ..finetune.folder import Folder
+from ..finetune.folder import RunFolder
 from ..finetune.signals import Interrupted, StopSignals
 from .config import PATHS, Run, Study
-from .folder import Places
+from .folder import StudyFolder
 from .inputs import changed_inputs, changed_settings
 from .rows import Row, read_rows, write_rows
 from .schedule import due
@@ -55,7 +55,7 @@ def run_study(
             longer those of the rows; nothing was run.
         Interrupted: on Ctrl-C or SIGTERM, after the runs in progress have left checkpoints.
     """
-    places = Places(study.output)
+    places = StudyFolder(study.output)
     try:
         places.runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,7 +101,7 @@ def settled(study: Study, finished: Mapping[str, Row]) -> dict[str, str]:
     Runs that the study no longer asks for are kept in the file and left out here.
     """
     grid = study.grid()
-    noted = _noted(Places(study.output).failures)
+    noted = _noted(StudyFolder(study.output).failures)
     return {id: reason for id, reason in noted.items() if id in grid and id not in finished}
 
 
@@ -115,19 +115,19 @@ def collect(study: Study) -> dict[str, Row]:
 
     Rows of runs that the study no longer asks for are left out.
     """
-    places = Places(study.output)
+    places = StudyFolder(study.output)
     stored = {row.id: row for row in read_rows(places.rows)}
     known = study.grid()
     for id, run in known.items():
         folder = places.runs / id
-        if id not in stored and Folder(folder).result.exists():
+        if id not in stored and RunFolder(folder).result.exists():
             stored[id] = _row(run, folder)
     return {id: row for id, row in stored.items() if id in known}
 
 
 def _run_due(
     study: Study,
-    places: Places,
+    places: StudyFolder,
     finished: dict[str, Row],
     failures: dict[str, Failure],
     jobs: int,
@@ -179,7 +179,7 @@ def _run_due(
 
 
 @contextlib.contextmanager
-def _alone(places: Places, say: Callable[[str], object]) -> Iterator[None]:
+def _alone(places: StudyFolder, say: Callable[[str], object]) -> Iterator[None]:
     """Waits for the runs that a killed study left, which end as soon as they notice.
 
     Raises StudyError if another process runs the study in this folder.
@@ -206,8 +206,8 @@ def _lock_file(path: Path) -> BinaryIO:
 
 def _row(run: Run, folder: Path) -> Row:
     try:
-        result = read_json(Folder(folder).result)
-        settings = read_json(Folder(folder).config)["settings"]
+        result = read_json(RunFolder(folder).result)
+        settings = read_json(RunFolder(folder).config)["settings"]
         # Where the run and its data lay says nothing of it; the rest is needed to repeat it.
         del settings["output"]
         settings.update({key: run.settings.get(key) for key in (*PATHS, "mask")})
@@ -218,7 +218,7 @@ def _row(run: Run, folder: Path) -> Row:
     return Row.of(run.id, run.task, run.name, result, settings)
 
 
-def _add_rows(places: Places, new: Iterable[Row]) -> None:
+def _add_rows(places: StudyFolder, new: Iterable[Row]) -> None:
     rows = {row.id: row for row in [*read_rows(places.rows), *new]}
     write_rows(places.rows, rows.values())
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ..errors import SalienceError, SpeftError
 from ..files import lock, lock_file
 from ..finetune.config import RunConfig
-from ..finetune.folder import Folder
+from ..finetune.folder import RunFolder
 
 
 class Failure(NamedTuple):
@@ -104,7 +104,7 @@ def execute(config: RunConfig, *, threads: int, slot: int) -> None:
     folder = Path(config.output)
     with lock_file(run_lock(folder.parent)) as file:
         lock(file, shared=True, wait=True)
-        resume = Folder(folder).state.exists()
+        resume = RunFolder(folder).state.exists()
         if folder.exists() and not resume:
             shutil.rmtree(folder)  # it stopped before its first checkpoint
         finetune(config, resume=resume)
