@@ -161,7 +161,7 @@ def density_groups(densities: Iterable[float]) -> dict[float, float]:
 
 
 def compare_rates(
-    found: dict[Rate, dict[int, Row]], out: Collection[Rate] = (), *, higher: bool
+    found: dict[Rate, dict[int, Row]], out: Collection[Rate], *, higher: bool
 ) -> tuple[RateResult, ...]:
     """The rates of one method and task, in ascending order, at most one of them chosen.
 

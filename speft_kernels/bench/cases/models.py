@@ -52,13 +52,13 @@ GPT2: dict[str, Any] = {
 }
 
 
-def setup_mixture(density: float = DENSITY) -> Case:
+def setup_mixture() -> Case:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MIXTURE)).eval()
     batches = _batches(MIXTURE["vocab_size"])
-    patterns = _patterns(_split(copy.deepcopy(model)), batches, density)
+    patterns = _patterns(_split(copy.deepcopy(model)), batches)
     prepares: dict[str, Prepare] = {
         OURS: lambda model: _sparse(_split(model), patterns),
         FLOOR: _frozen,
@@ -68,14 +68,14 @@ def setup_mixture(density: float = DENSITY) -> Case:
     return _case(name, model, batches, prepares, _split, patterns, MIXTURE_GOALS)
 
 
-def setup_gpt2(density: float = DENSITY) -> Case:
+def setup_gpt2() -> Case:
     """GPT-2, whose `Conv1D`s hold transposed weights, which are laid out anew to train sparsely."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**GPT2)).eval()
     batches = _batches(GPT2["vocab_size"])
-    patterns = _patterns(copy.deepcopy(model), batches, density)
+    patterns = _patterns(copy.deepcopy(model), batches)
     prepares: dict[str, Prepare] = {
         OURS: lambda model: _sparse(model, patterns),
         FLOOR: _frozen,
@@ -135,11 +135,9 @@ def _batches(vocabulary: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": tokens, "labels": tokens} for tokens in drawn]
 
 
-def _patterns(
-    model: nn.Module, batches: list[dict[str, torch.Tensor]], density: float
-) -> dict[str, SparsePattern]:
+def _patterns(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> dict[str, SparsePattern]:
     """The gradient's masks of all linear layers."""
-    config = SpeftConfig(density=density, salience="gradient", selection="top", modules_to_train=[])
+    config = SpeftConfig(density=DENSITY, salience="gradient", selection="top", modules_to_train=[])
     patterns, _ = score_and_select(model, config, batches[:1])
     return patterns
 

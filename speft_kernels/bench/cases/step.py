@@ -8,7 +8,8 @@ gradient goes through all layers, on every side.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -44,19 +45,22 @@ SAVED_GOAL = 0.30
 COMPILED_GOAL, COMPILED_SAVED_GOAL = 1.06, 1.05
 
 
-def setup(density: float = DENSITY) -> Case:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of the peers' libraries about each other."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the peers' libraries about each other
-        return _setup(density)
+        warnings.simplefilter("ignore")
+        yield
 
 
-def _setup(density: float) -> Case:
+@_quiet()
+def setup() -> Case:
     torch.manual_seed(0)
     text = masks.text()
     chosen = {
-        LAYER: masks.real_masks(density, "layer"),
-        GLOBAL: masks.real_masks(density, "global"),
-        DRAWN: masks.real_masks(density, "layer", "snip", "sample"),
+        LAYER: masks.real_masks(DENSITY, "layer"),
+        GLOBAL: masks.real_masks(DENSITY, "global"),
+        DRAWN: masks.real_masks(DENSITY, "layer", "snip", "sample"),
     }
     per_layer = chosen[LAYER]
     prepares = {
@@ -102,21 +106,16 @@ def _setup(density: float) -> Case:
                 trainer.entries - head,
             )
         )
-    name = f"{masks.MODEL}, {masks.BATCH} x {masks.LENGTH} tokens, masks {density:.1%}"
+    name = f"{masks.MODEL}, {masks.BATCH} x {masks.LENGTH} tokens, masks {DENSITY:.1%}"
     return Case("step", f"{name} ({text.source})", sides, check, rounds=12, calls=2)
 
 
-def setup_compiled(density: float = DENSITY) -> Case:
+@_quiet()
+def setup_compiled() -> Case:
     """The step with the model's forward and backward pass compiled by Inductor, on every side."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _setup_compiled(density)
-
-
-def _setup_compiled(density: float) -> Case:
     torch.manual_seed(0)
     text = masks.text()
-    patterns = masks.real_masks(density, "layer")
+    patterns = masks.real_masks(DENSITY, "layer")
     lora = {n: p for n, p in peft_methods(patterns).items() if n.startswith("PEFT LoRA")}
     prepares = {LAYER: speft(patterns), FLOOR: frozen, **lora}
     trainers = {n: Trainer(text.model, compiled(p), text.steps) for n, p in prepares.items()}
@@ -141,7 +140,7 @@ def _setup_compiled(density: float) -> Case:
         )
         for name, trainer in trainers.items()
     ]
-    name = f"{masks.MODEL}, {masks.BATCH} x {masks.LENGTH} tokens, masks {density:.1%}, compiled"
+    name = f"{masks.MODEL}, {masks.BATCH} x {masks.LENGTH} tokens, masks {DENSITY:.1%}, compiled"
     return Case("step", f"{name} ({text.source})", sides, check, rounds=12, calls=2)
 
 
