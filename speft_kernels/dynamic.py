@@ -188,9 +188,8 @@ class MovingMask:
         refuse_hooks(layers)
         trained = {name: Delta.of(layer) for name, layer in layers.items()}
         touched = {name: delta.joined(self._left[name]) for name, delta in trained.items()}
-        weights, held = _held(model, touched)
         # Before anything is changed: the model may have been cast since.
-        ops.check_deltas(weights, [x.pattern for x in held], [x.base_values for x in held], None)
+        ops.check_deltas(*_operands(model, touched))
         families = [(layer, layer.family) for layer in layers.values()]
         plain = to_linears(layers.values(), keep_delta=True)  # W = W0 + everything touched
         with ExitStack() as undo:
@@ -454,25 +453,23 @@ def _nothing(layer: SparseDeltaLinear) -> Delta:
 
 def _put(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
     """Write base and values of the deltas into the model's weights, all at once."""
-    weights, held = _held(model, deltas)
-    patterns, base = [x.pattern for x in held], [x.base_values for x in held]
-    ops.write_deltas(weights, patterns, base, [x.values for x in held])
+    ops.write_deltas(*_operands(model, deltas))
 
 
 def _erase(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
     """Write the base of the deltas into the model's weights, all at once."""
-    weights, held = _held(model, deltas)
-    patterns, base = [x.pattern for x in held], [x.base_values for x in held]
-    ops.write_deltas(weights, patterns, base, None)
+    weights, patterns, base_values, _ = _operands(model, deltas)
+    ops.write_deltas(weights, patterns, base_values, None)
 
 
-def _held(model: nn.Module, deltas: Mapping[str, Delta]) -> tuple[list[Tensor], list[Delta]]:
-    """The weights that hold an entry of a delta, and their deltas."""
+def _operands(
+    model: nn.Module, deltas: Mapping[str, Delta]
+) -> tuple[list[Any], list[SparsePattern], list[Tensor], list[Tensor]]:
+    """What `ops.write_deltas` takes, of the weights that hold an entry of a delta."""
     held = {name: delta for name, delta in deltas.items() if not delta.pattern.is_empty}
-    return [_weight(model, name) for name in held], list(held.values())
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = unwrapped(model).get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+    return (
+        [unwrapped(model).get_submodule(name).weight for name in held],
+        [delta.pattern for delta in held.values()],
+        [delta.base_values for delta in held.values()],
+        [delta.values for delta in held.values()],
+    )
