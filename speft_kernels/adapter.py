@@ -38,7 +38,7 @@ from .conv1d import is_conv1d, is_plain_linear, linear_shape
 from .errors import AdapterError, ConfigError, nearest, shown
 from .family import refuse_sharded, set_modes, to_linears
 from .files import writing
-from .install import conv1d_for_linear, install, is_sparse, state_of, swap_modules
+from .install import conv1d_for_linear, install, is_sparse, sparse_state, swap_modules
 from .model import refuse_delta_in_shared
 from .nn import SparseDeltaLinear
 from .overview import sparse_layers, unwrapped
@@ -315,7 +315,7 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(tensor, Tensor) and (_is_bias(name, sparse) or not is_below(name, sparse))
     }
     owners = {name.rpartition(".")[0] for name, tensor in stored.items() if tensor.requires_grad}
-    named = set(state_of(model).dense_tensors)
+    named = set(sparse_state(model).dense_tensors)
     dense: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in stored.items():

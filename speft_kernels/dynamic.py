@@ -154,7 +154,7 @@ class MovingMask:
         self._left = {name: _nothing(layer) for name, layer in layers.items()}
 
     @property
-    def entries(self) -> int:
+    def left_behind(self) -> int:
         """Trained scalars that stay behind in the weights without training any more."""
         return sum(delta.pattern.nnz for delta in self._left.values())
 

@@ -34,7 +34,7 @@ class SparseState:
     switched_off: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
 
-def state_of(model: nn.Module) -> SparseState:
+def sparse_state(model: nn.Module) -> SparseState:
     """Return what `model` remembers; an empty state where it was not made sparse here."""
     state: SparseState = vars(model).get(_STATE, SparseState())
     return state
@@ -98,7 +98,7 @@ def install(
         undo.callback(setattr, module, attribute, value)
         setattr(module, attribute, False)
     # Layers that replace sparse ones find the fused paths above them switched off already.
-    state = SparseState(dense_tensors, [*state_of(model).switched_off, *fused])
+    state = SparseState(dense_tensors, [*sparse_state(model).switched_off, *fused])
     undo.callback(_restore_state, model, vars(model).get(_STATE))
     setattr(model, _STATE, state)
 
@@ -208,6 +208,6 @@ def _fused_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
 def forget(model: nn.Module) -> None:
     """Switch the fused paths on again and drop the state of a model without sparse layers."""
-    for module, attribute, value in state_of(model).switched_off:
+    for module, attribute, value in sparse_state(model).switched_off:
         setattr(module, attribute, value)
     vars(model).pop(_STATE, None)

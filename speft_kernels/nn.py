@@ -95,7 +95,7 @@ class SparseDeltaLinear(nn.Module):
         # For the package's own use, as is what `family` asks of a layer.
         self.family: family.Family | None = None
         self.sink: Sink | None = None
-        self.number = stepping.watch(self)
+        self.number = stepping.register(self)
 
     def _keep_of_input(self) -> None:
         """Settle what the backward pass keeps of the input, anew for each pattern."""

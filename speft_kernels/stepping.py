@@ -21,7 +21,7 @@ _layers: weakref.WeakValueDictionary[int, SparseDeltaLinear] = weakref.WeakValue
 _numbers = itertools.count()
 
 
-def watch(layer: SparseDeltaLinear) -> int:
+def register(layer: SparseDeltaLinear) -> int:
     """Take part, for this layer, in every step of every optimizer, as long as it lives; return the
     layer's number.
     """

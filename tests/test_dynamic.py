@@ -54,7 +54,7 @@ def test_the_adapter_loads_into_the_trained_model_itself(tmp_path):
     training.move()
     training.steps()
     training.move(seed=5)
-    assert training.mask.entries > 0
+    assert training.mask.left_behind > 0
     training.mask.release(training.model)
     load_adapter(training.model, tmp_path / "best")
     for name, weight in training.weights().items():
@@ -242,7 +242,7 @@ def test_what_was_left_behind_comes_back_from_its_state():
     training.steps()
     training.move()
     training.steps()
-    assert training.mask.entries > 0
+    assert training.mask.left_behind > 0
     expected, state = training.weights(), training.mask.state_dict()
     values = {n: x.values.detach().clone() for n, x in sparse_layers(training.model).items()}
     model = copy.deepcopy(training.base)
@@ -272,7 +272,7 @@ def test_a_state_of_another_model_changes_nothing():
     state[second].update({key: state[second][key][:0] for key in ("indices", "values")})
     with pytest.raises(ValueError, match=f"{second!r} has another shape"):
         training.mask.load_state_dict(training.model, state)
-    assert training.mask.entries == 0
+    assert training.mask.left_behind == 0
     training.mask.release(training.model)
     for name, weight in training.weights().items():
         assert torch.equal(weight, before[name]), name
@@ -318,7 +318,7 @@ def test_the_adapter_holds_every_entry_with_a_delta_once(tmp_path):
     training.mask.save(training.model, tmp_path / "adapter")
     stored = read_adapter(tmp_path / "adapter")
     trained = sum(p.nnz for p in training.patterns().values())
-    assert sum(x.pattern.nnz for x in stored.layers.values()) == trained + training.mask.entries
+    assert sum(x.pattern.nnz for x in stored.layers.values()) == trained + training.mask.left_behind
 
 
 def boom(model, batch):
@@ -403,7 +403,7 @@ def test_what_an_update_would_lose_is_refused():
     with pytest.raises(ConfigError, match="'first' cannot be replaced: it has hooks"):
         training.mask.update(training.model, batches, pair_loss, progress=0.5)
     handle.remove()
-    assert training.mask.entries > 0  # of which the base is known in the weights' dtype alone
+    assert training.mask.left_behind > 0  # of which the base is known in the weights' dtype alone
     training.model.double()
     with pytest.raises(TypeError, match="base_values and weight must have one dtype"):
         training.mask.update(training.model, batches, pair_loss, progress=0.5)

@@ -18,7 +18,7 @@ from kernels import (
 )
 
 from speft_kernels import QuantizedWeight, SparsePattern, ops, quantized
-from speft_kernels.ops.sparse_delta_matmul import Delta, delta_arguments
+from speft_kernels.ops.sparse_delta_matmul import CompiledDelta, delta_arguments
 from speft_kernels.plan import plan_of
 from speft_kernels.quantized import PIECE_BYTES
 
@@ -277,7 +277,7 @@ def test_torch_widens_a_piece_at_a_time(memory_high_water):
     pattern = SparsePattern((4096, 4096), torch.arange(0, 4096 * 4096, 997))
     packed = QuantizedWeight(torch.ones(4096, 4096, dtype=torch.int8), torch.rand(4096, 1))
     plan, x = plan_of(pattern), torch.randn(8, 4096)
-    delta = Delta(torch.randn(pattern.nnz), plan.csr, *plan.csc)
+    delta = CompiledDelta(torch.randn(pattern.nnz), plan.csr, *plan.csc)
     serve = implementation(OP, "torch")
     # A piece, its integers as float32, and the torch backend's own panels of D, 4 MB; W is 64 MiB
     # in float32.

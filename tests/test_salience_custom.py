@@ -69,7 +69,7 @@ def test_a_callable_may_write_into_what_it_is_given() -> None:
 def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """The named score of `examples/own_salience.py`, found as a command finds it."""
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
-    return lambda name: custom.resolve(f"examples.own_salience:{name}")
+    return lambda name: custom.import_score(f"examples.own_salience:{name}")
 
 
 def test_the_examples_levelled_score_gives_shares_between_the_scopes(
@@ -197,13 +197,11 @@ def test_a_module_in_the_working_folder(
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     searched = list(sys.path)
     if message is None:
-        assert custom.resolve("working_score:score")(torch.ones(2), -torch.ones(2)).tolist() == [
-            1,
-            1,
-        ]
+        score = custom.import_score("working_score:score")
+        assert score(torch.ones(2), -torch.ones(2)).tolist() == [1, 1]
     else:
         with pytest.raises(ConfigError, match=message):
-            custom.resolve("broken_score:score")
+            custom.import_score("broken_score:score")
     assert sys.path == searched
 
 

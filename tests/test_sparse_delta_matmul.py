@@ -20,7 +20,7 @@ from kernels import (
 
 from speft_kernels import SparsePattern, ops
 from speft_kernels.bench.checks import rounding_bound
-from speft_kernels.ops.sparse_delta_matmul import Delta, delta_arguments
+from speft_kernels.ops.sparse_delta_matmul import CompiledDelta, delta_arguments
 from speft_kernels.ops.ways import cuda_ways
 from speft_kernels.plan import plan_of
 from speft_kernels.quantized import QuantizedWeight
@@ -255,7 +255,7 @@ def new_tensors(backend, tokens, pattern, dtype=torch.float32):
             return result
 
     o, plan = operands(tokens, pattern, dtype), plan_of(pattern)
-    delta = Delta(o["values"], plan.csr, *plan.csc, plan.tiles)
+    delta = CompiledDelta(o["values"], plan.csr, *plan.csc, plan.tiles)
     with Sizes() as seen:
         implementation(OP, backend, dtype)(
             o["x"], o["weight"], delta, o["bias"], pattern.shape[0], False

@@ -230,7 +230,7 @@ def _past_the_dispatcher(flat: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-class Delta(NamedTuple):
+class CompiledDelta(NamedTuple):
     """D, as an implementation reads it."""
 
     values: Tensor  # [nnz], sorted by (row, column)
@@ -243,10 +243,12 @@ class Delta(NamedTuple):
         return self.values.index_select(0, self.order)
 
 
-def delta_of(values: Tensor, csr: list[Tensor], csc: list[Tensor], tiles: list[Tensor]) -> Delta:
+def delta_of(
+    values: Tensor, csr: list[Tensor], csc: list[Tensor], tiles: list[Tensor]
+) -> CompiledDelta:
     """The delta of index tensors as `delta_arguments` lists them."""
     by_tile = Tiles(*tiles) if tiles else None
-    return Delta(values, CompactIndices(*csr), CompactIndices(*csc[:-1]), csc[-1], by_tile)
+    return CompiledDelta(values, CompactIndices(*csr), CompactIndices(*csc[:-1]), csc[-1], by_tile)
 
 
 Base = Tensor | QuantizedWeight | None
@@ -254,7 +256,7 @@ Base = Tensor | QuantizedWeight | None
 # An implementation is called with x [M, K]; W [N, K], a QuantizedWeight, or None for the product
 # with D alone; the delta; b or None; the features of the result; and whether it is the twin, with x
 # [M, N]. It returns the product.
-Serve = Callable[[Tensor, Base, Delta, Tensor | None, int, bool], Tensor]
+Serve = Callable[[Tensor, Base, CompiledDelta, Tensor | None, int, bool], Tensor]
 
 
 def _beside_torchs_product(
@@ -264,7 +266,12 @@ def _beside_torchs_product(
 
     @wraps(add)
     def serve(
-        x: Tensor, base: Base, delta: Delta, bias: Tensor | None, out_features: int, twin: bool
+        x: Tensor,
+        base: Base,
+        delta: CompiledDelta,
+        bias: Tensor | None,
+        out_features: int,
+        twin: bool,
     ) -> Tensor:
         if base is None:
             y = x.new_zeros(x.shape[0], out_features)
@@ -294,7 +301,7 @@ _of_few_tokens = _beside_torchs_product(add_delta)
 
 @registry.implement("sparse_delta_matmul", "torch")
 def _torch(
-    x: Tensor, base: Base, delta: Delta, bias: Tensor | None, out_features: int, twin: bool
+    x: Tensor, base: Base, delta: CompiledDelta, bias: Tensor | None, out_features: int, twin: bool
 ) -> Tensor:
     if x.shape[0] <= TORCH_FEW_TOKENS:
         return _of_few_tokens(x, base, delta, bias, out_features, twin)
@@ -320,7 +327,7 @@ def _cpu(y: Tensor, x: Tensor, values: Tensor, sparse: CompactIndices) -> None:
 def in_triton(
     x: Tensor,
     base: Base,
-    delta: Delta,
+    delta: CompiledDelta,
     bias: Tensor | None,
     out_features: int,
     twin: bool,
@@ -344,7 +351,7 @@ def in_cuda(
     backend: str,
     x: Tensor,
     base: Base,
-    delta: Delta,
+    delta: CompiledDelta,
     bias: Tensor | None,
     out_features: int,
     twin: bool,

@@ -71,7 +71,7 @@ def write_deltas(
     """
     calls = _calls(weights, patterns, base_values, values)
     if len(calls) > 1:  # a single call refuses its backend itself
-        _resolve(calls, weights, backend)
+        _check_backend(calls, weights, backend)
     for chosen in calls:
         taken = [] if values is None else [values[i] for i in chosen]
         torch.ops.speft.write_delta(
@@ -92,7 +92,7 @@ def check_deltas(
     backend: str | None = None,
 ) -> None:
     """Raise what `write_deltas` would refuse with; nothing is written."""
-    _resolve(_calls(weights, patterns, base_values, values), weights, backend)
+    _check_backend(_calls(weights, patterns, base_values, values), weights, backend)
 
 
 def _calls(
@@ -115,7 +115,7 @@ def _calls(
     return list(calls.values())
 
 
-def _resolve(calls: list[list[int]], weights: Sequence[Tensor], backend: str | None) -> None:
+def _check_backend(calls: list[list[int]], weights: Sequence[Tensor], backend: str | None) -> None:
     """Refuse a backend that cannot serve one of the calls."""
     for chosen in calls:
         first = weights[chosen[0]]

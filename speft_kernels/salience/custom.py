@@ -51,7 +51,7 @@ def name_of(score: Score) -> str:
     return f"{module}:<{qualname}>"  # a bound method: its name would import the unbound one
 
 
-def resolve(name: str) -> Score:
+def import_score(name: str) -> Score:
     """Import what `name` names, from the working folder too where no other place has the module.
 
     Raises:
@@ -90,7 +90,7 @@ def source_of(name: str) -> bytes:
         with _working_folder_searched():
             spec = importlib.util.find_spec(name.partition(":")[0])  # imports the packages above
         return Path(spec.origin).read_bytes() if spec and spec.origin else b""
-    except Exception:  # whatever a package raises; what cannot be imported, `resolve` says
+    except Exception:  # whatever a package raises; what cannot be imported, `import_score` says
         return b""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ConfigError, nearest
-from .custom import Score, check_name, name_of, resolve
+from .custom import Score, check_name, import_score, name_of
 
 # What a scoring pass hands to the ranking, for each layer [N, K]:
 #   none               nothing
@@ -97,7 +97,7 @@ def metric_named(salience: str | Score) -> Metric:
     if isinstance(salience, str) and salience in METRICS:
         return METRICS[salience]
     if isinstance(salience, str):
-        return _custom(salience, resolve(salience))
+        return _custom(salience, import_score(salience))
     return _custom(name_of(salience), salience)
 
 

@@ -51,7 +51,7 @@ def choose(
             and config.block_shape == (1, 1)
             and config.selection == "top"
         )
-        if fused and _uniform(pairs.values()):
+        if fused and _of_one_kind(pairs.values()):
             ranked_by = metric.ranked_as
         else:
             # The top-k reads scores instead. Each takes the place of its layer's gradient, so one
@@ -131,7 +131,7 @@ def _tensors(pairs: Iterable[Pair]) -> list[Tensor]:
     return [tensor for pair in pairs for tensor in pair if tensor is not None]
 
 
-def _uniform(pairs: Iterable[Pair]) -> bool:
+def _of_one_kind(pairs: Iterable[Pair]) -> bool:
     return len({(tensor.dtype, tensor.device) for tensor in _tensors(pairs)}) == 1
 
 
