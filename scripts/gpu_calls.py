@@ -36,7 +36,7 @@ from speft_kernels.triton_kernels.write_delta import WriteLaunch
 from speft_kernels.triton_kernels.write_delta import write_delta as write_delta_host
 
 from speft_kernels.costs import DEFAULTS
-from speft_kernels.strips import GROUP_STRIPS, STRIP_ROWS, TILE_GROUPS, Strips
+from speft_kernels.strips import GROUP_STRIPS, STRIP_ROWS, TILE_WIDTHS, Strips
 
 
 def _none(machine: Machine) -> Iterable[Launch]:
@@ -160,7 +160,7 @@ def sampled_grad() -> Iterator[Call]:
             group_cols=torch.empty(round(groups * blocks), GROUP_STRIPS, dtype=torch.int32),
             group_entries=torch.empty(round(groups * blocks) + 1, dtype=torch.int32),
             most_groups=torch.tensor([math.ceil(groups) + 1]),
-            tiles=torch.tensor([blocks * math.ceil(groups / wide) for wide in TILE_GROUPS]),
+            tiles=torch.tensor([blocks * math.ceil(groups / wide) for wide in TILE_WIDTHS]),
             entry_at=torch.empty(inside, dtype=torch.int16),
             rows=torch.empty(300, dtype=torch.int32),
             entry_row=torch.empty(gathered, dtype=torch.int32),

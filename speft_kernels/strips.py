@@ -22,7 +22,7 @@ from .costs import Costs
 
 STRIP_ROWS = 128  # two tiles of wgmma, and about what balances tensor cores and the L2 cache
 GROUP_STRIPS = 64
-TILE_GROUPS = (1, 2, 4)  # that a tile of the kernel may take
+TILE_WIDTHS = (1, 2, 4)  # groups of strips that a tile of the kernel may have side by side
 
 
 class Strips(NamedTuple):
@@ -37,7 +37,7 @@ class Strips(NamedTuple):
     group_cols: Tensor  # [groups, GROUP_STRIPS]: positions
     group_entries: Tensor  # [groups + 1]: where the entries of each group start
     most_groups: Tensor  # int64 [1], on the host: groups of the block that has most
-    tiles: Tensor  # int64 [3], on the host: tiles of all blocks together, for each TILE_GROUPS
+    tiles: Tensor  # int64 [3], on the host: tiles of all blocks, for each of TILE_WIDTHS
     entry_at: Tensor  # int16: row in the block * GROUP_STRIPS + strip in the group
     rows: Tensor  # [R], sorted: rows of the weight that gathered entries read
     entry_row: Tensor  # [G], sorted: index into `rows`
@@ -46,7 +46,7 @@ class Strips(NamedTuple):
 
     def tiles_of(self, groups: int) -> int:
         """How many tiles of so many groups there are, the last of each block of rows among them."""
-        return int(self.tiles[TILE_GROUPS.index(groups)])
+        return int(self.tiles[TILE_WIDTHS.index(groups)])
 
     @property
     def strip_rows(self) -> int:
@@ -157,7 +157,7 @@ def _grouped(
     starts = torch.bincount(entry_group, minlength=total).cumsum(0)
     of_block = groups_of.cpu()
     most = of_block.max().reshape(1) if blocks else of_block.new_zeros(1)
-    tiles = torch.stack([((of_block + w - 1) // w).sum() for w in TILE_GROUPS])
+    tiles = torch.stack([((of_block + w - 1) // w).sum() for w in TILE_WIDTHS])
     fields = (
         block_groups.int(),
         group_cols,
@@ -179,7 +179,7 @@ def gathered_strips(csr: CompactIndices) -> Strips:
         none.reshape(0, GROUP_STRIPS),
         torch.zeros(1, dtype=torch.int32, device=none.device),
         torch.zeros(1, dtype=torch.int64, device="cpu"),
-        torch.zeros(len(TILE_GROUPS), dtype=torch.int64, device="cpu"),
+        torch.zeros(len(TILE_WIDTHS), dtype=torch.int64, device="cpu"),
         none.to(torch.int16),
         *(csr.rows, csr.compact_rows.int(), csr.local),
         torch.arange(nnz, dtype=torch.int32, device=none.device),

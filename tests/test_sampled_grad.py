@@ -89,11 +89,11 @@ def test_pieces_of_any_size_serve_all_tokens(monkeypatch, part, dtype):
     for most, copied, sampled_at_once in ((16, 1, 7), (100, 1 << 18, 1000)):
         panels = sys.modules["speft_kernels.ops.panels"]
         monkeypatch.setattr(panels, "STRETCH_TOKENS", most)
-        monkeypatch.setattr(panels, "COPIED_ELEMENTS", copied)
+        monkeypatch.setattr(panels, "HOT_COPY_ELEMENTS", copied)
         monkeypatch.setattr(panels, "SAMPLED_ENTRIES", sampled_at_once)
         of_torch = sys.modules["speft_kernels.ops.sampled_grad"]
         monkeypatch.setattr(of_torch, "WIDENED_ELEMENTS", 130 * most)
-        monkeypatch.setattr(of_torch, "COPIED_ELEMENTS", 130 * 3 * most)
+        monkeypatch.setattr(of_torch, "USED_COPY_ELEMENTS", 130 * 3 * most)
         for shape in ((613, 96, 130), (2100, 96, 130)):
             plan = plan_for(part, "mixed", 96, 130)
             for backend in ("torch", "cpu"):

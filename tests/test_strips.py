@@ -13,7 +13,7 @@ from speft_kernels import SparsePattern, SparsityPlan
 from speft_kernels.costs import DEFAULTS
 from speft_kernels.parts import Parts
 from speft_kernels.row_panels import RowPanels
-from speft_kernels.strips import GROUP_STRIPS, STRIP_ROWS, TILE_GROUPS, Strips
+from speft_kernels.strips import GROUP_STRIPS, STRIP_ROWS, TILE_WIDTHS, Strips
 from speft_kernels.testing import realistic_pattern, uniform_pattern
 from speft_kernels.thin_strips import ThinStrips
 
@@ -31,7 +31,7 @@ def assert_groups_hold_together(strips, shape):
     assert (starts[0], starts[-1]) == (0, groups)
     assert (starts.diff() >= 0).all()
     assert int(strips.most_groups) == (int(starts.diff().max()) if starts.numel() > 1 else 0)
-    for wide in TILE_GROUPS:
+    for wide in TILE_WIDTHS:
         assert strips.tiles_of(wide) == sum(-(-count // wide) for count in starts.diff().tolist())
     ends = strips.group_entries.long()
     assert (ends[0], ends[-1]) == (0, strips.entry_at.numel())

@@ -23,7 +23,7 @@ STRETCH_TOKENS, STRETCH_ELEMENTS = 192, 1 << 20
 # Elements of the hot lines copied at a time; as many as the panel has where that is more, and three
 # times as many at most, so fewer than the weight has. A copy serves several stretches: one for each
 # takes up to a fifth more time.
-COPIED_ELEMENTS, COPIED_PANELS = 1 << 18, 3
+HOT_COPY_ELEMENTS, HOT_COPY_PANELS = 1 << 18, 3
 
 # Entries sampled at a time: their places and values take 3 MB, those of a full panel would take
 # three times the panel itself.
@@ -91,7 +91,7 @@ def _add_products(
     left is `[lines, t]`, of `thin`; right `[t, length]`, of `wide`.
     """
     count, length = lines.numel(), wide.shape[1]
-    at_once = min(max(COPIED_ELEMENTS // count, length), COPIED_PANELS * length)
+    at_once = min(max(HOT_COPY_ELEMENTS // count, length), HOT_COPY_PANELS * length)
     copied, start, stop = None, 0, 0
     for some, right in _stretches(wide, tokens, max(count, length)):
         if copied is None or some.stop > stop:

@@ -33,7 +33,7 @@ from .panels import add_panels, columns_of
 
 # Elements that the torch backend copies of used columns at a time, and of either operand widens:
 # 64 and 16 MB in float32.
-COPIED_ELEMENTS, WIDENED_ELEMENTS = 1 << 24, 1 << 22
+USED_COPY_ELEMENTS, WIDENED_ELEMENTS = 1 << 24, 1 << 22
 
 
 def sampled_grad(
@@ -190,7 +190,7 @@ def _used_columns(x: Tensor, panels: RowPanels, tokens: int) -> Iterator[tuple[s
     if every and not rows and (x.dim() == 2 or x.shape[0] == 1):
         yield slice(0, tokens), x.t() if x.dim() == 2 else x[0, :, :tokens]
         return
-    step = max(1, COPIED_ELEMENTS // max(rows, x.shape[1] if every else positions.numel(), 1))
+    step = max(1, USED_COPY_ELEMENTS // max(rows, x.shape[1] if every else positions.numel(), 1))
     for start in range(0, tokens, step):
         some = slice(start, min(start + step, tokens))
         yield some, columns_of(x, None if every else positions, some)
