@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .config import SpeftConfig
+from .dtypes import index_dtype
 from .errors import AdapterError, ConfigError, PatternError, shown
 from .pattern import SparsePattern
 
@@ -28,7 +29,6 @@ CONFIG_FILE = "adapter_config.json"
 # A model of a thousand layers needs a third of a megabyte.
 _LARGEST_CONFIG = 64 * 2**20
 _LARGEST_SIDE = 2**40
-_INT32_LIMIT = 2**31
 _DENSE_DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -227,8 +227,7 @@ def _layer(name: str, entry: object, tensors: dict[str, Tensor]) -> AdapterLayer
     shape = _pair(described["shape"], f"{where}: shape")
     block_shape = _pair(described["block_shape"], f"{where}: block_shape")
     _check_sha256(described["base_sha256"], f"{where}: base_sha256")
-    wide = shape[0] * shape[1] >= _INT32_LIMIT
-    indices = _take(tensors, f"sparse.{name}.indices", (torch.int64 if wide else torch.int32,))
+    indices = _take(tensors, f"sparse.{name}.indices", (index_dtype(shape[0] * shape[1]),))
     values = _take(tensors, f"sparse.{name}.values", (torch.float32, torch.float64))
     try:
         pattern = SparsePattern(shape, indices, block_shape)

@@ -13,9 +13,9 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from .dtypes import index_dtype
 from .errors import PatternError
 
-_INT32_LIMIT = 2**31
 _T = TypeVar("_T")
 
 
@@ -71,11 +71,10 @@ class SparsePattern:
             raise PatternError(f"indices must be 1-D, got shape {tuple(indices.shape)}")
         grid = (shape[0] // block_shape[0], shape[1] // block_shape[1])
         _check_sorted_unique_in_range(indices, grid[0] * grid[1])
-        dtype = torch.int32 if shape[0] * shape[1] < _INT32_LIMIT else torch.int64
         # The pattern must not change when the caller later writes into the tensor that was handed
         # in.
         with torch.inference_mode(False):
-            owned = indices.detach().to(dtype, copy=True).contiguous()
+            owned = indices.detach().to(index_dtype(shape[0] * shape[1]), copy=True).contiguous()
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "block_shape", block_shape)
         object.__setattr__(self, "indices", owned)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import _cuda_native, _native, _triton
-from ..dtypes import accumulator_dtype
+from ..dtypes import accumulator_dtype, index_dtype
 from ..errors import SalienceError, nearest
 from . import _checks, registry
 from ._library import operation
@@ -37,8 +37,6 @@ _METRICS = {
     "raw": (4, False, True),
 }
 METRICS = tuple(_METRICS)
-
-_INT32_LIMIT = 2**31
 
 
 def topk_salience(
@@ -118,7 +116,7 @@ def topk_salience(
             "gradient is not finite, or their product is out of range"
         )
     # Each in memory of its own, so that none keeps the others' alive.
-    return [chosen[i].to(_index_dtype(m), copy=True) for i, m in enumerate(matrices)]
+    return [chosen[i].to(index_dtype(m.numel()), copy=True) for i, m in enumerate(matrices)]
 
 
 class NonFiniteScoreError(Exception):
@@ -212,10 +210,6 @@ def _budget(k: int | float, total: int, scope: str, label: str) -> int:
     if k < 0 or k > total:
         raise ValueError(f"k = {k} does not fit {where} {total} entries")
     return k
-
-
-def _index_dtype(matrix: Tensor) -> torch.dtype:
-    return torch.int32 if matrix.numel() < _INT32_LIMIT else torch.int64
 
 
 def _score(pair: Pair, metric: str) -> Tensor:
