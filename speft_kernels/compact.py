@@ -21,6 +21,15 @@ def spread(starts: Tensor, size: int) -> Tensor:
     return torch.repeat_interleave(parts, counts, output_size=size)
 
 
+def places_in(columns: Tensor, size: int) -> Tensor:
+    """`[size]`, of the dtype of `columns`: the place among them of each of `size` columns; of one
+    that is not among them it is anything.
+    """
+    place = columns.new_empty(size)
+    place[columns.long()] = torch.arange(len(columns), dtype=columns.dtype, device=columns.device)
+    return place
+
+
 class CompactIndices(NamedTuple):
     """Entries in CSR form over the rows and columns that hold any.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .compact import CompactIndices
+from .compact import CompactIndices, places_in
 from .costs import Costs
 
 TILE = 16
@@ -174,8 +174,7 @@ def build_parts(
     slot = torch.arange(rows.numel(), device=device) if slots is None else slots
     position = cols
     if operand is not None:
-        place = torch.empty(shape[1], dtype=torch.int64, device=device)
-        place[operand.long()] = torch.arange(width, device=device)
+        place = places_in(operand.long(), shape[1])
         position = place[cols]
 
     in_cols = torch.isin(cols, hot.cols)

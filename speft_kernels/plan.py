@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .compact import CompactIndices
+from .compact import CompactIndices, places_in
 from .costs import Costs, costs_of
 from .errors import PatternError
 from .parts import TILE, HotLines, Parts, build_parts, choose_hot_lines
@@ -115,13 +115,8 @@ class SparsityPlan:
         """Tokens of a block at most; None where a block holds all."""
         if self.pattern.device.type != "cpu":
             return None
-        return most_tokens(self._packed_columns)
-
-    @property
-    def _packed_columns(self) -> int:
-        if self.kept_columns is None:
-            return self.pattern.used_cols.numel()
-        return self.kept_columns.numel()
+        kept = self.kept_columns
+        return most_tokens((self.pattern.used_cols if kept is None else kept).numel())
 
     @lazy_tensor
     def row_order(self) -> Tensor | None:
@@ -204,12 +199,8 @@ class SparsityPlan:
         width = self.pattern.block_shape[1]
         if self.kept_columns is None:
             return self.pattern.block_cols
-        groups = torch.div(self.kept_columns[::width], width, rounding_mode="floor").long()
-        place = torch.zeros(
-            self.pattern.shape[1] // width, dtype=torch.int32, device=self.pattern.device
-        )
-        place[groups] = torch.arange(groups.numel(), dtype=torch.int32, device=place.device)
-        return place[self.pattern.block_cols.long()]
+        groups = torch.div(self.kept_columns[::width], width, rounding_mode="floor")
+        return places_in(groups, self.pattern.shape[1] // width)[self.pattern.block_cols.long()]
 
     @property
     def _parts(self) -> Parts:

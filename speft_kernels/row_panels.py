@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .compact import ROW_STEP, CompactIndices
+from .compact import ROW_STEP, CompactIndices, places_in
 from .costs import Costs
 
 # Products of a panel: 16 MB in float32, and as many tiles of 256 x 128 as one wave of a large GPU.
@@ -55,8 +55,7 @@ class RowPanels(NamedTuple):
         width, used, column = in_features, csr.cols, csr.columns
         if operand is not None:
             width = operand.numel()
-            place = csr.cols.new_empty(in_features)
-            place[operand.long()] = torch.arange(width, dtype=place.dtype, device=place.device)
+            place = places_in(operand, in_features)
             used, column = place[used.long()], place[column.long()]
         if used.numel() <= KEEP_COLUMNS_SHARE * width:
             width, column = used.numel(), csr.local

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .compact import CompactIndices, spread
+from .compact import CompactIndices, places_in, spread
 from .costs import Costs
 
 STRIP_ROWS = 128  # two tiles of wgmma, and about what balances tensor cores and the L2 cache
@@ -93,9 +93,7 @@ def build_strips(
     """
     slot = torch.arange(rows.numel(), device=rows.device) if slots is None else slots
     columns = torch.unique(cols) if operand is None else operand.long()
-    place = torch.empty(shape[1], dtype=torch.int64, device=rows.device)
-    place[columns] = torch.arange(columns.numel(), device=rows.device)
-    position, width = place[cols], max(columns.numel(), 1)
+    position, width = places_in(columns, shape[1])[cols], max(columns.numel(), 1)
 
     strip, of_strip, counts = torch.unique(
         (rows // STRIP_ROWS) * width + position, return_inverse=True, return_counts=True

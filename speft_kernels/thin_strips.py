@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .compact import spread
+from .compact import places_in, spread
 
 # kStripRows, kBlockStrips, kTileLines and kTileGroups of csrc/cuda/kernels.h.
 STRIP_ROWS = 32
@@ -73,11 +73,9 @@ def build_thin_strips(
     device = rows.device
     slot = torch.arange(rows.numel(), device=device) if slots is None else slots
     columns = torch.unique(cols) if operand is None else operand.long()
-    place = torch.empty(in_features, dtype=torch.int64, device=device)
-    place[columns] = torch.arange(columns.numel(), device=device)
-    width = max(columns.numel(), 1)
+    position, width = places_in(columns, in_features)[cols], max(columns.numel(), 1)
 
-    line, of_line = torch.unique(rows // BLOCK_ROWS * width + place[cols], return_inverse=True)
+    line, of_line = torch.unique(rows // BLOCK_ROWS * width + position, return_inverse=True)
     strip, of_strip = torch.unique(
         of_line * BLOCK_STRIPS + rows // STRIP_ROWS % BLOCK_STRIPS, return_inverse=True
     )
