@@ -20,29 +20,21 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def agree(error: Exception | None, device: torch.device) -> None:
-    """Raise in every process when one of them failed, so that none waits for it forever.
-
-    Args:
-        error: what went wrong in this process, or None.
-        device: of the flag that the processes exchange.
+def _agreed(run: Callable[[], Result], device: torch.device) -> Result:
+    """What `run` returns, once it has in every process; raises in all of them when one failed, so
+    that none waits for it forever. `device`: of the flag that the processes exchange.
     """
+    result, error = None, None
+    try:
+        result = run()
+    except Exception as raised:  # raised again once the other processes know
+        error = raised
     failed = torch.tensor([float(error is not None)], device=device)
     dist.all_reduce(failed)
     if error is not None:
         raise error
     if failed.item():
         raise SalienceError("scoring failed in another process; its own message says why")
-
-
-def _agreed(run: Callable[[], Result], device: torch.device) -> Result:
-    """What `run` returns, once it has in every process; raises as `agree` does."""
-    result, error = None, None
-    try:
-        result = run()
-    except Exception as raised:  # agree() raises it again once the other processes know
-        error = raised
-    agree(error, device)
     return cast(Result, result)
 
 
@@ -57,7 +49,7 @@ def together(
     if count() == 1:
         return run()
     statistics = _agreed(run, next(iter(layers.values())).weight.device)
-    reduce_sums(layers, sums, statistics)
+    _reduce(layers, sums, statistics)
     return statistics
 
 
@@ -78,7 +70,7 @@ def summed(run: Callable[[], int], sums: Iterable[Tensor]) -> int:
     return int(counted.item())
 
 
-def reduce_sums(
+def _reduce(
     layers: Mapping[str, nn.Linear], sums: GradientSums, statistics: PassStatistics
 ) -> None:
     """Sum gradients and counts over the processes, in place; no gradient here counts as zero."""
