@@ -101,8 +101,7 @@ def delta_matmul(
     differentiable in both.
     """
     flat = _checks.tokens_first("x", x, pattern.shape[1])
-    _checks.check_float(x=x)
-    _check_values(flat, "x", values, pattern)
+    _check(flat, "x", None, values, pattern)
     y = _product(flat, None, values, pattern, None, False, backend)
     return _checks.tokens_as_in(x, y)
 
@@ -112,19 +111,12 @@ def delta_matmul_grad_input(
 ) -> Tensor:
     """Return `dy @ D`, `[..., K]` of dy's dtype: the input-gradient twin of `delta_matmul`."""
     flat = _checks.tokens_first("dy", dy, pattern.shape[0])
-    _checks.check_float(dy=dy)
-    _check_values(flat, "dy", values, pattern)
+    _check(flat, "dy", None, values, pattern)
     dx = _product(flat, None, values, pattern, None, True, backend)
     return _checks.tokens_as_in(dy, dx)
 
 
-def _check(
-    flat: Tensor,
-    name: str,
-    weight: Tensor | QuantizedWeight,
-    values: Tensor,
-    pattern: SparsePattern,
-) -> None:
+def _check(flat: Tensor, name: str, weight: Base, values: Tensor, pattern: SparsePattern) -> None:
     _checks.check_float(**{name: flat})
     if isinstance(weight, QuantizedWeight):
         if weight.scales.dtype not in (flat.dtype, torch.float32):
@@ -133,17 +125,13 @@ def _check(
                 f"{weight.scales.dtype}"
             )
         _checks.check_device("the quantized weight", weight.scales, name, flat)
-    else:
+    elif weight is not None:
         _checks.check_float(weight=weight)
         _checks.check_same(name, flat, "weight", weight)
-    if tuple(weight.shape) != pattern.shape:
+    if weight is not None and tuple(weight.shape) != pattern.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}, the pattern is for {pattern.shape}"
         )
-    _check_values(flat, name, values, pattern)
-
-
-def _check_values(flat: Tensor, name: str, values: Tensor, pattern: SparsePattern) -> None:
     if tuple(values.shape) != pattern.values_shape:
         raise ValueError(
             f"values must have shape {pattern.values_shape}, got {tuple(values.shape)}"
@@ -193,7 +181,7 @@ def _reads_thin_strips(x: Tensor, backend: str | None) -> bool:
 
 def _product(
     flat: Tensor,
-    weight: Tensor | QuantizedWeight | None,
+    weight: Base,
     values: Tensor,
     pattern: SparsePattern,
     bias: Tensor | None,
