@@ -496,5 +496,4 @@ class SparseDeltaLinear(nn.Module):
         )
 
 
-# This way of torch's own imports the compiler with the first call, its public one at once: seconds.
-_untraced = getattr(torch, "_disable_dynamo", torch.compiler.disable)(SparseDeltaLinear._compute)
+_untraced = stepping.untraced(SparseDeltaLinear._compute)

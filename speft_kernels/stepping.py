@@ -67,8 +67,10 @@ def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         torch.autograd.graph.increment_version(changed)
 
 
-# Not to be traced where a step is compiled: a graph would keep the layers that existed then, and
-# raises no version. Torch's own way imports the compiler with the first call, as optimizers do.
-_untraced = getattr(torch, "_disable_dynamo", torch.compiler.disable)
-register_optimizer_step_pre_hook(_untraced(_settle_gradients))
-register_optimizer_step_post_hook(_untraced(_raise_versions))
+# Has a function run outside of graphs. This way of torch's own imports the compiler with the first
+# call, as optimizers do; its public one at once, which takes seconds.
+untraced: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+
+# A graph would keep the layers that existed when a step was compiled, and raises no version.
+register_optimizer_step_pre_hook(untraced(_settle_gradients))
+register_optimizer_step_post_hook(untraced(_raise_versions))
