@@ -1,21 +1,16 @@
 """Layers that read one tensor, what they save of it, and what their gradients must be."""
 
 import torch
-from layers import at_entries, dense_twin
-from torch import nn
+from layers import at_entries, dense_twin, make_layer
 
-from speft_kernels import SparseDeltaLinear, SparsePattern
+from speft_kernels import SparsePattern
 from speft_kernels.testing import realistic_pattern
 
 N, K, TOKENS = 48, 96, 50
 
 
 def layer_of(pattern, dtype=torch.float64, mode="resident"):
-    n, k = pattern.shape
-    layer = SparseDeltaLinear.from_linear(nn.Linear(k, n, dtype=dtype), pattern, mode)
-    with torch.no_grad():
-        layer.values.normal_()
-    return layer
+    return make_layer(pattern, mode, dtype)
 
 
 def columns_pattern(columns, k=K):

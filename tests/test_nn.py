@@ -4,14 +4,16 @@ import pytest
 import torch
 from kernels import make_pattern
 from layers import BLOCKS, MODES, at_entries, dense_twin, make_layer
+from tiny_models import Int8Linear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from speft_kernels import SparseDeltaLinear, SparsePattern, ops
 from speft_kernels.autograd import SparseLinear
+from speft_kernels.bench.memory import saved_for_backward
 from speft_kernels.errors import ConfigError, PatternError, StaleWeightError
 from speft_kernels.plan import plan_of
-from speft_kernels.testing import realistic_pattern, uniform_pattern
+from speft_kernels.testing import uniform_pattern
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -113,8 +115,9 @@ def test_steps_of_every_optimizer_reach_the_weight(make):
     assert int(layer.values.count_nonzero()) == layer.pattern.nnz
     torch.testing.assert_close(layer(x), dense_twin(layer)(x))
     assert not torch.equal(layer(x), first)
-    with pytest.raises(StaleWeightError):
+    with pytest.raises(StaleWeightError, match="call backward\\(\\) before optimizer.step"):
         stale.backward()
+    layer(x).sum().backward()
 
 
 def test_writes_that_cannot_be_seen_need_sync():
@@ -180,18 +183,6 @@ def test_an_input_of_another_dtype_is_refused_as_by_a_frozen_layer():
             layer(x)
 
 
-def test_stale_weights_are_refused():
-    layer = make_layer()
-    optimizer = torch.optim.SGD([layer.values], lr=0.1)
-    x = torch.randn(3, 48, requires_grad=True)
-    first, second = layer(x).sum(), layer(x).sum()
-    first.backward()
-    optimizer.step()
-    with pytest.raises(StaleWeightError, match="call backward\\(\\) before optimizer.step"):
-        second.backward()
-    layer(x).sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_merge_and_unmerge_are_exact_and_change_no_output(dtype):
     linear = nn.Linear(48, 32, dtype=dtype)
@@ -239,48 +230,20 @@ def test_from_linear_copies_nothing_and_freezes():
 def test_an_empty_pattern_is_a_frozen_linear(mode):
     layer = make_layer(make_pattern("empty", 32, 48), mode)
     x = torch.randn(3, 48, requires_grad=True)
-    assert saved_bytes(layer, x) == 0
+    assert saved_for_backward([layer], lambda: layer(x)).bytes == 0
     y = layer(x)
     y.sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 48))
     assert not layer.values.requires_grad
 
 
-def saved_bytes(layer, x):
-    """Bytes that autograd saves beside the layer's own parameters; each storage counts once."""
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    found = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = layer(x)
-    del result
-    return sum(found.values())
-
-
-@pytest.mark.parametrize("needs_dx", [False, True])
-def test_only_the_used_columns_of_the_activations_are_saved(needs_dx):
-    pattern = realistic_pattern((384, 384), 0.005)
-    layer = SparseDeltaLinear.from_linear(nn.Linear(384, 384), pattern)
-    x = torch.randn(512, 384, requires_grad=needs_dx)
-    size = saved_bytes(layer, x)
-    assert size == 512 * pattern.used_cols.numel() * 4
-    assert size <= 0.30 * x.untyped_storage().nbytes()
-    assert saved_bytes(dense_twin(layer), x) >= x.untyped_storage().nbytes()
-
-
 def test_without_gradients_nothing_is_saved_or_copied():
     layer = make_layer()
     x = torch.randn(512, 48)
     with torch.no_grad():
-        assert saved_bytes(layer, x) == 0
+        assert saved_for_backward([layer], lambda: layer(x)).bytes == 0
     layer.values.requires_grad_(False)
-    assert saved_bytes(layer, x) == 0
+    assert saved_for_backward([layer], lambda: layer(x)).bytes == 0
 
 
 @pytest.mark.parametrize("density", [0.005, 0.25])
@@ -330,20 +293,6 @@ def test_gradient_checkpointing(use_reentrant):
     assert torch.equal(x.grad, dx)
 
 
-class Int8Linear(nn.Module):
-    """A weight-only quantised layer, as libraries for quantised models have them."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("scale", scale)
-        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
-
-    def forward(self, x):
-        return x @ (self.weight.to(x.dtype) * self.scale.to(x.dtype)).t()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_opaque_base_keeps_its_own_autocast(dtype):
     class Wrapped(nn.Module):
@@ -372,7 +321,7 @@ def test_an_opaque_base_keeps_its_own_autocast(dtype):
 
 def test_a_quantised_base_is_additive():
     base = Int8Linear(nn.Linear(48, 32))
-    stored = base.weight.clone()
+    stored = base.codes.clone()
     pattern = make_pattern("realistic", 32, 48)
     with pytest.raises(ConfigError, match='Int8Linear is not a plain nn.Linear.*mode="additive"'):
         SparseDeltaLinear.from_linear(base, pattern)
@@ -385,7 +334,7 @@ def test_a_quantised_base_is_additive():
     torch.testing.assert_close(layer(x), base(x) + x @ delta.t())
     layer(x).sum().backward()
     assert layer.values.grad is not None
-    assert torch.equal(base.weight, stored)
+    assert torch.equal(base.codes, stored)
     with pytest.raises(ConfigError, match="cannot hold the delta"):
         layer.merge()
     with pytest.raises(ConfigError, match="cannot hold the delta"):
