@@ -44,6 +44,15 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1DLinear)
 
 
+def is_opaque(module: nn.Module) -> bool:
+    """Return whether only an additive delta fits a linear layer: it is quantised, or the like."""
+    return (
+        type(module).forward is not nn.Linear.forward
+        and hasattr(module, "in_features")
+        and hasattr(module, "out_features")
+    )
+
+
 def linear_shape(module: Any) -> tuple[int, int] | None:
     """Return `(N, K)` of a linear layer, a `Conv1D` too; None of any other module."""
     if is_conv1d(module):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from . import compiled, conv1d, family, ops, stepping
 from .autograd import Sink, SparseLinear
-from .conv1d import is_conv1d, is_plain_linear, linear_shape
+from .conv1d import is_conv1d, is_opaque, is_plain_linear, linear_shape
 from .dtypes import accumulator_dtype
 from .errors import ConfigError, PatternError, nearest
 from .pattern import SparsePattern
@@ -69,7 +69,7 @@ class SparseDeltaLinear(nn.Module):
             )
         if is_plain_linear(linear):
             self._take_plain(cast(nn.Linear, linear), pattern, mode)
-        elif mode == "additive" and type(linear).forward is not nn.Linear.forward:
+        elif mode == "additive" and is_opaque(linear):
             self._take_opaque(linear, pattern)
         else:
             raise ConfigError(
@@ -77,7 +77,7 @@ class SparseDeltaLinear(nn.Module):
                 "the delta; "
                 + (
                     'use mode="additive"'
-                    if type(linear).forward is not nn.Linear.forward
+                    if is_opaque(linear)
                     else "its owner reads the weight without calling it, so no gradient would "
                     "reach the values"
                 )

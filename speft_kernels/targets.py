@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from .config import ALL_LINEAR, SpeftConfig
-from .conv1d import HOOKS, is_conv1d, is_plain_linear, linear_shape
+from .conv1d import HOOKS, is_conv1d, is_opaque, is_plain_linear, linear_shape
 from .errors import ConfigError, nearest
 from .family import refuse_sharded
 
@@ -63,7 +63,7 @@ def find_targets(model: nn.Module, config: SpeftConfig) -> Targets:
     for name, layer in wanted.items():
         reason = _not_served(layer)
         if reason is not None:
-            remedy = f"; {_ELSEWHERE}" if _is_opaque(layer) else ""
+            remedy = f"; {_ELSEWHERE}" if is_opaque(layer) else ""
             raise ConfigError(f"layer {name!r} cannot train sparsely: {reason}{remedy}")
     check_layers(model, wanted, config.mode)
     bh, bw = config.block_shape
@@ -207,10 +207,10 @@ def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -
                 "the model itself is a linear layer, which cannot replace itself: wrap it in an "
                 "nn.Sequential, or use SparseDeltaLinear.from_linear"
             )
-        opaque = mode == "additive" and _is_opaque(layer)
+        opaque = mode == "additive" and is_opaque(layer)
         reason = (None if opaque else _not_served(layer)) or _not_ready(layer)
         if reason is not None:
-            remedy = '; use mode="additive"' if _is_opaque(layer) and not opaque else ""
+            remedy = '; use mode="additive"' if is_opaque(layer) and not opaque else ""
             raise ConfigError(f"layer {name!r} cannot train sparsely: {reason}{remedy}")
         other = shared.get(f"{name}.weight")
         if other is not None and is_conv1d(layer):
@@ -306,7 +306,7 @@ def _all_linear(model: nn.Module, closed: list[str]) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     head = _output_embeddings(model)
     for name, module in model.named_modules():
-        opaque = _is_opaque(module)
+        opaque = is_opaque(module)
         if not (_is_linear(module) or opaque):
             continue
         if module is head or is_below(name, closed):
@@ -338,7 +338,7 @@ def _listed(model: nn.Module, patterns: Sequence[str], closed: list[str]) -> dic
             if matched:
                 name, module = matched[0]
                 remedy = "name the linear layers in it"
-                if _is_opaque(module):
+                if is_opaque(module):
                     remedy = _ELSEWHERE
                 elif not any(map(_is_linear, module.modules())):
                     remedy = "there is none in it"
@@ -403,18 +403,9 @@ def _hooks(module: nn.Module) -> list[str]:
     return [key for key, hooks in held.items() if isinstance(hooks, Mapping) and hooks]
 
 
-def _is_opaque(module: nn.Module) -> bool:
-    """Whether only an additive delta fits this linear layer: it is quantised, or the like."""
-    return (
-        type(module).forward is not nn.Linear.forward
-        and hasattr(module, "in_features")
-        and hasattr(module, "out_features")
-    )
-
-
 def _not_ready(module: nn.Module) -> str | None:
     """Why this layer cannot be replaced as it is now; None where it can."""
-    opaque = _is_opaque(module)
+    opaque = is_opaque(module)
     # An opaque layer is kept within the sparse one, where it is saved and loaded by hooks that its
     # class may give it, as bitsandbytes' do.
     if any(not (opaque and "state_dict" in kind) for kind in _hooks(module)):
