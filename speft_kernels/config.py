@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -80,14 +81,15 @@ class SpeftConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "density", _fraction("density", self.density))
+        put = partial(object.__setattr__, self)
+        put("density", _fraction("density", self.density))
         columns = _number("sample_columns", self.sample_columns)
         if not 0.0 < columns <= 1.0:
             raise ConfigError(f"sample_columns must lie in (0, 1], got {self.sample_columns!r}")
-        object.__setattr__(self, "sample_columns", columns)
+        put("sample_columns", columns)
         salience, selection = recipe.choice(self.salience, self.selection)
-        object.__setattr__(self, "salience", salience)
-        object.__setattr__(self, "selection", selection)
+        put("salience", salience)
+        put("selection", selection)
         statistic = check_salience(salience)
         for name, choices in recipe.CHOICES.items():
             _choice(name, getattr(self, name), choices)
@@ -103,25 +105,22 @@ class SpeftConfig:
                 f"salience {self.salience!r} are signed"
             )
         if self.target_modules != ALL_LINEAR:
-            object.__setattr__(
-                self, "target_modules", _names("target_modules", self.target_modules)
-            )
+            put("target_modules", _names("target_modules", self.target_modules))
             if not self.target_modules:
                 raise ConfigError(
                     f"target_modules is empty; name a linear layer or say {ALL_LINEAR!r}"
                 )
-        object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
+        put("exclude_modules", _names("exclude_modules", self.exclude_modules))
         if self.modules_to_train is not None:
-            names = _names("modules_to_train", self.modules_to_train)
-            object.__setattr__(self, "modules_to_train", names)
-        object.__setattr__(self, "block_shape", _block_shape(self.block_shape))
+            put("modules_to_train", _names("modules_to_train", self.modules_to_train))
+        put("block_shape", _block_shape(self.block_shape))
         for name in ("head_warmup_steps", "seed"):
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+            put(name, _whole(name, getattr(self, name)))
         for name in ("head_warmup_lr", "grasp_temperature"):
             number = _number(name, getattr(self, name))
             if number <= 0:
                 raise ConfigError(f"{name} must be above 0, got {number!r}")
-            object.__setattr__(self, name, number)
+            put(name, number)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a dict of JSON types; `from_dict` reads it back.
