@@ -2,11 +2,10 @@
 
 import copy
 
-import torch
 from tiny_models import token_batches
 from torch import nn
 
-from speft_kernels import SpeftConfig, sparse_layers
+from speft_kernels import SpeftConfig
 from speft_kernels.conv1d import is_conv1d
 
 BATCHES = token_batches(2, causal=True)
@@ -28,13 +27,4 @@ def with_linears(model):
         linear.bias = former.bias
         parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, linear)
-    return model
-
-
-def drawn(model):
-    """`model` with a delta at its trained entries."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in sparse_layers(model).values():
-            layer.values.copy_(torch.randn(layer.values.shape, generator=generator))
     return model

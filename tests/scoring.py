@@ -150,6 +150,17 @@ def best(scores: list[Tensor], density: float, scope: str) -> list[list[int]]:
     ]
 
 
+def block_sums(entries: Tensor, block_shape: tuple[int, int]) -> Tensor:
+    """The sum of each block of scores, in the order of the blocks."""
+    (rows, cols), (bh, bw) = entries.shape, block_shape
+    blocks = [
+        entries[i : i + bh, j : j + bw].sum()
+        for i in range(0, rows, bh)
+        for j in range(0, cols, bw)
+    ]
+    return torch.stack(blocks)
+
+
 def chain() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(10, 20), nn.Tanh(), nn.Linear(20, 10)).double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def saved(tmp_path: Path) -> Path:
 def test_round_trip(
     tmp_path: Path, dtype: torch.dtype, mode: str, block_shape: tuple[int, int]
 ) -> None:
-    config = SpeftConfig.from_dict({**CONFIG.to_dict(), "mode": mode, "block_shape": block_shape})
+    config = replace(CONFIG, mode=mode, block_shape=block_shape)
     model = trained_mlp(config, dtype)
     save_adapter(model, tmp_path / "a", config=config)
     loaded = mlp(dtype=dtype)
@@ -212,7 +213,7 @@ def test_other_patterns_are_replaced_on_the_exact_base(saved: Path, mode: str) -
 
 
 def test_a_sparse_layer_keeps_its_mode_unless_told(saved: Path) -> None:
-    config = SpeftConfig.from_dict({**CONFIG.to_dict(), "mode": "additive"})
+    config = replace(CONFIG, mode="additive")
     model = trained_mlp(config)
     load_adapter(model, saved)
     assert model.first.mode == "additive"
@@ -383,7 +384,7 @@ def test_an_error_while_writing_the_weights_undoes_it(
 
 def test_a_dense_head_trains_after_loading_into_the_same_patterns(saved: Path) -> None:
     model = mlp()
-    sparsify(model, SpeftConfig.from_dict({**CONFIG.to_dict(), "modules_to_train": []}))
+    sparsify(model, replace(CONFIG, modules_to_train=[]))
     assert not model.head.weight.requires_grad
     load_adapter(model, saved)
     assert model.head.weight.requires_grad

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_merged_model_saves_the_same_adapter(tmp_path: Path) -> None:
-    config = SpeftConfig.from_dict({**CONFIG.to_dict(), "mode": "additive"})
+    config = replace(CONFIG, mode="additive")
     model = trained_mlp(config)
     save_adapter(model, tmp_path / "a")
     merge(model)

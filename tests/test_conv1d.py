@@ -2,11 +2,12 @@
 
 import copy
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
-from conv1ds import BATCHES, CONFIG, SQUARE, WIDE, drawn, loss, with_linears
-from tiny_models import Snapshot, gpt2
+from conv1ds import BATCHES, CONFIG, SQUARE, WIDE, loss, with_linears
+from tiny_models import Snapshot, drawn, gpt2
 from torch import nn
 from torch.nn.utils import prune
 
@@ -32,7 +33,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.mark.parametrize("settings", [{}, {"mode": "additive"}, {"block_shape": (4, 4)}])
 def test_it_trains_as_the_same_model_of_linear_layers(settings):
-    config = SpeftConfig(**{**CONFIG.to_dict(), **settings})
+    config = replace(CONFIG, **settings)
     model, linears = gpt2(), with_linears(gpt2())
     assert sparsify(model, config, BATCHES).notes == ()
     sparsify(linears, config, BATCHES)
@@ -87,9 +88,7 @@ def test_layers_that_do_not_train_are_left_as_they_were():
     values = excluded.weight.detach().clone()
     hook = excluded.register_forward_hook(lambda *_: called.append(1))
     called = []
-    config = SpeftConfig(
-        **{**CONFIG.to_dict(), "exclude_modules": [SQUARE], "modules_to_train": [WIDE]}
-    )
+    config = replace(CONFIG, exclude_modules=[SQUARE], modules_to_train=[WIDE])
     sparsify(model, config, BATCHES)
     assert model.get_submodule(SQUARE) is excluded
     assert model.get_submodule(WIDE) is dense
@@ -148,7 +147,7 @@ def test_what_others_have_of_the_model_stays_as_it_was():
     wanted = loss(sharing)
     score_and_select(model, CONFIG, BATCHES)
     assert all(a is b for a, b in zip(model.parameters(), sharing.parameters(), strict=True))
-    config = SpeftConfig(**{**CONFIG.to_dict(), "mode": "additive", "exclude_modules": [SQUARE]})
+    config = replace(CONFIG, mode="additive", exclude_modules=[SQUARE])
     sparsify(model, config, BATCHES)
     drawn(model)
     assert not torch.equal(loss(model), wanted)
@@ -192,17 +191,15 @@ def test_a_layer_that_computes_in_a_way_of_its_own_is_passed_over(excluded):
     module = model.get_submodule(SQUARE)
     module.forward = lambda x, forward=module.forward: 2 * forward(x)
     wanted = loss(model)
-    settings = {**CONFIG.to_dict(), "exclude_modules": [SQUARE] if excluded else []}
-    patterns, _ = score_and_select(model, SpeftConfig(**settings), BATCHES)
-    other, _ = score_and_select(
-        gpt2(), SpeftConfig(**{**settings, "exclude_modules": [SQUARE]}), BATCHES
-    )
+    config = replace(CONFIG, exclude_modules=[SQUARE] if excluded else [])
+    patterns, _ = score_and_select(model, config, BATCHES)
+    other, _ = score_and_select(gpt2(), replace(CONFIG, exclude_modules=[SQUARE]), BATCHES)
     assert patterns.keys() == other.keys()
     assert patterns != other  # scored with what the layer computes
-    sparsify(model, SpeftConfig(**settings), BATCHES)
+    sparsify(model, config, BATCHES)
     torch.testing.assert_close(loss(model), wanted)
     assert model.get_submodule(SQUARE) is module
-    named = SpeftConfig(**{**CONFIG.to_dict(), "target_modules": ["attn.c_proj"]})
+    named = replace(CONFIG, target_modules=["attn.c_proj"])
     with pytest.raises(ConfigError, match="sparse layers already"):
         sparsify(model, named, BATCHES)
     desparsify(model)
@@ -215,10 +212,10 @@ def test_a_layer_with_a_computed_parameter(part):
     model = gpt2()
     prune.l1_unstructured(model.get_submodule(SQUARE), part, 0.5)
     wanted = loss(model)
-    named = SpeftConfig(**{**CONFIG.to_dict(), "target_modules": ["c_proj"]})
+    named = replace(CONFIG, target_modules=["c_proj"])
     with pytest.raises(ConfigError, match=f"{SQUARE}' .*{part} is computed"):
         sparsify(model, named, BATCHES)
-    excluded = SpeftConfig(**{**CONFIG.to_dict(), "exclude_modules": [SQUARE]})
+    excluded = replace(CONFIG, exclude_modules=[SQUARE])
     for config in (excluded, CONFIG):  # of all linear layers it is left out
         sparsify(model, config, BATCHES)
         assert len(sparse_layers(model)) == 7
@@ -295,14 +292,12 @@ def test_hooks_and_shared_weights_are_refused():
         other.weight = shared(model.get_submodule(SQUARE).weight)
         before = Snapshot(model)
         for mode in ("resident", "additive"):
-            config = SpeftConfig(
-                **{**CONFIG.to_dict(), "target_modules": ["attn.c_proj"], "mode": mode}
-            )
+            config = replace(CONFIG, target_modules=["attn.c_proj"], mode=mode)
             with pytest.raises(ConfigError, match="a Conv1D, whose weight .* shares it with"):
                 sparsify(model, config, BATCHES)
             before.assert_untouched()
         # The others train.
-        config = SpeftConfig(**{**CONFIG.to_dict(), "exclude_modules": ["attn.c_proj"]})
+        config = replace(CONFIG, exclude_modules=["attn.c_proj"])
         sparsify(model, config, BATCHES)
         assert len(sparse_layers(model)) == 6
         assert model.get_submodule("transformer.h.1.attn.c_proj") is other

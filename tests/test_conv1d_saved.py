@@ -2,14 +2,15 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from conv1ds import BATCHES, CONFIG, SQUARE, WIDE, drawn, loss, with_linears
+from conv1ds import BATCHES, CONFIG, SQUARE, WIDE, loss, with_linears
 from safetensors.torch import save_file
-from tiny_models import Snapshot, gpt2
+from tiny_models import Snapshot, drawn, gpt2
 
-from speft_kernels import SpeftConfig, desparsify, load_adapter, save_adapter, sparsify
+from speft_kernels import desparsify, load_adapter, save_adapter, sparsify
 from speft_kernels.adapter import fingerprint
 from speft_kernels.conv1d import Conv1DLinear, is_conv1d
 from speft_kernels.dynamic import MovingMask
@@ -113,7 +114,7 @@ def test_an_adapter_is_for_either_kind_of_model(tmp_path):
 
 
 def test_an_adapter_of_fewer_layers_gives_the_others_back(tmp_path):
-    few = SpeftConfig(**{**CONFIG.to_dict(), "target_modules": ["mlp.c_fc"]})
+    few = replace(CONFIG, target_modules=["mlp.c_fc"])
     model = gpt2()
     sparsify(model, few, BATCHES)
     drawn(model)
@@ -128,9 +129,7 @@ def test_an_adapter_of_fewer_layers_gives_the_others_back(tmp_path):
 
 def test_a_weight_that_trains_densely_is_the_same_in_either_kind(tmp_path):
     """It is square: read the wrong way round, its shape would not tell."""
-    few = SpeftConfig(
-        **{**CONFIG.to_dict(), "target_modules": ["mlp.c_fc"], "modules_to_train": [SQUARE]}
-    )
+    few = replace(CONFIG, target_modules=["mlp.c_fc"], modules_to_train=[SQUARE])
     trained = []
     for number, make in enumerate((gpt2, lambda: with_linears(gpt2()))):
         model = make()
@@ -185,7 +184,7 @@ def test_a_mask_moves(strategy, tmp_path):
 
 @pytest.mark.parametrize("salience", ["synflow", "fisher", "grasp", "snip"])
 def test_every_score_is_that_of_the_linear_layers(salience):
-    config = SpeftConfig(**{**CONFIG.to_dict(), "salience": salience})
+    config = replace(CONFIG, salience=salience)
     found, _ = score_and_select(gpt2(), config, BATCHES)
     wanted, _ = score_and_select(with_linears(gpt2()), config, BATCHES)
     assert found == wanted

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernels import backends, make_pattern
-from tiny_models import Int8Linear
+from tiny_models import Int8Linear, drawn
 from torch import nn
 
 from speft_kernels import SparsePattern, SpeftConfig, apply_patterns, ops
@@ -40,15 +40,7 @@ def sparse(layers=FEW, mode="resident", dtypes=(torch.float32,), kind="uniform")
     patterns = {str(i): make_pattern(kind, 12, 12) for i in range(layers)}
     patterns[str(layers)] = SparsePattern((12, 12), torch.arange(0))
     apply_patterns(model, patterns, SpeftConfig(mode=mode))
-    return refilled(model, seed=1)
-
-
-def refilled(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in model:
-            layer.values.copy_(torch.randn(layer.values.shape, generator=generator))
-    return model
+    return drawn(model, seed=1)
 
 
 def bits(model):
@@ -95,7 +87,7 @@ def test_layers_of_two_dtypes_are_two_calls(write_sizes):
 @pytest.mark.parametrize("mode", [None, "resident", "additive"])
 def test_an_adapter_swap_is_one_call(write_sizes, tmp_path, before, mode):
     save_adapter(sparse(), tmp_path / "a")
-    model = refilled(sparse(mode=before), seed=2)
+    model = drawn(sparse(mode=before), seed=2)
     model(X), write_sizes.clear()
     load_adapter(model, tmp_path / "a", mode=mode)
     stays_additive = before == "additive" and mode != "resident"
@@ -236,7 +228,7 @@ def test_an_opaque_base_leaves_the_others_as_they_were():
     patterns = {str(i): make_pattern("uniform", 12, 12) for i in range(FEW)}
     patterns[str(FEW)] = SparsePattern((12, 12), torch.arange(0))
     apply_patterns(model, patterns, SpeftConfig(mode="additive"))
-    refilled(model, 1)
+    drawn(model, 1)
     with pytest.raises(ConfigError, match="Int8Linear cannot hold the delta"):
         merge(model)
     assert modes(model) == {"additive"}
@@ -280,7 +272,7 @@ def test_a_write_that_is_cut_short_is_made_good_by_the_next_pass(monkeypatch, sw
 def test_a_swap_that_fails_leaves_every_bit_and_the_family(
     monkeypatch, tmp_path, write_sizes, start
 ):
-    save_adapter(refilled(sparse(), seed=2), tmp_path / "a")
+    save_adapter(drawn(sparse(), seed=2), tmp_path / "a")
     model = dense() if start == "plain" else sparse(kind="row" if "other" in start else "uniform")
     if start != "plain":
         model(X)
@@ -299,7 +291,7 @@ def test_a_swap_that_fails_leaves_every_bit_and_the_family(
     assert list(model) == layers
     assert same(bits(model), before)
     if start != "plain":
-        refilled(model, seed=3)
+        drawn(model, seed=3)
         write_sizes.clear()
         model(X)
         assert write_sizes == [FEW]

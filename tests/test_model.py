@@ -12,6 +12,7 @@ from tiny_models import (
     Snapshot,
     Twins,
     bert_classifier,
+    drawn,
     llama,
     mlp,
     pair_batches,
@@ -41,15 +42,6 @@ DATA_FREE = SpeftConfig(density=0.1, salience="magnitude")
 
 def config(**settings: Any) -> SpeftConfig:
     return SpeftConfig(**{"density": 0.1, "salience": "magnitude", **settings})
-
-
-def filled(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Give every sparse layer random values, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in sparse_layers(model).values():
-            layer.values.copy_(torch.randn(layer.values.shape, generator=generator))
-    return model
 
 
 # A sparse model
@@ -120,7 +112,7 @@ def test_merge_unmerge_and_desparsify_compute_the_same(mode: str) -> None:
     plain = model(x)
     sparsify(model, config(mode=mode, target_modules=["first", "second"]))
     torch.testing.assert_close(model(x), plain, rtol=1e-14, atol=1e-14)
-    filled(model)
+    drawn(model)
     expected = copy.deepcopy(model)(x)
     assert not torch.allclose(expected, plain)
     merge(model)
@@ -176,13 +168,13 @@ def test_summary_counts_and_aligns() -> None:
 
 
 def test_a_copy_of_a_sparse_model_is_independent() -> None:
-    model = filled(mlp())
+    model = drawn(mlp())
     sparsify(model, config(modules_to_train=["head"]))
-    filled(model)
+    drawn(model)
     twin = copy.deepcopy(model)
     x = pair_batches(1)[0][0]
     expected = model.eval()(x)
-    filled(twin, seed=2)
+    drawn(twin, seed=2)
     assert not torch.equal(twin.eval()(x), expected)
     assert torch.equal(model(x), expected)
     desparsify(twin, keep_delta=False)
@@ -263,7 +255,7 @@ def test_fused_inference_paths_see_the_delta(mode: str, padded: bool) -> None:
     assert len(sparse_layers(model)) == 4
     with torch.no_grad():
         model(x, src_key_padding_mask=padding)
-        filled(model)
+        drawn(model)
         inference = model(x, src_key_padding_mask=padding)
     with torch.enable_grad():
         training = model(x, src_key_padding_mask=padding)
@@ -286,7 +278,7 @@ def test_tied_embeddings() -> None:
     with pytest.raises(ConfigError, match="'lm_head' shares its weight with 'model.embed_tokens"):
         sparsify(model, config(**settings))
     sparsify(model, config(**settings, mode="additive"))
-    filled(model)
+    drawn(model)
     embeddings = model.model.embed_tokens.weight.clone()
     model(**token_batches(1, causal=True)[0]).loss.backward()
     assert model.lm_head.values.grad is not None
@@ -308,7 +300,7 @@ def test_a_module_registered_twice_is_one_layer_in_both_places(mode: str, keep_d
     sparsify(model, config(target_modules=["again.0"], mode=mode))
     assert model.once is model.again[0]
     assert list(sparse_layers(model)) == ["once"]
-    trained = filled(model).once(x)
+    trained = drawn(model).once(x)
     desparsify(model, keep_delta=keep_delta)
     assert model.once is model.again[0]
     assert type(model.once) is nn.Linear
@@ -326,7 +318,7 @@ def test_a_block_that_is_gone_through_three_times_is_saved_as_one(
     model, x = build(), torch.randn(4, 6)
     sparsify(model, config(mode=mode, density=0.2))
     assert list(sparse_layers(model)) == ["0.0"]
-    filled(model)
+    drawn(model)
     (gradient,) = torch.autograd.grad(model(x).sum(), model[0][0].values)
     twin = build()
     with torch.no_grad():

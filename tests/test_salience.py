@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kernels import peak_of_tensors
-from scoring import best
+from scoring import best, block_sums, chain, linear_layers, model_loss
 from tiny_models import (
     MLP_LAYERS,
     Snapshot,
@@ -83,25 +83,19 @@ def test_selection_equals_dense_scores(metric: str, scope: str, count: int, devi
 def test_block_selection_sums_entry_scores(
     metric: str, scope: str, count: int, block_shape: tuple[int, int]
 ) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(10, 20), nn.Tanh(), nn.Linear(20, 10)).double()
+    model = chain()
     inputs = [torch.randn(7, 10, dtype=torch.float64) for _ in range(count)]
 
     def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
         return model(x).square().sum()
 
     gradients = summed_gradients(model, ["0", "2"], inputs, loss_fn)
-    bh, bw = block_shape
-    scores = []
-    for name, gradient in gradients.items():
-        entries = FORMULAS[metric](model.get_submodule(name).weight.detach(), gradient)
-        rows, cols = entries.shape
-        blocks = [
-            entries[i : i + bh, j : j + bw].sum()
-            for i in range(0, rows, bh)
-            for j in range(0, cols, bw)
-        ]
-        scores.append(torch.stack(blocks))
+    scores = [
+        block_sums(
+            FORMULAS[metric](model.get_submodule(name).weight.detach(), gradient), block_shape
+        )
+        for name, gradient in gradients.items()
+    ]
     config = SpeftConfig(density=0.2, salience=metric, scope=scope, block_shape=block_shape)
     patterns, _ = score_and_select(model, config, inputs, loss_fn)
 
@@ -114,12 +108,8 @@ def test_transformers_selection_equals_dense_scores(build: Callable[[], nn.Modul
     model = build().double()
     batches = token_batches(2, causal=build is llama)
     config = SpeftConfig(density=0.05, salience="snip", scope="global")
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in ("classifier", "lm_head")
-    ]
-    gradients = summed_gradients(model, names, batches, lambda model, batch: model(**batch).loss)
+    names = list(linear_layers(model, "classifier", "lm_head"))
+    gradients = summed_gradients(model, names, batches, model_loss)
     scores = [(model.get_submodule(n).weight.detach() * gradients[n]).abs() for n in names]
 
     patterns, report = score_and_select(model, config, batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_random_masks(scope: str, block_shape: tuple[int, int]) -> None:
     assert sum(p.num_blocks for p in patterns.values()) == round(0.2 * blocks)
     assert (report.metric, report.batches, report.accumulator_bytes) == ("random", 0, 0)
     assert patterns == score_and_select(chain(), config, [object()])[0]
-    other = SpeftConfig(**{**config.to_dict(), "seed": 6})
+    other = replace(config, seed=6)
     assert patterns != score_and_select(chain(), other)[0]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from scoring import best, chain, chain_batches, flow, grasp, squares
+from scoring import best, block_sums, chain, chain_batches, flow, grasp, squares
 from tiny_models import mlp, mlp_config, pair_loss
 from torch import Tensor, nn
 
@@ -39,16 +39,8 @@ def test_selection_equals_scores_summed_over_blocks(
     metric: str, scope: str, count: int, block_shape: tuple[int, int], device: str
 ) -> None:
     batches = chain_batches(count)
-    scores = []
     found = entry_scores(metric, batches)
-    for entries in (found["0"], found["2"]):
-        (rows, cols), (bh, bw) = entries.shape, block_shape
-        blocks = [
-            entries[i : i + bh, j : j + bw].sum()
-            for i in range(0, rows, bh)
-            for j in range(0, cols, bw)
-        ]
-        scores.append(torch.stack(blocks))
+    scores = [block_sums(found[name], block_shape) for name in ("0", "2")]
     config = SpeftConfig(
         density=0.2,
         salience=metric,

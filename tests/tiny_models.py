@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_kernels.config import SpeftConfig
+from speft_kernels.model import sparse_layers
 
 VOCABULARY = 50
 _SIZES: dict[str, Any] = {
@@ -159,6 +160,15 @@ def pair_batches(
 def pair_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     x, y = batch
     return nn.functional.cross_entropy(model(x), y)
+
+
+def drawn(model: nn.Module, seed: int = 1) -> nn.Module:
+    """`model` with random values in every sparse layer, as training would give them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in sparse_layers(model).values():
+            layer.values.copy_(torch.randn(layer.values.shape, generator=generator))
+    return model
 
 
 class Int8Linear(nn.Module):
