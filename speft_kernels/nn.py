@@ -279,12 +279,6 @@ class SparseDeltaLinear(nn.Module):
         assert weight is not None
         return state_of(values, weight, self.sink)
 
-    def _holds_delta(self) -> bool:
-        """Whether the weight was written for what values and weight are now."""
-        if self.values.is_inference():  # which does not count its writes
-            return False
-        return is_as_it_was(self._written_for, self._current_state())
-
     def sync(self) -> None:
         """Make the weight hold what the mode says: W0 + D (resident) or W0 (additive).
 
@@ -304,7 +298,11 @@ class SparseDeltaLinear(nn.Module):
         """Whether the weight does not hold what the mode says."""
         if self.mode == "additive":
             return self.is_written
-        return not (self._pattern.is_empty or self._holds_delta())
+        if self._pattern.is_empty:
+            return False
+        if self.values.is_inference():  # which does not count its writes
+            return True
+        return not is_as_it_was(self._written_for, self._current_state())
 
     def _siblings(self) -> list[SparseDeltaLinear]:
         """This layer, and those of its family that are written like it."""
