@@ -129,7 +129,7 @@ def test_errors_at_each_stage(
     assert (torch.ones(2) * -1).relu().tolist() == [0, 0]  # no function is linear any more
 
 
-@pytest.mark.parametrize("metric", [m.key for m in METRICS.values() if m.needs_gradient])
+@pytest.mark.parametrize("metric", [m.key for m in METRICS.values() if m.needs_statistic])
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_score_that_is_not_finite_names_metric_and_layer(metric: str, scope: str) -> None:
     def loss(model: nn.Module, batch: Any) -> Tensor:

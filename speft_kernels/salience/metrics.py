@@ -42,7 +42,7 @@ class Metric:
     score: Score | None
 
     @property
-    def needs_gradient(self) -> bool:
+    def needs_statistic(self) -> bool:
         """Whether a statistic has to be collected."""
         return self.statistic != "none"
 

@@ -119,7 +119,7 @@ Pair = tuple[Tensor | None, Tensor | None]
 
 def _operands(metric: Metric, layer: nn.Linear, gradient: Tensor | None) -> Pair:
     weight = layer.weight.detach() if metric.needs_weight else None
-    return weight, gradient if metric.needs_gradient else None
+    return weight, gradient if metric.needs_statistic else None
 
 
 def _present(tensor: Tensor | None) -> Tensor:
