@@ -98,13 +98,7 @@ class SharedInput:
         alone = source.is_inference() or _in_checkpoint()
         # Merged just now: the sibling before has kept its own columns alone.
         if alone or self._note(source, pattern) is not self:
-            plan = plan_of(pattern)
-            return ops.keep_columns(x, plan), plan
-        return self._keep(source, x, pattern)
-
-    def _keep(
-        self, source: Tensor, x: Tensor, pattern: SparsePattern
-    ) -> tuple[Tensor, SparsityPlan]:
+            return _own_columns(x, pattern)
         with _lock:
             plan, copy, columns = self.plan(pattern), self._copy, self._columns
         if copy is not None and copy.source() is source and copy.version == source._version:
@@ -115,8 +109,7 @@ class SharedInput:
             # other finds that someone took the copy away (a hook on saved tensors that moves them)
             # and keeps its own columns alone.
             if copy.maker is not pattern:
-                plan = plan_of(pattern)
-                return ops.keep_columns(x, plan), plan
+                return _own_columns(x, pattern)
         kept = ops.keep_columns(x, plan)
         if plan.kept_columns is not None:
             with _lock:
@@ -156,3 +149,9 @@ class SharedInput:
             self._columns = torch.unique(torch.cat(columns)).int()
         self._plans.clear()
         self._copy = None
+
+
+def _own_columns(x: Tensor, pattern: SparsePattern) -> tuple[Tensor, SparsityPlan]:
+    """What `SharedInput.keep` returns of a layer that shares nothing."""
+    plan = plan_of(pattern)
+    return ops.keep_columns(x, plan), plan
