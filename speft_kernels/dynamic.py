@@ -200,7 +200,7 @@ class MovingMask:
             report, kept = None, touched
             if self.strategy == "merge":
                 # What is drawn by chance is drawn anew: the progress tells the updates apart.
-                seed = self.config.seed + round(progress * 2**32)
+                seed = (self.config.seed + round(progress * 2**32)) % 2**63  # of a config
                 # The head is warm: it trains along, and warming it up would move the model.
                 config = dataclasses.replace(self.config, seed=seed, head_warmup_steps=0)
                 patterns, report = score_and_select(model, config, batches, loss_fn)

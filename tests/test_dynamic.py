@@ -206,7 +206,10 @@ def test_merge_does_not_warm_the_head_up_again():
     assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize("choice", [{"salience": "random"}, {"selection": "sample"}])
+@pytest.mark.parametrize(
+    "choice",
+    [{"salience": "random"}, {"selection": "sample"}, {"salience": "random", "seed": 2**63 - 1}],
+)
 def test_merge_draws_anew_each_time(choice):
     training = Training("merge", **choice)
     drawn = [training.patterns()]
