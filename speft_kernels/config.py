@@ -170,7 +170,7 @@ def _fraction(name: str, value: object) -> float:
 
 def _whole(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
-        raise ConfigError(f"{name} must be a whole number of at least 0, got {shown(value)}")
+        raise ConfigError(f"{name} must be a whole number from 0 to 2^63 - 1, got {shown(value)}")
     return int(value)
 
 

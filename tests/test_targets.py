@@ -59,6 +59,7 @@ def config(**settings: Any) -> SpeftConfig:
         ({"head_warmup_steps": -1}, "head_warmup_steps"),
         ({"head_warmup_lr": 0}, "head_warmup_lr"),
         ({"seed": 1.5}, "seed"),
+        ({"seed": 2**63}, r"seed must be a whole number from 0 to 2\^63 - 1, got"),
         ({"accumulator_dtype": "bf16"}, "accumulator_dtype must be one of 'float32', 'weight'"),
         ({"accumulator_device": "gpu"}, "accumulator_device"),
     ],
