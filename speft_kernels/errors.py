@@ -65,6 +65,14 @@ def shown(value: object) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an error says, for a message around it; with the second where
+    the first ends in a colon. The error's type where it says nothing.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
+
+
 def plain(value: object) -> str:
     """`value` as text that every encoding and every parser takes.
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, reason_of
 from ..install import put_linear_for_conv1d
 from ..targets import Targets
 from .config import RunConfig
@@ -112,8 +112,7 @@ def load(model: nn.Module, folder: Path) -> nn.Module:
             put_linear_for_conv1d(model, named or ())
             loaded: nn.Module = peft.PeftModel.from_pretrained(model, folder)
     except Exception as error:  # PEFT passes on errors of every library and file format below it
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise AdapterError(f"{folder}: PEFT cannot load it: {reason[0]}") from error
+        raise AdapterError(f"{folder}: PEFT cannot load it: {reason_of(error)}") from error
     return loaded
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..errors import shown
+from ..errors import reason_of, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,8 +68,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], li
             for said, answer in ((messages[:-1], True), (messages, False))
         )
     except Exception as error:  # a template is a program, and may raise anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"is refused by the model's chat template: {reason[0]}") from error
+        raise ValueError(f"is refused by the model's chat template: {reason_of(error)}") from error
     if not answered.startswith(asked):
         raise ValueError(
             "cannot be divided: the model's chat template does not show the last reply behind what "

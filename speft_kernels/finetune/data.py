@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError, nearest, shown
+from ..errors import DataError, nearest, reason_of, shown
 from . import chat
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json")
@@ -324,11 +324,10 @@ def _from_hub(source: str, default_split: str) -> tuple[tuple[str, ...], Iterato
     try:
         loaded = datasets.load_dataset(name, config or None, split=split or default_split)
     except Exception as error:  # the library lets through errors of every layer below it
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
             f"{source!r} is neither a file here nor a dataset that could be fetched "
-            f"({type(error).__name__}: {reason[0]}); give the path of a TSV, CSV or JSONL file, or "
-            "NAME[@CONFIG][:SPLIT] of a dataset that this machine can reach"
+            f"({type(error).__name__}: {reason_of(error)}); give the path of a TSV, CSV or JSONL "
+            "file, or NAME[@CONFIG][:SPLIT] of a dataset that this machine can reach"
         ) from error
     names = tuple(getattr(loaded.features.get("label"), "names", None) or ())
     return tuple(name.strip() for name in names), _records(loaded, names)

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, reason_of, shown
 from ..files import path_of, read_json
 from ..targets import find_dense_modules, is_below
 from .config import DEFAULT_MODEL
@@ -362,9 +362,8 @@ def _loading(model: str, what: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # loading passes on errors of every library and file format below it
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
             f"model {model!r}: its {what} could not be loaded ({type(error).__name__}: "
-            f"{reason[0]}); give --model a folder that save_pretrained wrote, or a hub id that "
-            "this machine can reach"
+            f"{reason_of(error)}); give --model a folder that save_pretrained wrote, or a hub id "
+            "that this machine can reach"
         ) from error
